@@ -1,0 +1,1 @@
+"""The stack on one machine: a real Valkey, a real Triton and real Celery workers, all on loopback."""

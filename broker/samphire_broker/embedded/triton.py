@@ -1,0 +1,164 @@
+"""The embedded Triton: the `tritonserver` binary of the nvidia-pytriton wheel, on loopback.
+
+The wheel carries the Python backend only; `onnxruntime` is added as a Python-based backend. Model
+control is explicit: the stack loads every model after each start, so a restarted server gets its
+versions back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import filecmp
+import hashlib
+import importlib.util
+import os
+import shutil
+import stat
+import sys
+import sysconfig
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from tritonclient.grpc import InferInput, InferRequestedOutput
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from samphire_broker.embedded.ports import LOOPBACK
+from samphire_broker.embedded.process import PartError, PartSpec
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def seed_model_repository(source: Path, target: Path) -> None:
+    """Copy what ships into the data directory's own repository; what only stands there stays."""
+    for path in sorted(source.rglob("*")):
+        if path.is_dir() or "__pycache__" in path.parts:
+            continue
+        copy = target / path.relative_to(source)
+        if copy.is_file() and filecmp.cmp(path, copy, shallow=False):
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def _package_folder() -> Path:
+    found = importlib.util.find_spec("pytriton")  # found, not imported: the import is slow and not needed
+    if found is None or not found.submodule_search_locations:
+        raise PartError("no Triton found: pip install 'samphire[embedded]', or set SAMPHIRE_TRITON_URLS")
+    return Path(found.submodule_search_locations[0])
+
+
+def _lay_out_backends(package: Path, target: Path) -> None:
+    """Make the backends folder: copies, because Triton refuses links that lead out of a backend."""
+    shutil.rmtree(target, ignore_errors=True)
+    python_backend = target / "python"
+    python_backend.mkdir(parents=True)
+    source = package / "tritonserver" / "backends" / "python"
+    for path in [*source.glob("*.py"), source / "libtriton_python.so"]:
+        shutil.copyfile(path, python_backend / path.name)
+    # The stub runs its interpreter isolated: PYTHONPATH is ignored, and whatever numpy the base
+    # installation has would be taken. This module is the first that it imports.
+    utils = python_backend / "triton_python_backend_utils.py"
+    search_path = f"import sys\nsys.path.insert(0, {sysconfig.get_path('purelib')!r})\n"
+    utils.write_text(search_path + utils.read_text())
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = package / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise PartError(f"the embedded Triton has no Python {version} stub: use Python 3.11")
+    shutil.copyfile(stub, python_backend / stub.name)
+    os.chmod(python_backend / stub.name, stat.S_IRWXU)
+    ours = resources.files("samphire_broker.embedded") / "backends" / "onnxruntime" / "model.py"
+    (target / "onnxruntime").mkdir()
+    (target / "onnxruntime" / "model.py").write_bytes(ours.read_bytes())
+
+
+async def load_all_models(client: InferenceServerClient, progress: Callable[[str], None]) -> None:
+    """Load every model of the repository; one that is broken is reported and does not stop the rest."""
+    index = await client.get_model_repository_index(as_json=True)
+    for name in sorted({entry["name"] for entry in index.get("models", [])}):
+        progress(f"triton: loading model {name}")
+        try:
+            await client.load_model(name, client_timeout=300)
+        except InferenceServerException as error:
+            progress(f"triton: model {name} did not load: {error.message()}")
+
+
+async def probe_numpy(client: InferenceServerClient) -> None:
+    """Send values through `identity` and compare them, where that model is loaded.
+
+    Raises:
+        PartError: something else came back (numpy 2 makes the stub return empty outputs, silently).
+    """
+    if not await client.is_model_ready("identity"):
+        return
+    values = np.arange(4, dtype=np.float32).reshape(1, 4)
+    tensor = InferInput("input_fp32", [1, 4], "FP32")
+    tensor.set_data_from_numpy(values)
+    wanted = [InferRequestedOutput("output_fp32")]
+    result = await client.infer("identity", [tensor], outputs=wanted, client_timeout=30)
+    echoed = result.as_numpy("output_fp32")
+    if echoed is None or not np.array_equal(echoed, values):
+        raise PartError(
+            f"the embedded Triton returned {echoed!r} for {values!r}: its Python stub needs numpy<2 "
+            f"(installed: {np.__version__})"
+        )
+
+
+def triton_spec(
+    data_dir: Path, grpc_port: int, http_port: int, metrics_port: int, progress: Callable[[str], None]
+) -> PartSpec:
+    """Triton over `data_dir/model_repository`, every address bound to loopback.
+
+    Raises:
+        PartError: the nvidia-pytriton wheel is missing.
+    """
+    package = _package_folder()
+    backends = data_dir / "triton" / "backends"
+    shm_prefix = "samphire-" + hashlib.sha256(str(data_dir).encode()).hexdigest()[:12]
+    command = [str(package / "tritonserver" / "bin" / "tritonserver")]
+    command += [f"--model-repository={data_dir / 'model_repository'}", f"--backend-directory={backends}"]
+    command += ["--model-control-mode=explicit", "--exit-on-error=false"]
+    command += [f"--grpc-address={LOOPBACK}", f"--grpc-port={grpc_port}"]
+    command += [f"--http-address={LOOPBACK}", f"--http-port={http_port}"]
+    command += [f"--metrics-address={LOOPBACK}", f"--metrics-port={metrics_port}"]
+    command += ["--disable-auto-complete-config"]
+    for backend in ("python", "onnxruntime"):
+        command.append(f"--backend-config={backend},shm-region-prefix-name={shm_prefix}-{backend}-")
+
+    def unlink_shared_memory() -> None:
+        for region in SHARED_MEMORY.glob(f"{shm_prefix}-*"):
+            region.unlink(missing_ok=True)
+
+    def before_start() -> None:
+        unlink_shared_memory()
+        _lay_out_backends(package, backends)
+
+    async def wait_ready(_pid: int) -> None:
+        async with InferenceServerClient(f"{LOOPBACK}:{grpc_port}") as client:
+            while True:
+                try:
+                    if await client.is_server_ready(client_timeout=2):
+                        break
+                except InferenceServerException:  # not listening yet
+                    pass
+                await asyncio.sleep(0.1)
+            await load_all_models(client, progress)
+            await probe_numpy(client)
+
+    libraries = [str(package.parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
+    return PartSpec(
+        name="triton",
+        command=command,
+        env={
+            "LD_LIBRARY_PATH": ":".join(filter(None, [*libraries, os.environ.get("LD_LIBRARY_PATH")])),
+        },
+        log_file=data_dir / "logs" / "triton.log",
+        address=f"{LOOPBACK}:{grpc_port}",
+        wait_ready=wait_ready,
+        ready_timeout_s=300.0,
+        stop_timeout_s=20.0,
+        before_start=before_start,
+        after_stop=unlink_shared_memory,
+    )

@@ -1,0 +1,28 @@
+"""The queues as kombu declarations, for Celery applications that route to them by name."""
+
+from __future__ import annotations
+
+from kombu import Exchange, Queue
+
+from samphire import keys
+
+CONTROL_QUEUE = "samphire.control"
+
+
+def control() -> Queue:
+    """The stock consumer's own queue; nothing but Celery's control commands needs it."""
+    return _named(CONTROL_QUEUE)
+
+
+def inference_queue(model: str, tenant: str = "") -> Queue:
+    """The queue of one model, or of one tenant's tasks for it."""
+    return _named(keys.queue_name(model, tenant))
+
+
+def intake() -> Queue:
+    """The queue for producers that do not know models: lanes move its tasks on to the model's queue."""
+    return _named(keys.INTAKE)
+
+
+def _named(name: str) -> Queue:
+    return Queue(name, Exchange(name, type="direct"), routing_key=name)

@@ -1,0 +1,20 @@
+-- release: hand claimed messages back to the head of their lists, as if they had not been claimed.
+-- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started
+-- ARGV  1 prefix of result keys   2.. fields, in the order of the claim
+-- Returns the number of messages that were still ours.
+local moved = 0
+for i = #ARGV, 2, -1 do -- the last claimed goes back first, so the order is kept
+  local field = ARGV[i]
+  local message = redis.call('HGET', KEYS[1], field)
+  if message then
+    local id = redis.call('HGET', KEYS[2], field)
+    redis.call('HDEL', KEYS[1], field)
+    redis.call('RPUSH', string.match(field, '^%d+:(.*)$'), message)
+    if id then
+      redis.call('HDEL', KEYS[2], field)
+      redis.call('DEL', ARGV[1] .. id)
+    end
+    moved = moved + 1
+  end
+end
+return moved

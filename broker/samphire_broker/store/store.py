@@ -1,0 +1,277 @@
+"""The transitions of tasks, as one worker performs them.
+
+Every call is one script on the broker (`lua/<verb>.lua`, each with its keys at the top). Only `claim`
+must not be repeated after a lost reply: what it moved is found again with `adopt`. All others are fenced
+by the in-flight field and may be repeated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, NamedTuple
+
+import msgspec
+import redis.asyncio
+
+from samphire import keys
+from samphire.connection import broker_errors, key_text
+from samphire.contract import Ref
+from samphire.errors import ProtocolError, SamphireError
+from samphire_broker.settings import Settings
+
+STREAM_MAX_LENGTH = 100_000
+STREAM_TTL_S = 3600
+BATCH_MAX = 1000
+"""Most tasks that one call of a script takes."""
+
+_CONNECTION_NAME = re.compile(rb" name=" + keys.CONNECTION_PREFIX.encode() + rb"(\S+)")
+
+
+class LeaseLostError(SamphireError):
+    """This worker's lease has lapsed: its claims may have been handed to others."""
+
+
+class Claimed(NamedTuple):
+    """One claimed message. `field` is the claim: its number and the list it came from."""
+
+    field: str
+    size: int
+    message: bytes
+    """The whole message, or its last bytes where it is over the limit (then shorter than `size`)."""
+
+    @property
+    def list_key(self) -> str:
+        """Key of the list that the message came from."""
+        return self.field.partition(":")[2]
+
+
+class Settlement(NamedTuple):
+    """The end of a task that is no failure."""
+
+    field: str
+    task_id: str
+    state: str
+    meta: bytes
+    stream: str
+    blobs: str = ""
+    """Claim checks to delete, separated by spaces."""
+
+
+class DeadLetter(NamedTuple):
+    """The end of a task, or of an unreadable message, that failed."""
+
+    field: str
+    letter_id: str
+    task_id: str
+    meta: bytes
+    stream: str
+    model: str
+    reason: str
+    error: str
+    attempts: int
+
+
+class Reaped(NamedTuple):
+    """What a reap returned to the queues; `moved` -1: the worker lives."""
+
+    moved: int
+    started: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker as the others see it."""
+
+    id: str
+    hostname: str
+    pid: int
+
+
+def _script(name: str) -> str:
+    return (resources.files("samphire_broker.store") / "lua" / f"{name}.lua").read_text()
+
+
+class Store:
+    """One worker's hands on the store.
+
+    Every method raises `BrokerUnavailableError` when the broker is away, and `ProtocolError` when it
+    answers what cannot be.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, worker_id: str, settings: Settings) -> None:
+        self._client = client
+        self._settings = settings
+        self.worker_id = worker_id
+        self._lease = keys.WORKER_PREFIX + worker_id
+        self._inflight = f"{self._lease}:inflight"
+        self._started = f"{self._lease}:started"
+        self._next_number = 1
+        names = ("beat", "claim", "start", "settle", "fail", "release", "route", "reap")
+        self._scripts = {name: client.register_script(_script(name)) for name in names}
+
+    async def _run(
+        self,
+        name: str,
+        key_names: Sequence[str],
+        args: Iterable[Any],
+        client: redis.asyncio.Redis | None = None,
+    ) -> Any:
+        with broker_errors():
+            return await self._scripts[name](keys=list(key_names), args=list(args), client=client)
+
+    async def beat(self, info: WorkerInfo, client: redis.asyncio.Redis | None = None) -> int:
+        """Renew the lease; 1 means that it had been lost (or is new). `client`: the named connection."""
+        key_names = [self._lease, f"{self._lease}:info", keys.WORKERS]
+        args = [self.worker_id, self._settings.lease_ms, msgspec.json.encode(info)]
+        return int(await self._run("beat", key_names, args, client))
+
+    async def claim(
+        self, lists: Sequence[str], shares: Sequence[int], max_messages: int, max_bytes: int
+    ) -> list[Claimed]:
+        """Move messages from `lists` into this worker's in-flight hash, and return them.
+
+        Raises:
+            LeaseLostError: this worker's lease has lapsed; beat first.
+            BrokerUnavailableError: the reply is lost, or nothing was done: `adopt` tells.
+        """
+        first = self._next_number
+        self._next_number += max_messages  # spent even if the reply is lost: a claim's number is used once
+        args = [max_messages, max_bytes, self._settings.max_message_bytes, first, *shares]
+        try:
+            reply = await self._run("claim", [self._lease, self._inflight, *lists], args)
+        except ProtocolError as error:
+            if "NOLEASE" in str(error):
+                raise LeaseLostError(str(error)) from error
+            raise
+        values = iter(reply)
+        return [
+            Claimed(key_text(field), size, message)
+            for field, size, message in zip(values, values, values, strict=True)
+        ]
+
+    async def adopt(self, known: set[str]) -> list[Claimed]:
+        """Return what lies in the in-flight hash and is not in `known`: claims whose reply was lost."""
+        with broker_errors():
+            fields = [key_text(field) for field in await self._client.hkeys(self._inflight)]
+            lost = sorted(
+                (field for field in fields if field not in known), key=lambda field: int(field.split(":", 1)[0])
+            )
+            found: list[Claimed] = []
+            for field in lost:
+                size = int(await self._client.hstrlen(self._inflight, field))
+                message = b""
+                if size <= self._settings.max_message_bytes:
+                    message = await self._client.hget(self._inflight, field) or b""
+                found.append(Claimed(field, size, message))
+            return found
+
+    async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int]:
+        """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
+        args: list[Any] = [keys.META_PREFIX, keys.TASK_PREFIX, self._settings.result_ttl_s]
+        args += [info.hostname, info.pid]
+        for task in tasks:
+            args += task
+        verdicts: list[int] = await self._run("start", [self._inflight, self._started], args)
+        return verdicts
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
+        """End tasks, at most `BATCH_MAX`; 1 for each that was still ours, 0 for each that was not."""
+        args: list[Any] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
+        for settlement in settlements:
+            args += settlement
+        ours: list[int] = await self._run("settle", [self._inflight, self._started], args)
+        return ours
+
+    async def fail(self, letters: Sequence[DeadLetter]) -> list[int]:
+        """End tasks as dead letters, at most `BATCH_MAX`; 1 for each that was still ours."""
+        args: list[Any] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
+        args += [keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
+        for letter in letters:
+            args += letter
+        ours: list[int] = await self._run("fail", [self._inflight, self._started, keys.DEAD], args)
+        return ours
+
+    async def release(self, fields: Sequence[str]) -> int:
+        """Hand claims back to the heads of their lists; returns how many were still ours."""
+        args = [keys.META_PREFIX, *fields]
+        return int(await self._run("release", [self._inflight, self._started], args))
+
+    async def route(self, moves: Sequence[tuple[str, str, str]]) -> int:
+        """Move claims (field, queue, list) on to other queues; returns how many were still ours."""
+        args: list[Any] = [keys.WAKE_CHANNEL]
+        for move in moves:
+            args += move
+        return int(await self._run("route", [self._inflight, keys.QUEUES], args))
+
+    async def others(self) -> dict[str, int | None]:
+        """The other registered workers with their lease's counter; None where the lease has lapsed."""
+        with broker_errors():
+            members = await self._client.smembers(keys.WORKERS)
+            ids = sorted(key_text(member) for member in members)
+            ids = [worker_id for worker_id in ids if worker_id != self.worker_id]
+            if not ids:
+                return {}
+            beats = await self._client.mget([keys.WORKER_PREFIX + worker_id for worker_id in ids])
+        return {
+            worker_id: None if beat is None else int(beat) for worker_id, beat in zip(ids, beats, strict=True)
+        }
+
+    async def connected(self) -> set[str]:
+        """Ids of the workers whose named connection is open."""
+        with broker_errors():
+            listing = await self._client.execute_command("CLIENT", "LIST", "TYPE", "NORMAL", NEVER_DECODE=True)
+        raw = listing if isinstance(listing, bytes) else str(listing).encode()
+        return {name.decode() for name in _CONNECTION_NAME.findall(raw)}
+
+    async def uptime_s(self) -> int:
+        """Seconds since the broker started."""
+        with broker_errors():
+            return int((await self._client.info("server"))["uptime_in_seconds"])
+
+    async def reap(self, worker_id: str, last_beat: int | None) -> Reaped:
+        """Return a lost worker's messages to their lists, at most `BATCH_MAX` a call."""
+        lease = keys.WORKER_PREFIX + worker_id
+        key_names = [lease, f"{lease}:info", f"{lease}:inflight", f"{lease}:started", keys.WORKERS]
+        args = [worker_id, "" if last_beat is None else last_beat, keys.META_PREFIX, keys.TASK_PREFIX]
+        args.append(self._settings.dead_letter_ttl_s)
+        return Reaped(*await self._run("reap", key_names, args))
+
+    async def leave(self) -> None:
+        """Drop the lease of a worker that holds nothing any more, so that nobody need reap it."""
+        with broker_errors():
+            if not await self._client.hlen(self._inflight):
+                await self._client.srem(keys.WORKERS, self.worker_id)
+            await self._client.delete(self._lease, f"{self._lease}:info")
+
+    async def known_queues(self) -> set[str]:
+        """Queues that the SDK has submitted to."""
+        with broker_errors():
+            return {key_text(name) for name in await self._client.smembers(keys.QUEUES)}
+
+    async def find_queues(self, cursor: int) -> tuple[int, set[str]]:
+        """One bounded step of a scan for queues that plain producers made; returns the next cursor."""
+        with broker_errors():
+            next_cursor, found = await self._client.scan(
+                cursor, match=f"{keys.INTAKE}.*", count=1000, _type="LIST"
+            )
+        return int(next_cursor), {keys.split_list(key_text(key))[0] for key in found}
+
+    async def read_blob(self, key: str, size: int) -> bytes | None:
+        """Bytes of a claim check, at most one more than `size`; None when it has expired."""
+        with broker_errors():
+            # A range, so that what lies there cannot be larger than what was announced.
+            data: bytes = await self._client.getrange(key, 0, size)
+            if not data and not await self._client.exists(key):
+                return None
+        return data
+
+    async def write_blob(self, task_id: str, number: int, data: bytes, sha256: str) -> Ref:
+        """Store an output as a claim check with the lifetime of results."""
+        key = f"{keys.RESULT_BLOB_PREFIX}{task_id}:{number}"
+        with broker_errors():
+            await self._client.set(key, data, ex=self._settings.result_ttl_s)
+        return Ref(key=key, size=len(data), sha256=sha256)

@@ -1,0 +1,175 @@
+"""The wire contract: an Open Inference Protocol request and response inside Celery's message.
+
+A task is `samphire.infer` with the fields of `InferRequest` as keyword arguments, in a Celery protocol-2
+message (docs.celeryq.dev, "Message Protocol"), JSON. Its result is an `InferResponse`, stored where Celery
+stores results, so that a plain `AsyncResult` reads it.
+
+Sources: Open Inference Protocol v2 (inference request and response JSON objects); Celery 5 `app.amqp`
+(`as_task_v2`) and kombu's virtual transport (`Message.serializable`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from samphire.errors import InvalidInputError
+
+CONTRACT_VERSION = 1
+INFER_TASK = "samphire.infer"
+STREAM_HEADER = "samphire_stream"
+"""Message header with the key of the client's event stream."""
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
+_TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class Ref(Struct, forbid_unknown_fields=True):
+    """A claim check: tensor bytes that lie beside the queue instead of in the message."""
+
+    key: str
+    size: int
+    sha256: str
+
+
+class InputTensor(Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """One input; exactly one of `data`, `raw` and `ref` holds the values."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: Raw | UnsetType = UNSET
+    """JSON values, flat or nested, row-major; kept undecoded until the tensor is needed."""
+    raw: str | UnsetType = UNSET
+    """Base64 of little-endian bytes."""
+    ref: Ref | UnsetType = UNSET
+    parameters: dict[str, Any] = {}
+
+
+class RequestedOutput(Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """An output to return; without any, all of the model's outputs are."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class InferRequest(Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """Keyword arguments of `samphire.infer`."""
+
+    model_name: str
+    inputs: list[InputTensor]
+    model_version: str = ""
+    """A version number, or "champion"; empty means champion."""
+    outputs: list[RequestedOutput] = []
+    parameters: dict[str, Any] = {}
+    tenant: str = ""
+    contract: int = CONTRACT_VERSION
+
+
+class OutputTensor(Struct, omit_defaults=True):
+    """One output; `data`, `raw` or `ref` as the request sent its inputs."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[Any] | UnsetType = UNSET
+    raw: str | UnsetType = UNSET
+    ref: Ref | UnsetType = UNSET
+
+
+class InferResponse(Struct, omit_defaults=True):
+    """The result of a task that succeeded."""
+
+    model_name: str
+    model_version: str
+    outputs: list[OutputTensor]
+
+
+class FailureInfo(Struct):
+    """What Celery stores of an exception."""
+
+    exc_type: str
+    exc_message: Any
+    exc_module: str = "samphire.errors"
+
+
+class TaskMeta(Struct, omit_defaults=False):
+    """The stored result (`celery-task-meta-<id>`), as Celery's Redis backend reads and writes it."""
+
+    status: str  # first, so that the scripts find it without reading the rest
+    task_id: str
+    result: Raw
+    traceback: str | None = None
+    children: list[Any] = []
+    date_done: str | None = None
+
+
+class Headers(Struct, forbid_unknown_fields=False):
+    """The headers of a protocol-2 message that a lane looks at."""
+
+    id: str
+    task: str
+    eta: str | None = None
+    expires: str | float | None = None
+    root_id: str | None = None
+    parent_id: str | None = None
+    compression: str | None = None
+    samphire_stream: str = ""
+
+
+class Properties(Struct):
+    """The properties of a kombu message that a lane looks at."""
+
+    body_encoding: str = ""
+
+
+class Envelope(Struct):
+    """A message as it lies in a kombu Redis list, read."""
+
+    body: str
+    headers: Headers
+    properties: Properties
+    content_type: str = msgspec.field(name="content-type", default="application/json")
+    content_encoding: str = msgspec.field(name="content-encoding", default="utf-8")
+
+
+class Canvas(Struct):
+    """What Celery sends beside the arguments: the next steps of a canvas."""
+
+    callbacks: list[Any] | None = None
+    errbacks: list[Any] | None = None
+    chain: list[Any] | None = None
+    chord: Any = None
+
+
+Body = tuple[list[Raw], InferRequest, Canvas]
+"""Body of a `samphire.infer` message: positional arguments, keyword arguments, canvas."""
+
+
+def check_model_name(model: str) -> None:
+    """Check that a model's name can name a queue and a folder.
+
+    Raises:
+        InvalidInputError: it cannot.
+    """
+    if not _MODEL_NAME.fullmatch(model):
+        raise InvalidInputError(
+            "expected a model name of 1 to 128 letters, digits, '_', '.', '+' and '-', beginning with a letter "
+            f"or digit, given {model[:200]!r}"
+        )
+
+
+def check_tenant(tenant: str) -> None:
+    """Check a tenant's name; the empty name is the tenant of those who name none.
+
+    Raises:
+        InvalidInputError: it has other characters or is too long.
+    """
+    if tenant and not _TENANT_NAME.fullmatch(tenant):
+        raise InvalidInputError(
+            "expected a tenant name of at most 64 letters, digits, '_', '.' and '-', beginning with a letter "
+            f"or digit, given {tenant[:200]!r}"
+        )

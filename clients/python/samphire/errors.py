@@ -1,0 +1,126 @@
+"""The errors of Samphire, one tree.
+
+    SamphireError
+    ├── InvalidInputError          the request itself is wrong; the same request never succeeds
+    │   ├── UnknownModelError      no endpoint has such a model or version
+    │   └── PayloadTooLargeError   a tensor, message or request over a stated limit
+    ├── TransientError             may succeed later, unchanged
+    │   ├── EndpointUnavailableError   the Triton, or the model on it, is away
+    │   ├── EndpointTimeoutError       no answer within the time allowed
+    │   ├── BrokerUnavailableError     Redis or Valkey is away; a submit may or may not have been queued
+    │   ├── QueueFullError             the model's queue has reached its limit
+    │   └── BrokerMemoryFullError      the broker has reached 80 % of its memory
+    ├── ModelFaultError            the model raised, or answered what it must not
+    ├── WorkerCrashError           the task took down every worker that tried it
+    ├── TaskGoneError              the task ended without a result
+    │   ├── TaskExpiredError       its time ran out before it was started
+    │   └── TaskCancelledError     somebody cancelled it
+    ├── ResultTimeoutError         the result did not come within `timeout_s`; the task goes on
+    ├── ProtocolError              stored data is not what this version of Samphire writes
+    └── ClientClosedError          the client was closed while it was in use
+
+Every error carries its retry semantics: `retryable`, and `retry_after_s` where a time is known. The
+first line of a class's docstring is its default message.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SamphireError(Exception):
+    """Samphire failed."""
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str = "", *, retry_after_s: float | None = None) -> None:
+        super().__init__(message or (type(self).__doc__ or "").splitlines()[0])
+        self.retry_after_s = retry_after_s
+
+
+class InvalidInputError(SamphireError, ValueError):
+    """The request is not valid."""
+
+
+class UnknownModelError(InvalidInputError):
+    """No endpoint has this model."""
+
+
+class PayloadTooLargeError(InvalidInputError):
+    """The payload is over the limit."""
+
+
+class TransientError(SamphireError):
+    """It may succeed later."""
+
+    retryable: ClassVar[bool] = True
+
+
+class EndpointUnavailableError(TransientError):
+    """The inference endpoint is away."""
+
+
+class EndpointTimeoutError(TransientError, TimeoutError):
+    """The inference endpoint did not answer in time."""
+
+
+class BrokerUnavailableError(TransientError, ConnectionError):
+    """The broker is away."""
+
+
+class QueueFullError(TransientError):
+    """The queue has reached its limit."""
+
+
+class BrokerMemoryFullError(TransientError):
+    """The broker has reached its memory limit."""
+
+
+class ModelFaultError(SamphireError):
+    """The model failed."""
+
+
+class WorkerCrashError(SamphireError):
+    """The task took down every worker that tried it."""
+
+
+class TaskGoneError(SamphireError):
+    """The task ended without a result."""
+
+
+class TaskExpiredError(TaskGoneError):
+    """The task expired before it was started."""
+
+
+class TaskCancelledError(TaskGoneError):
+    """The task was cancelled."""
+
+
+class ResultTimeoutError(SamphireError, TimeoutError):
+    """The result did not come in time."""
+
+    retryable: ClassVar[bool] = True
+
+
+class ProtocolError(SamphireError):
+    """The stored data is not understood."""
+
+
+class ClientClosedError(SamphireError):
+    """The client is closed."""
+
+
+def _tree(root: type[SamphireError]) -> dict[str, type[SamphireError]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+_BY_NAME = _tree(SamphireError)
+
+
+def error_from_name(name: str, message: str) -> SamphireError:
+    """Rebuild an error from a stored result; a name that is not of this tree becomes a model fault."""
+    known = _BY_NAME.get(name)
+    return known(message) if known else ModelFaultError(f"{name}: {message}")

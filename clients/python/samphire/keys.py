@@ -1,0 +1,91 @@
+"""The Redis key schema, version 1: every key that Samphire reads or writes, on one page.
+
+Written by producers (an ACL can hold them to these):
+
+    <queue>                      LIST    kombu messages of priority 0 (high), newest at the left
+    <queue>\\x06\\x163|6|9         LIST    the same, priorities 3 (normal), 6 (low) and 9
+    sub:queues                   SET     names of the queues that the SDK has submitted to
+    sub:blob:<task id>:<n>       STRING  claim check of a task's n-th tensor; expires
+    sub:wake                     CHANNEL a queue was empty and no longer is
+
+    A queue is `inference.<model>`, `inference.<model>@<tenant>`, or the intake `inference`.
+
+Written by workers only:
+
+    celery-task-meta-<id>        STRING  state and result, JSON as Celery's; a CHANNEL of the same name gets
+                                         the terminal one; expires
+    task:<id>                    HASH    attempts: workers lost with this task started; expires
+    result:blob:<id>:<n>         STRING  claim check of an output; expires
+    events:<client>              STREAM  terminal events of one client's tasks: id, state; trimmed, expires
+    workers                      SET     ids of the workers whose in-flight hash may hold something
+    worker:<wid>                 STRING  lease: a counter that each heartbeat raises; expires with the lease
+    worker:<wid>:info            STRING  host name, process id; expires with the lease
+    worker:<wid>:inflight        HASH    <n>:<queue list> -> message, from claim to settlement
+    worker:<wid>:started         HASH    <n>:<queue list> -> task id, from start to settlement
+    dead                         ZSET    dead letters by time of death
+    dead:<letter id>             HASH    message, queue, task_id, model, reason, error, attempts, worker,
+                                         died_at; expires
+
+A worker's connection is named `samphire:<wid>`. Scripts get every key that they touch either as KEYS or
+as a prefix named in their first lines; Redis Cluster is not supported.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+SCHEMA_VERSION = 1
+
+INTAKE = "inference"
+QUEUES = "sub:queues"
+WAKE_CHANNEL = "sub:wake"
+BLOB_PREFIX = "sub:blob:"
+RESULT_BLOB_PREFIX = "result:blob:"
+META_PREFIX = "celery-task-meta-"
+TASK_PREFIX = "task:"
+STREAM_PREFIX = "events:"
+WORKERS = "workers"
+WORKER_PREFIX = "worker:"
+CONNECTION_PREFIX = "samphire:"
+DEAD = "dead"
+DEAD_PREFIX = "dead:"
+
+PRIORITY_STEPS = (0, 3, 6, 9)
+"""kombu's `priority_steps` on Redis; 0 is served first."""
+
+_SEPARATOR = "\x06\x16"
+
+Priority = Literal["high", "normal", "low"]
+PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
+
+
+def queue_name(model: str, tenant: str = "") -> str:
+    """Name of the queue of a model, or of one tenant's tasks for it."""
+    return f"{INTAKE}.{model}@{tenant}" if tenant else f"{INTAKE}.{model}"
+
+
+def parse_queue(queue: str) -> tuple[str, str]:
+    """Return (model, tenant) of a queue name; the intake has the model ""."""
+    model, _, tenant = queue.removeprefix(INTAKE).removeprefix(".").partition("@")
+    return model, tenant
+
+
+def queue_list(queue: str, priority: int) -> str:
+    """Key of the list that holds a queue's messages of one kombu priority step."""
+    return f"{queue}{_SEPARATOR}{priority}" if priority else queue
+
+
+def split_list(key: str) -> tuple[str, int]:
+    """Return (queue, priority step) of a list's key."""
+    queue, _, priority = key.partition(_SEPARATOR)
+    return queue, int(priority or 0)
+
+
+def meta_key(task_id: str) -> str:
+    """Key of a task's state and result."""
+    return META_PREFIX + task_id
+
+
+def stream_key(client_id: str) -> str:
+    """Key of the stream with the terminal events of a client's tasks."""
+    return STREAM_PREFIX + client_id

@@ -1,0 +1,142 @@
+"""Checking a request against a model, before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from samphire.contract import InferRequest, InputTensor
+from samphire.errors import InvalidInputError, PayloadTooLargeError, UnknownModelError
+from samphire.tensors import check_shape
+
+CHAMPION = "champion"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of a model: `shape` without the batch dimension, -1 where it is free."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSignature:
+    """What a model takes and returns. `max_batch_size` 0: no batch dimension."""
+
+    name: str
+    versions: tuple[str, ...]
+    """Version numbers that are ready, ascending."""
+    inputs: Mapping[str, TensorSpec]
+    outputs: frozenset[str]
+    max_batch_size: int
+    decoupled: bool = False
+
+    @property
+    def champion(self) -> str:
+        """The version that serves requests without one: the newest."""
+        return self.versions[-1]
+
+    def resolve(self, version: str) -> str:
+        """Return the number of a version or alias.
+
+        Raises:
+            UnknownModelError: the model has no such version that is ready.
+        """
+        if version in ("", CHAMPION):
+            return self.champion
+        if version in self.versions:
+            return version
+        raise UnknownModelError(
+            f"model {self.name!r} has the versions {', '.join(self.versions)} and the alias {CHAMPION}, "
+            f"given {version!r}"
+        )
+
+    def check(self, request: InferRequest) -> int:
+        """Check a request's tensors by name, datatype and shape; return its number of rows.
+
+        Without a batch dimension the number of rows is 1.
+
+        Raises:
+            InvalidInputError: with what was expected and what was given.
+        """
+        if self.decoupled:
+            raise InvalidInputError(f"model {self.name!r} streams its outputs, which is not supported yet")
+        given = {tensor.name for tensor in request.inputs}
+        if len(given) != len(request.inputs):
+            raise InvalidInputError(f"model {self.name!r}: an input was given twice")
+        for spec in self.inputs.values():
+            if spec.name not in given and not spec.optional:
+                raise InvalidInputError(
+                    f"model {self.name!r}: expected the inputs {_names(self.inputs)}, missing {spec.name!r}"
+                )
+        if not given:
+            raise InvalidInputError(f"model {self.name!r}: expected at least one input, given none")
+        rows = [self._check_tensor(tensor) for tensor in request.inputs]
+        if len(set(rows)) > 1:
+            counts = ", ".join(f"{t.name}: {n}" for t, n in zip(request.inputs, rows, strict=True))
+            raise InvalidInputError(
+                f"model {self.name!r}: expected as many rows in every input, given {counts}"
+            )
+        for output in request.outputs:
+            if output.name not in self.outputs:
+                raise InvalidInputError(
+                    f"model {self.name!r} has the outputs {_names(self.outputs)}, asked for {output.name!r}"
+                )
+        if self.max_batch_size and rows[0] > self.max_batch_size:
+            raise InvalidInputError(
+                f"model {self.name!r} takes at most {self.max_batch_size} rows (its max_batch_size), "
+                f"given {rows[0]}: submit the rows as several tasks"
+            )
+        return rows[0]
+
+    def _check_tensor(self, tensor: InputTensor) -> int:
+        spec = self.inputs.get(tensor.name)
+        if spec is None:
+            raise InvalidInputError(
+                f"model {self.name!r} has the inputs {_names(self.inputs)}, given {tensor.name!r}"
+            )
+        if tensor.datatype != spec.datatype:
+            raise InvalidInputError(
+                f"input {tensor.name!r} of model {self.name!r}: expected {spec.datatype}, given {tensor.datatype}"
+            )
+        check_shape(tensor.name, tensor.datatype, tensor.shape)
+        shape = tensor.shape[1:] if self.max_batch_size else tensor.shape
+        fits = len(shape) == len(spec.shape) and all(
+            want in (-1, have) for want, have in zip(spec.shape, shape, strict=True)
+        )
+        if not fits or (self.max_batch_size and not tensor.shape):
+            expected = ["rows", *spec.shape] if self.max_batch_size else list(spec.shape)
+            raise InvalidInputError(
+                f"input {tensor.name!r} of model {self.name!r}: expected shape "
+                f"[{', '.join(map(str, expected))}] (-1 is free), given {tensor.shape}"
+            )
+        if not self.max_batch_size:
+            return 1
+        if tensor.shape[0] == 0:
+            raise InvalidInputError(
+                f"input {tensor.name!r} of model {self.name!r}: expected at least 1 row, given shape {tensor.shape}"
+            )
+        return tensor.shape[0]
+
+
+def _names(names: Mapping[str, object] | frozenset[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names)) or "(none)"
+
+
+def check_request_size(tensors: Sequence[tuple[str, int]], max_bytes: int) -> None:
+    """Check the sum of a request's tensors, each (name, bytes).
+
+    Raises:
+        PayloadTooLargeError: it is over `max_bytes`; names the largest tensor.
+    """
+    total = sum(size for _, size in tensors)
+    if total > max_bytes:
+        name, size = max(tensors, key=lambda item: item[1])
+        raise PayloadTooLargeError(
+            f"expected tensors of at most {max_bytes} bytes a request, given {total} ({name!r} alone has {size})"
+        )
+
+

@@ -1,0 +1,1 @@
+"""The Celery application and what it runs: lanes, micro-batching, the Triton adapter."""

@@ -1,0 +1,42 @@
+"""The Celery application: `celery -A samphire_workers.app worker`.
+
+The stock consumer serves `samphire.control` alone. Inference queues belong to the lane: on Redis the
+stock consumer loses messages when it is killed, and is many times slower.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from celery import Celery
+
+from samphire.contract import INFER_TASK
+from samphire_broker.queues import control, intake
+from samphire_broker.settings import Settings
+from samphire_workers.lane.step import LaneStep
+
+_settings = Settings()
+
+app = Celery("samphire")
+app.conf.update(
+    broker_url=_settings.broker_url,
+    result_backend=_settings.broker_url,
+    result_expires=_settings.result_ttl_s,
+    task_serializer="json",
+    result_serializer="json",
+    accept_content=["json"],
+    task_queues=[control()],
+    task_routes={INFER_TASK: {"queue": intake()}},
+    worker_pool="solo",
+    worker_send_task_events=True,
+    worker_prefetch_multiplier=1,
+    broker_connection_retry_on_startup=True,
+    broker_transport_options={"socket_timeout": 30.0, "socket_connect_timeout": 5.0, "socket_keepalive": True},
+)
+app.steps["worker"].add(LaneStep)
+
+
+@app.task(name=INFER_TASK)  # type: ignore[untyped-decorator]
+def infer(*_args: Any, **_kwargs: Any) -> NoReturn:
+    """Registered under its name for producers and `inspect`; the lane serves it, never this body."""
+    raise RuntimeError(f"{INFER_TASK} reached the stock consumer: send it to an inference queue")

@@ -1,0 +1,91 @@
+"""What the endpoints serve, as a lane knows it: signatures, kept fresh, and the models that are away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from samphire import keys
+from samphire.errors import EndpointUnavailableError, SamphireError, TransientError
+from samphire.validation import ModelSignature
+from samphire_workers.triton import Endpoints
+
+logger = logging.getLogger(__name__)
+
+FRESH_S = 2.0
+"""A signature in use is looked up again after this long, so new versions are noticed."""
+
+CHECK_S = 0.5
+
+
+class Catalogue:
+    """Model signatures by name. Nothing is claimed for the models in `away`."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        self._endpoints = endpoints
+        self._signatures: dict[str, tuple[ModelSignature, float]] = {}
+        self._used: set[str] = set()
+        self.away: set[str] = set()
+        self.queues: set[str] = set()
+        """Queues of the models in the endpoints' repositories."""
+
+    async def signature(self, model: str, *, fresh: bool = False) -> ModelSignature:
+        """Return a model's signature, from memory or from an endpoint.
+
+        Raises:
+            UnknownModelError: no such model.
+            EndpointUnavailableError: the model, or every endpoint, is away.
+        """
+        known = self._signatures.get(model)
+        self._used.add(model)
+        if known and not fresh:
+            return known[0]
+        return await self._look_up(model)
+
+    async def _look_up(self, model: str) -> ModelSignature:
+        endpoint = self._endpoints.pick()
+        try:
+            signature = await endpoint.signature(model)
+        except TransientError as error:
+            if await endpoint.is_ready():
+                self.forget(model)
+            else:
+                self._endpoints.mark_away(endpoint)
+            raise EndpointUnavailableError(str(error)) from error
+        except SamphireError:
+            self._signatures.pop(model, None)
+            self.away.discard(model)
+            raise
+        self._signatures[model] = (signature, time.monotonic())
+        self.away.discard(model)
+        return signature
+
+    def forget(self, model: str) -> None:
+        """Treat a model as away until it has been seen ready again."""
+        self._signatures.pop(model, None)
+        self.away.add(model)
+
+    async def watch(self, on_back: Callable[[], None]) -> None:
+        """Keep signatures fresh and look whether models that were away are back, for ever."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            if not self._endpoints.some_ready.is_set():
+                continue
+            try:
+                self.queues = {keys.queue_name(model) for model in await self._endpoints.pick().models()}
+            except SamphireError:
+                continue
+            oldest = time.monotonic() - FRESH_S
+            stale = {model for model in self._used if self._signatures.get(model, (None, oldest))[1] < oldest}
+            self._used -= stale
+            for model in [*self.away, *stale]:
+                was_away = model in self.away
+                try:
+                    await self._look_up(model)
+                except SamphireError as error:
+                    logger.debug("model %s: %s", model, error, extra={"action": "lookup_failed"})
+                if was_away and model not in self.away:
+                    logger.info("model %s is back", model, extra={"action": "model_back"})
+                    on_back()

@@ -1,0 +1,134 @@
+"""Celery task events for Flower and other monitors, sent beside the lane and never in its way.
+
+Monitors saturate at a few thousand events a second, so the rate is capped: of a busy lane's successes a
+sample is shown, each with all of its events. Failures are always sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from samphire.envelope import describe
+from samphire.errors import SamphireError
+from samphire_workers.lane.request import Request
+
+logger = logging.getLogger(__name__)
+
+FLUSH_S = 0.25
+EVENTS_A_TASK = 3
+BUFFER_MAX = 20_000
+"""Events kept while the broker is away; later ones are dropped, for a monitor's sake nothing waits."""
+
+
+class TaskEvents(Protocol):
+    """What a lane tells about its tasks."""
+
+    def started(self, request: Request) -> None:
+        """A task goes to Triton."""
+
+    def succeeded(self, request: Request, runtime_s: float) -> None:
+        """A task has its answer."""
+
+    def failed(self, request: Request, error: SamphireError) -> None:
+        """A task ends as a dead letter."""
+
+    async def run(self) -> None:
+        """Send what there is, for ever."""
+
+
+class CeleryEvents:
+    """Task events through Celery's own EventDispatcher, from a thread of their own."""
+
+    def __init__(self, app: Celery, hostname: str, events_per_s: int) -> None:
+        self._app = app
+        self._hostname = hostname
+        self._rate = events_per_s
+        self._tokens = float(events_per_s)
+        self._refilled = time.monotonic()
+        self._shown: set[str] = set()
+        self._buffer: list[tuple[str, dict[str, Any]]] = []
+        self._dispatcher: Any = None
+
+    def started(self, request: Request) -> None:
+        """A task goes to Triton: shown if the cap allows."""
+        if not self._may_show():
+            return
+        self._shown.add(request.claim.field)
+        self._received(request)
+        self._add("task-started", request)
+
+    def succeeded(self, request: Request, runtime_s: float) -> None:
+        """A task has its answer."""
+        if request.claim.field in self._shown:
+            self._shown.discard(request.claim.field)
+            self._add("task-succeeded", request, result="", runtime=runtime_s)
+
+    def failed(self, request: Request, error: SamphireError) -> None:
+        """A task ends as a dead letter: always shown."""
+        if not request.task_id:
+            return
+        if request.claim.field not in self._shown:
+            self._received(request)
+        self._shown.discard(request.claim.field)
+        self._add("task-failed", request, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback="")
+
+    async def run(self) -> None:
+        """Send what there is every quarter of a second, for ever."""
+        with ThreadPoolExecutor(1, thread_name_prefix="samphire-events") as thread:
+            loop = asyncio.get_running_loop()
+            while True:
+                await asyncio.sleep(FLUSH_S)
+                if self._buffer:
+                    buffer, self._buffer = self._buffer, []
+                    await loop.run_in_executor(thread, self._send, buffer)
+
+    def _may_show(self) -> bool:
+        now = time.monotonic()
+        self._tokens = min(self._rate, self._tokens + (now - self._refilled) * self._rate)
+        self._refilled = now
+        if self._tokens < EVENTS_A_TASK:
+            return False
+        self._tokens -= EVENTS_A_TASK
+        return True
+
+    def _received(self, request: Request) -> None:
+        headers = request.envelope.headers if request.envelope else None
+        self._add(
+            "task-received",
+            request,
+            name=headers.task if headers else "",
+            args="()",
+            kwargs=describe(request.infer) if request.infer else "",
+            root_id=headers.root_id if headers else None,
+            parent_id=headers.parent_id if headers else None,
+            retries=request.attempts,
+            eta=None,
+            expires=None,
+        )
+
+    def _add(self, kind: str, request: Request, **fields: Any) -> None:
+        if len(self._buffer) < BUFFER_MAX:
+            self._buffer.append((kind, {"uuid": request.task_id, "timestamp": time.time(), **fields}))
+
+    def _send(self, events: list[tuple[str, dict[str, Any]]]) -> None:
+        try:
+            if self._dispatcher is None:
+                self._dispatcher = self._app.events.Dispatcher(
+                    self._app.connection_for_write(), hostname=self._hostname, buffer_group={"task"}, buffer_limit=1000
+                )
+            for kind, fields in events:
+                self._dispatcher.send(kind, **fields)
+            self._dispatcher.flush(errors=False)
+        except (OperationalError, OSError) as error:
+            logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})
+            with contextlib.suppress(Exception):
+                self._dispatcher.close()
+            self._dispatcher = None

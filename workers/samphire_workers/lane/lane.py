@@ -1,0 +1,385 @@
+"""The lane's way: claim, route, check, batch, start, dispatch, settle.
+
+    claim loop -> read -> (route | dead letter) -> per model: check -> micro-batches
+               -> per batch: load -> start -> Triton -> split -> settle loop
+
+Everything runs on one event loop. Every background task belongs to one TaskGroup, so none can end
+unnoticed: an error in any of them ends the lane, and whoever runs it starts a new one, which adopts what
+the old one held. At most `inflight_max` tasks and `inflight_max_bytes` bytes are held at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TypeVar
+
+from samphire import keys
+from samphire.errors import (
+    BrokerMemoryFullError,
+    BrokerUnavailableError,
+    EndpointUnavailableError,
+    InvalidInputError,
+    ModelFaultError,
+    SamphireError,
+    UnknownModelError,
+    WorkerCrashError,
+)
+from samphire_broker.settings import Settings
+from samphire_broker.store import Claimed, LeaseLostError, Store, WorkerInfo
+from samphire_workers.lane import batching, outcome
+from samphire_workers.lane.budget import ByteBudget
+from samphire_workers.lane.catalogue import Catalogue
+from samphire_workers.lane.events import TaskEvents
+from samphire_workers.lane.planner import QueuePlanner
+from samphire_workers.lane.request import Request, check, load, read
+from samphire_workers.lane.settler import Settler
+from samphire_workers.lane.wake import QueueWatch
+from samphire_workers.triton import Endpoints
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+BATCHES_A_MODEL = 4
+"""Micro-batches of one model under way at once. While that many are, its queue fills up, so the next
+claim makes fuller batches: load itself sets the batch size, and no timer does."""
+
+IDLE_CHECK_S = 1.0
+"""An idle lane that nothing woke looks into the queues again after this long."""
+
+BROKER_RETRY_S = 0.25
+
+
+class Lane:
+    """One worker's lane over one broker and its endpoints. Run it once."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        endpoints: Endpoints,
+        info: WorkerInfo,
+        events: TaskEvents,
+        watch: QueueWatch,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._endpoints = endpoints
+        self._info = info
+        self._events = events
+        self._watch = watch
+        self._planner = QueuePlanner(settings.queue_weights)
+        self._planner.add([keys.INTAKE])
+        self._catalogue = Catalogue(endpoints)
+        self._budget = ByteBudget(settings.inflight_max_bytes // 2)
+        self._held: dict[str, int] = {}
+        self._held_bytes = 0
+        self._batches: Counter[str] = Counter()
+        self._settler = Settler(store, self._let_go)
+        self._stopping = False
+        self._work: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Move tasks until `stop`; then finish what is held and return.
+
+        Raises:
+            ExceptionGroup: a background task failed; whatever was held is still in the in-flight hash.
+        """
+        async with asyncio.TaskGroup() as group:
+            background = [
+                group.create_task(self._endpoints.watch()),
+                group.create_task(self._catalogue.watch(self._watch.wake)),
+                group.create_task(self._settler.run()),
+                group.create_task(self._discover(group)),
+                group.create_task(self._watch.listen()),
+                group.create_task(self._events.run()),
+            ]
+            await self._claim_loop(group)
+            while self._work:
+                await asyncio.wait(self._work)
+            await self._settler.drain()
+            for task in background:
+                task.cancel()
+            self._watch.close()
+
+    def stop(self) -> None:
+        """Claim nothing more; `run` returns once everything held is settled."""
+        self._stopping = True
+        self._watch.wake()
+
+    # -- claiming -----------------------------------------------------------------------------------
+
+    async def _claim_loop(self, group: asyncio.TaskGroup) -> None:
+        adopt = True  # an earlier lane of this worker may have left claims
+        empty_rounds = 0
+        while not self._stopping:
+            if not self._endpoints.some_ready.is_set():
+                await self._watch.wait(IDLE_CHECK_S)
+                continue
+            self._watch.clear()
+            try:
+                if adopt:
+                    claimed = await self._store.adopt(set(self._held))
+                    adopt = False
+                else:
+                    claimed = await self._claim()
+            except (BrokerUnavailableError, LeaseLostError) as error:
+                # The reply of a claim may be lost: what it moved is found in the in-flight hash.
+                adopt = True
+                logger.warning("claim failed: %s", error, extra={"action": "claim_failed"})
+                await asyncio.sleep(BROKER_RETRY_S)
+                continue
+            if claimed:
+                empty_rounds = 0
+                for claim in claimed:
+                    self._hold(claim)
+                self._spawn(group, self._take_in(group, claimed))
+                # Let what was claimed get under way before more is claimed.
+                await asyncio.sleep(0)
+                continue
+            empty_rounds += 1
+            if empty_rounds >= self._planner.rounds:
+                empty_rounds = 0
+                await self._watch.wait(IDLE_CHECK_S)
+
+    async def _claim(self) -> list[Claimed]:
+        busy = {model for model, batches in self._batches.items() if batches >= BATCHES_A_MODEL}
+        room = min(self._settings.claim_max, self._settings.inflight_max - len(self._held))
+        plan = self._planner.plan(room, busy | self._catalogue.away)
+        room_bytes = self._settings.inflight_max_bytes // 2 - self._held_bytes
+        if room <= 0 or room_bytes <= 0 or not plan.lists:
+            return []
+        return await self._store.claim(plan.lists, plan.shares, room, room_bytes)
+
+    def _may_claim(self, queue: str) -> bool:
+        model, _ = keys.parse_queue(queue)
+        return model not in self._catalogue.away and self._batches[model] < BATCHES_A_MODEL
+
+    async def _discover(self, group: asyncio.TaskGroup) -> None:
+        """Find queues: the SDK names those it uses; a slow scan finds those of plain producers."""
+        cursor = 0
+        self._watch.add(keys.INTAKE, group, self._may_claim)
+        while True:
+            try:
+                queues = await self._store.known_queues()
+                cursor, found = await self._store.find_queues(cursor)
+            except BrokerUnavailableError:
+                queues, found = set(), set()
+            usable = {queue for queue in queues | found if queue.startswith(f"{keys.INTAKE}.")}
+            for queue in self._planner.add(usable | self._catalogue.queues):
+                self._watch.add(queue, group, self._may_claim)
+                self._watch.wake()
+            await asyncio.sleep(IDLE_CHECK_S)
+
+    def _spawn(self, group: asyncio.TaskGroup, work: Coroutine[None, None, None]) -> None:
+        task = group.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    def _hold(self, claim: Claimed) -> None:
+        self._held[claim.field] = len(claim.message)
+        self._held_bytes += len(claim.message)
+
+    def _let_go(self, fields: Sequence[str]) -> None:
+        for field in fields:
+            self._held_bytes -= self._held.pop(field, 0)
+        self._watch.wake()
+
+    # -- from message to micro-batch ----------------------------------------------------------------
+
+    async def _take_in(self, group: asyncio.TaskGroup, claimed: Sequence[Claimed]) -> None:
+        at_home: defaultdict[str, list[Request]] = defaultdict(list)
+        elsewhere: list[Request] = []
+        for claim in claimed:
+            request, error = self._read(claim)
+            if error is not None:
+                self._fail(request, error)
+            elif request.home_list != claim.list_key:
+                elsewhere.append(request)
+            else:
+                at_home[request.model].append(request)
+        if elsewhere:
+            await self._route(elsewhere)
+        for model, requests in at_home.items():
+            await self._dispatch_model(group, model, requests)
+
+    def _read(self, claim: Claimed) -> tuple[Request, SamphireError | None]:
+        try:
+            return read(claim, self._settings)
+        except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+            logger.exception("a message could not be read", extra={"action": "read_failed"})
+            return Request(claim), InvalidInputError(f"the message cannot be read: {error!r}")
+
+    async def _route(self, requests: Sequence[Request]) -> None:
+        moves = []
+        for request in requests:
+            queue, _ = keys.split_list(request.home_list)
+            moves.append((request.claim.field, queue, request.home_list))
+            self._planner.add([queue])
+        await self._persist(lambda: self._store.route(moves))
+        self._let_go([request.claim.field for request in requests])
+
+    async def _release(self, requests: Sequence[Request]) -> None:
+        fields = [request.claim.field for request in requests]
+        await self._persist(lambda: self._store.release(fields))
+        self._let_go(fields)
+
+    async def _persist(self, action: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a call of the store, one that may be repeated, until the broker has answered."""
+        while True:
+            try:
+                return await action()
+            except (BrokerUnavailableError, BrokerMemoryFullError) as error:
+                logger.warning("the broker is away: %s", error, extra={"action": "broker_away"})
+                await asyncio.sleep(BROKER_RETRY_S)
+
+    async def _dispatch_model(self, group: asyncio.TaskGroup, model: str, requests: list[Request]) -> None:
+        try:
+            signature = await self._catalogue.signature(model)
+        except EndpointUnavailableError as error:
+            logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
+            await self._release(requests)
+            return
+        except SamphireError as error:
+            for request in requests:
+                self._fail(request, error)
+            return
+        valid: list[Request] = []
+        for request in requests:
+            try:
+                try:
+                    check(request, signature, self._settings)
+                except UnknownModelError:  # a version that was loaded a moment ago
+                    signature = await self._catalogue.signature(model, fresh=True)
+                    check(request, signature, self._settings)
+            except SamphireError as error:
+                self._fail(request, error)
+            else:
+                valid.append(request)
+        for batch in batching.group(valid, signature):
+            self._batches[model] += 1
+            self._spawn(group, self._run_batch(model, batch))
+
+    # -- from micro-batch to settlement -------------------------------------------------------------
+
+    async def _run_batch(self, model: str, batch: list[Request]) -> None:
+        nbytes = sum(request.nbytes for request in batch)
+        try:
+            async with self._budget.hold(nbytes):
+                loaded = await self._load(batch)
+                started = await self._start(loaded)
+                await self._infer(model, started)
+        finally:
+            self._batches[model] -= 1
+            self._watch.wake()
+
+    async def _load(self, batch: Sequence[Request]) -> list[Request]:
+        loaded: list[Request] = []
+        for request in batch:
+            try:
+                await self._persist(lambda r=request: load(r, self._store))
+            except SamphireError as error:
+                self._fail(request, error)
+            else:
+                loaded.append(request)
+        return loaded
+
+    async def _start(self, batch: Sequence[Request]) -> list[Request]:
+        if not batch:
+            return []
+        marks = [(request.claim.field, request.task_id) for request in batch]
+        verdicts = await self._persist(lambda: self._store.start(marks, self._info))
+        started: list[Request] = []
+        dropped: list[str] = []
+        for request, verdict in zip(batch, verdicts, strict=True):
+            if verdict < 0:
+                # Not ours any more, or a duplicate of a task that has ended: there is nothing to write.
+                logger.info("task %s dropped (%d)", request.task_id, verdict, extra={"action": "dropped"})
+                dropped.append(request.claim.field)
+                continue
+            request.attempts = verdict
+            if verdict >= self._settings.max_attempts:
+                self._fail(request, WorkerCrashError(f"{verdict} workers were lost with this task started"))
+                continue
+            self._events.started(request)
+            started.append(request)
+        self._let_go(dropped)
+        return started
+
+    async def _infer(self, model: str, batch: list[Request]) -> None:
+        suspects = [request for request in batch if request.attempts]
+        if suspects and len(batch) > 1:
+            # A worker was lost with them: they run alone, so their neighbours are safe.
+            calm = [request for request in batch if not request.attempts]
+            for part in ([calm] if calm else []) + [[suspect] for suspect in suspects]:
+                await self._infer(model, part)
+            return
+        if not batch:
+            return
+        began = time.monotonic()
+        try:
+            answers = await self._ask(model, batch)
+        except EndpointUnavailableError as error:
+            self._catalogue.forget(model)
+            logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
+            await self._release(batch)
+            return
+        except SamphireError as error:
+            if len(batch) == 1:
+                self._fail(batch[0], error)
+                return
+            middle = len(batch) // 2  # somebody's content: find out whose
+            await self._infer(model, batch[:middle])
+            await self._infer(model, batch[middle:])
+            return
+        runtime_s = time.monotonic() - began
+        for request, outputs in zip(batch, answers, strict=True):
+            await self._succeed(request, outputs, runtime_s)
+
+    async def _ask(self, model: str, batch: list[Request]) -> list[list[outcome.Tensor]]:
+        infer = batch[0].request
+        parameters = {name: value for name, value in infer.parameters.items() if name != "micro_batch"}
+        endpoint = self._endpoints.pick()
+        try:
+            outputs = await endpoint.infer(
+                model,
+                batch[0].version,
+                batching.merge(batch),
+                [output.name for output in infer.outputs],
+                parameters,
+                self._settings.triton_timeout_s,
+            )
+        except EndpointUnavailableError:
+            if not await endpoint.is_ready():
+                self._endpoints.mark_away(endpoint)
+            raise
+        except UnknownModelError as error:
+            # It was known a moment ago: unloaded, or retired, under way.
+            raise EndpointUnavailableError(str(error)) from error
+        except SamphireError:
+            raise
+        except Exception as error:
+            logger.exception("a micro-batch failed", extra={"action": "batch_failed"})
+            raise ModelFaultError(f"the request could not be sent: {error!r}") from error
+        return batching.split(batch, outputs)
+
+    async def _succeed(self, request: Request, outputs: list[outcome.Tensor], runtime_s: float) -> None:
+        settlement = await self._persist(
+            lambda: outcome.success(request, outputs, self._store, self._settings)
+        )
+        request.tensors = []
+        self._settler.add(settlement)
+        self._events.succeeded(request, runtime_s)
+
+    def _fail(self, request: Request, error: SamphireError) -> None:
+        logger.info(
+            "task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"}
+        )
+        self._settler.add(outcome.failure(request, error))
+        self._events.failed(request, error)
+
+

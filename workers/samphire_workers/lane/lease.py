@@ -1,0 +1,82 @@
+"""Who lives: this worker's heartbeat, and the return of what lost workers held."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from samphire import keys
+from samphire.connection import connect
+from samphire.errors import BrokerUnavailableError, SamphireError
+from samphire_broker.settings import Settings
+from samphire_broker.store import Store, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+BEATS_A_LEASE = 5
+REAP_INTERVAL_S = 0.75
+RETRY_S = 0.25
+
+
+async def keep_lease(store: Store, settings: Settings, info: WorkerInfo, registered: asyncio.Event) -> None:
+    """Beat for ever, on the connection whose name tells the others that this worker lives."""
+    while True:
+        client = connect(settings.broker_url, name=keys.CONNECTION_PREFIX + info.id, single=True)
+        try:
+            async with client:
+                while True:
+                    await store.beat(info, client)
+                    registered.set()
+                    await asyncio.sleep(settings.lease_s / BEATS_A_LEASE)
+        except SamphireError as error:
+            logger.warning("heartbeat failed: %s", error, extra={"action": "beat_failed"})
+        except OSError as error:
+            logger.warning("heartbeat failed: %s", error, extra={"action": "beat_failed"})
+        await asyncio.sleep(RETRY_S)
+
+
+async def reap_others(store: Store, settings: Settings) -> None:
+    """Return the in-flight messages of lost workers to their queues, for ever.
+
+    A worker is lost when its lease has lapsed, or when its named connection was missing at two looks in
+    a row and its lease has not beaten in between. Within one lease of a broker restart connections tell
+    nothing, since all of them are gone.
+    """
+    missing: dict[str, int] = {}
+    while True:
+        await asyncio.sleep(REAP_INTERVAL_S)
+        try:
+            others = await store.others()
+            lapsed = [worker_id for worker_id, beat in others.items() if beat is None]
+            gone: dict[str, int] = {}
+            if len(lapsed) < len(others) and await store.uptime_s() > settings.lease_s:
+                connected = await store.connected()
+                gone = {
+                    worker_id: beat
+                    for worker_id, beat in others.items()
+                    if beat is not None and worker_id not in connected
+                }
+            for worker_id in lapsed:
+                await _reap(store, worker_id, None)
+            for worker_id, beat in gone.items():
+                if missing.get(worker_id) == beat:
+                    await _reap(store, worker_id, beat)
+            missing = gone
+        except BrokerUnavailableError:
+            missing = {}
+
+
+async def _reap(store: Store, worker_id: str, last_beat: int | None) -> None:
+    left = 1
+    while left:
+        moved, started, left = await store.reap(worker_id, last_beat)
+        if moved < 0:
+            return  # it beats again
+        if moved or not left:
+            logger.warning(
+                "worker %s is lost: %d messages returned, of them %d started",
+                worker_id,
+                moved,
+                started,
+                extra={"action": "reaped"},
+            )

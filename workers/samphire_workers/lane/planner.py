@@ -1,0 +1,71 @@
+"""Whose turn it is: weighted round robin over models, then tenants, then priorities."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from samphire import keys
+
+PRIORITY_WEIGHTS = {0: 8, 3: 4, 6: 2, 9: 1}
+"""Parts of a queue's share that each kombu priority step gets first; what one leaves, the next takes."""
+
+QUEUES_A_PLAN = 64
+"""Most queues that one claim looks into; with more, the claims take turns."""
+
+
+class Plan(NamedTuple):
+    """Lists in the order of service, and how many messages each may give before the first gives more."""
+
+    lists: list[str]
+    shares: list[int]
+
+
+class QueuePlanner:
+    """Divides each claim among the queues that the worker serves."""
+
+    def __init__(self, weights: Mapping[str, int]) -> None:
+        self._weights = weights
+        self._queues: list[str] = []
+        self._turn = 0
+
+    @property
+    def queues(self) -> list[str]:
+        """The queues that are served, sorted."""
+        return self._queues
+
+    @property
+    def rounds(self) -> int:
+        """Claims that it takes to look into every queue once."""
+        return max(1, -(-len(self._queues) // QUEUES_A_PLAN))
+
+    def add(self, queues: Collection[str]) -> list[str]:
+        """Serve these queues too; returns those that are new."""
+        new = sorted(set(queues) - set(self._queues))
+        if new:
+            self._queues = sorted([*self._queues, *new])
+        return new
+
+    def plan(self, messages: int, skip_models: Collection[str]) -> Plan:
+        """Divide a claim of `messages`; the next call begins with the next queue."""
+        usable = [queue for queue in self._queues if keys.parse_queue(queue)[0] not in skip_models]
+        if not usable:
+            return Plan([], [])
+        start = self._turn % len(usable)
+        self._turn += min(len(usable), QUEUES_A_PLAN) if len(usable) > QUEUES_A_PLAN else 1
+        turn = (usable[start:] + usable[:start])[:QUEUES_A_PLAN]
+        tenants: dict[str, int] = {}
+        for queue in turn:
+            model = keys.parse_queue(queue)[0]
+            tenants[model] = tenants.get(model, 0) + 1
+        total = sum(self._weights.get(model, 1) for model in tenants)
+        lists: list[str] = []
+        shares: list[int] = []
+        for priority in keys.PRIORITY_STEPS:
+            part = PRIORITY_WEIGHTS[priority] / sum(PRIORITY_WEIGHTS.values())
+            for queue in turn:
+                model = keys.parse_queue(queue)[0]
+                share = messages * self._weights.get(model, 1) / total / tenants[model]
+                lists.append(keys.queue_list(queue, priority))
+                shares.append(max(1, int(share * part)))
+        return Plan(lists, shares)

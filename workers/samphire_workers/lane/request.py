@@ -1,0 +1,234 @@
+"""A claimed message read, checked and loaded: from bytes on a queue to tensors for Triton."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import hashlib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+
+from samphire import keys
+from samphire.contract import (
+    CONTRACT_VERSION,
+    INFER_TASK,
+    Body,
+    Envelope,
+    InferRequest,
+    InputTensor,
+    Ref,
+    check_model_name,
+    check_tenant,
+)
+from samphire.envelope import decode_body, decode_envelope
+from samphire.errors import InvalidInputError, PayloadTooLargeError
+from samphire.tensors import ITEM_SIZES, check_bytes, check_shape, element_count, values_to_bytes
+from samphire.validation import ModelSignature, check_request_size
+from samphire_broker.settings import Settings
+from samphire_broker.store import Claimed, Store
+
+HASH_IN_THREAD_BYTES = 256 * 2**10
+"""Above this, hashing leaves the event loop: hashlib releases the interpreter's lock."""
+
+_STREAM = re.compile(re.escape(keys.STREAM_PREFIX) + r"[A-Za-z0-9-]{1,64}")
+_ID_IN_TAIL = re.compile(rb'"correlation_id": ?"([^"\\]{1,255})"')
+_STREAM_IN_TAIL = re.compile(rb'"samphire_stream": ?"([^"\\]{1,80})"')
+_SOLO_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
+_decode_json = msgspec.json.Decoder().decode
+_encode_json = msgspec.json.Encoder(order="deterministic").encode
+
+
+@dataclass(slots=True)
+class Request:
+    """One task on its way through the lane."""
+
+    claim: Claimed
+    task_id: str = ""
+    stream: str = ""
+    """Event stream of the client that waits; empty for a plain Celery producer."""
+    envelope: Envelope | None = None
+    infer: InferRequest | None = None
+    version: str = ""
+    """Version number that the request was resolved to."""
+    rows: int = 0
+    nbytes: int = 0
+    """Bytes that the tensors will take once they are loaded."""
+    json_values: bool = False
+    """The inputs came as JSON values, so the outputs go back as such."""
+    attempts: int = 0
+    """Workers that were lost with this task started."""
+    tensors: list[bytes] = field(default_factory=list)
+
+    @property
+    def request(self) -> InferRequest:
+        """The decoded request; only to be used once `read` has returned."""
+        assert self.infer is not None
+        return self.infer
+
+    @property
+    def model(self) -> str:
+        """Name of the model, as far as it is known."""
+        if self.infer is not None:
+            return self.infer.model_name
+        return keys.parse_queue(keys.split_list(self.claim.list_key)[0])[0]
+
+    @property
+    def home_list(self) -> str:
+        """Key of the list that this task belongs to."""
+        priority = keys.split_list(self.claim.list_key)[1]
+        return keys.queue_list(keys.queue_name(self.request.model_name, self.request.tenant), priority)
+
+
+def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError | None]:
+    """Decode a message as far as it can be; the error, if any, is what makes it a dead letter."""
+    request = Request(claim)
+    if claim.size > settings.max_message_bytes:
+        found = _ID_IN_TAIL.search(claim.message)
+        stream = _STREAM_IN_TAIL.search(claim.message)
+        request.task_id = found.group(1).decode(errors="replace") if found else ""
+        request.stream = _checked_stream(stream.group(1).decode(errors="replace")) if stream else ""
+        return request, PayloadTooLargeError(
+            f"expected a message of at most {settings.max_message_bytes} bytes, given {claim.size}: "
+            "send large tensors as claim checks (ref)"
+        )
+    try:
+        envelope = decode_envelope(claim.message)
+        request.envelope = envelope
+        if not 1 <= len(envelope.headers.id) <= 255:
+            raise InvalidInputError(f"expected a task id of 1 to 255 characters, given {envelope.headers.id[:300]!r}")
+        request.task_id = envelope.headers.id
+        request.stream = _checked_stream(envelope.headers.samphire_stream)
+        if envelope.headers.task != INFER_TASK:
+            raise InvalidInputError(
+                f"expected the task {INFER_TASK} on an inference queue, given {envelope.headers.task[:200]!r}"
+            )
+        body = decode_body(envelope, settings.max_message_bytes)
+        _check_supported(envelope, body)
+        infer = body[1]
+        if infer.contract != CONTRACT_VERSION:
+            raise InvalidInputError(f"expected contract version {CONTRACT_VERSION}, given {infer.contract}")
+        check_model_name(infer.model_name)
+        check_tenant(infer.tenant)
+        request.infer = infer
+    except InvalidInputError as error:
+        return request, error
+    return request, None
+
+
+def _checked_stream(stream: str) -> str:
+    # The header names a key that the settlement writes to: anything but a client's stream is ignored.
+    return stream if _STREAM.fullmatch(stream) else ""
+
+
+def _check_supported(envelope: Envelope, body: Body) -> None:
+    args, _, canvas = body
+    if args:
+        raise InvalidInputError(f"expected keyword arguments only, given {len(args)} positional")
+    if canvas.callbacks or canvas.errbacks or canvas.chain or canvas.chord:
+        raise InvalidInputError("link, chain and chord are not supported on inference queues yet")
+    if envelope.headers.eta or envelope.headers.expires:
+        raise InvalidInputError("eta, countdown and expires are not supported on inference queues yet")
+
+
+def check(request: Request, signature: ModelSignature, settings: Settings) -> None:
+    """Check a request against its model and compute what it will take.
+
+    Raises:
+        InvalidInputError: it does not fit the model, or its parts contradict each other.
+    """
+    infer = request.request
+    request.rows = signature.check(infer)
+    request.version = signature.resolve(infer.model_version)
+    sizes = [(tensor.name, _size(tensor)) for tensor in infer.inputs]
+    check_request_size(sizes, settings.max_request_bytes)
+    request.nbytes = sum(size for _, size in sizes)
+    request.json_values = any(tensor.data is not UNSET for tensor in infer.inputs)
+
+
+def _size(tensor: InputTensor) -> int:
+    sources = [source for source in (tensor.data, tensor.raw, tensor.ref) if source is not UNSET]
+    if len(sources) != 1:
+        raise InvalidInputError(
+            f"input {tensor.name!r}: expected exactly one of data, raw and ref, given {len(sources)}"
+        )
+    if isinstance(tensor.ref, Ref):
+        if not tensor.ref.key.startswith((keys.BLOB_PREFIX, keys.RESULT_BLOB_PREFIX)):
+            raise InvalidInputError(
+                f"input {tensor.name!r}: expected a ref to a key {keys.BLOB_PREFIX}…, given {tensor.ref.key[:200]!r}"
+            )
+        if tensor.ref.size < 0:
+            raise InvalidInputError(f"input {tensor.name!r}: expected a size of at least 0, given {tensor.ref.size}")
+        return tensor.ref.size
+    claimed = element_count(tensor.shape) * ITEM_SIZES.get(tensor.datatype, 0)
+    text = len(tensor.raw) if isinstance(tensor.raw, str) else len(bytes(tensor.data))  # type: ignore[arg-type]
+    if claimed > 8 * max(text, 1):  # even "0," in JSON gives 8 bytes; more is a shape that lies
+        raise InvalidInputError(
+            f"input {tensor.name!r}: shape {tensor.shape} of {tensor.datatype} takes {claimed} bytes, "
+            f"given {text} characters"
+        )
+    return max(claimed, text)
+
+
+async def load(request: Request, store: Store) -> None:
+    """Bring a request's tensors into memory, as bytes in the order of its inputs.
+
+    Raises:
+        InvalidInputError: bytes that do not fit the shape, or a claim check that is gone or altered.
+    """
+    request.tensors = []
+    for tensor in request.request.inputs:
+        if isinstance(tensor.raw, str):
+            try:
+                data = binascii.a2b_base64(tensor.raw, strict_mode=True)
+            except (binascii.Error, ValueError) as error:
+                raise InvalidInputError(f"input {tensor.name!r}: raw is not base64: {error}") from error
+        elif isinstance(tensor.ref, Ref):
+            data = await _redeem(tensor.name, tensor.ref, store)
+        else:
+            values: Any = _decode_json(tensor.data)  # type: ignore[arg-type]
+            data = values_to_bytes(tensor.name, tensor.datatype, tensor.shape, values)
+        check_bytes(tensor.name, tensor.datatype, tensor.shape, data)
+        request.tensors.append(data)
+
+
+async def sha256_hex(data: bytes) -> str:
+    """SHA-256 of `data`; of large data in a thread."""
+    if len(data) < HASH_IN_THREAD_BYTES:
+        return hashlib.sha256(data).hexdigest()
+    return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+
+
+async def _redeem(name: str, ref: Ref, store: Store) -> bytes:
+    data = await store.read_blob(ref.key, ref.size)
+    if data is None:
+        raise InvalidInputError(f"input {name!r}: the claim check {ref.key!r} has expired or never was")
+    if len(data) != ref.size:
+        raise InvalidInputError(f"input {name!r}: expected {ref.size} bytes behind {ref.key!r}, found {len(data)}")
+    digest = await sha256_hex(data)
+    if digest != ref.sha256.lower():
+        raise InvalidInputError(
+            f"input {name!r}: the bytes behind {ref.key!r} have sha256 {digest}, the request says {ref.sha256[:64]}"
+        )
+    return data
+
+
+def batch_key(request: Request, signature: ModelSignature) -> object:
+    """What requests must have in common to share a micro-batch; a unique object where none may."""
+    infer = request.request
+    if (
+        not signature.max_batch_size
+        or request.attempts
+        or infer.parameters.get("micro_batch") is False
+        or any(name in infer.parameters for name in _SOLO_PARAMETERS)
+    ):
+        return object()
+    return (
+        request.version,
+        tuple((t.name, t.datatype, *t.shape[1:]) for t in infer.inputs),
+        tuple(output.name for output in infer.outputs),
+        _encode_json(infer.parameters) if infer.parameters else b"",
+    )

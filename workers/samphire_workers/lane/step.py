@@ -1,0 +1,111 @@
+"""The lane as a bootstep of a real Celery worker: one thread with one event loop.
+
+It is a *worker* step. A consumer step is stopped and started again with every reconnect of the stock
+consumer, which the lane does not depend on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import uuid
+from typing import Any
+
+from celery import bootsteps
+
+from samphire.connection import connect
+from samphire_broker.settings import Settings
+from samphire_broker.store import Store, WorkerInfo
+from samphire_workers.lane.events import CeleryEvents
+from samphire_workers.lane.lane import Lane
+from samphire_workers.lane.lease import keep_lease, reap_others
+from samphire_workers.lane.wake import QueueWatch
+from samphire_workers.triton import Endpoints
+
+logger = logging.getLogger(__name__)
+
+RESTART_MIN_S = 0.5
+RESTART_MAX_S = 15.0
+STOP_TIMEOUT_S = 60.0
+
+
+class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Starts the lane's thread with the worker, and stops it warm."""
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self._settings = Settings()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._lane: Lane | None = None
+        self._stopping = False
+
+    def start(self, parent: Any) -> None:
+        """Start the thread."""
+        self._info = WorkerInfo(id=uuid.uuid4().hex, hostname=parent.hostname, pid=os.getpid())
+        self._app = parent.app
+        self._thread = threading.Thread(target=self._run, name="samphire-lane", daemon=True)
+        self._thread.start()
+
+    def stop(self, parent: Any) -> None:
+        """Claim nothing more, finish what is held, end the thread."""
+        self._stopping = True
+        loop, thread = self._loop, self._thread
+        if loop is None or thread is None:
+            return
+        loop.call_soon_threadsafe(self._stop_lane)
+        thread.join(STOP_TIMEOUT_S)
+        if thread.is_alive():
+            logger.error("the lane did not end in %.0f s; its tasks will be reaped", STOP_TIMEOUT_S)
+
+    terminate = stop
+
+    def _stop_lane(self) -> None:
+        if self._lane is not None:
+            self._lane.stop()
+
+    def _run(self) -> None:
+        with asyncio.Runner() as runner:
+            self._loop = runner.get_loop()
+            try:
+                runner.run(self._serve())
+            except BaseException:
+                # Nobody would notice a dead thread in a live worker: end it, so its supervisor restarts it.
+                logger.critical("the lane has ended; the worker ends too", exc_info=True)
+                os._exit(70)
+
+    async def _serve(self) -> None:
+        settings, info = self._settings, self._info
+        async with connect(settings.broker_url) as client:
+            store = Store(client, info.id, settings)
+            async with asyncio.TaskGroup() as group:
+                registered = asyncio.Event()
+                vital = [
+                    group.create_task(keep_lease(store, settings, info, registered)),
+                    group.create_task(reap_others(store, settings)),
+                ]
+                await registered.wait()
+                await self._keep_lane_running(store)
+                for task in vital:
+                    task.cancel()
+            await store.leave()
+
+    async def _keep_lane_running(self, store: Store) -> None:
+        delay_s = RESTART_MIN_S
+        while not self._stopping:
+            endpoints = Endpoints(self._settings.triton_urls)
+            events = CeleryEvents(self._app, self._info.hostname, self._settings.events_per_s)
+            watch = QueueWatch(self._settings.broker_url)
+            self._lane = Lane(self._settings, store, endpoints, self._info, events, watch)
+            try:
+                await self._lane.run()
+                delay_s = RESTART_MIN_S
+            except ExceptionGroup:
+                logger.exception("the lane failed; it starts again in %.1f s", delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, RESTART_MAX_S)
+            finally:
+                watch.close()
+                await endpoints.close()

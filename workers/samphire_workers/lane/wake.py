@@ -1,0 +1,94 @@
+"""Waking an idle lane: blocking instead of polling.
+
+The SDK publishes when a queue was empty. Plain producers do not, so one connection a queue blocks in
+`BLMOVE q q RIGHT RIGHT`: moving a list's last message onto the same place is a blocking peek that takes
+nothing. A slow look into the queues covers what neither sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from redis.exceptions import RedisError
+
+from samphire import keys
+from samphire.connection import connect
+
+logger = logging.getLogger(__name__)
+
+BLOCK_S = 5.0
+WATCHED_QUEUES = 16
+"""Queues that a blocking connection is spent on; of the others the slow look takes care."""
+
+RETRY_S = 0.5
+
+
+class QueueWatch:
+    """One event that says: there may be something to do."""
+
+    def __init__(self, broker_url: str) -> None:
+        self._url = broker_url
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._watched: set[str] = set()
+        self._closed = False
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
+    def clear(self) -> None:
+        """Forget earlier wake-ups: to be called before looking, so that none is lost."""
+        self._wake.clear()
+
+    def close(self) -> None:
+        """End the background tasks; redis-py may swallow a cancellation, so they also look at this."""
+        self._closed = True
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when woken, or after `timeout_s`."""
+        self._idle.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+        self._idle.clear()
+
+    async def listen(self) -> None:
+        """Wake on the SDK's channel, until closed."""
+        while not self._closed:
+            try:
+                async with connect(self._url) as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe(keys.WAKE_CHANNEL)
+                    self.wake()  # whatever was published before is found in the queues
+                    while not self._closed:
+                        if await pubsub.get_message(timeout=BLOCK_S):
+                            self.wake()
+            except (RedisError, OSError):
+                await asyncio.sleep(RETRY_S)
+
+    def add(self, queue: str, group: asyncio.TaskGroup, may_claim: Callable[[str], bool]) -> None:
+        """Watch a queue of plain producers, while there are connections to spare.
+
+        While `may_claim` says no, a message in the queue is nothing to wake for.
+        """
+        if queue not in self._watched and len(self._watched) < WATCHED_QUEUES:
+            self._watched.add(queue)
+            group.create_task(self._peek(queue, may_claim))
+
+    async def _peek(self, queue: str, may_claim: Callable[[str], bool]) -> None:
+        while not self._closed:
+            try:
+                async with connect(self._url, single=True) as client:
+                    while not self._closed:
+                        await self._idle.wait()
+                        if not may_claim(queue):
+                            await asyncio.sleep(RETRY_S)
+                            continue
+                        if await client.blmove(queue, queue, BLOCK_S, "RIGHT", "RIGHT") is not None:
+                            self._idle.clear()
+                            self.wake()
+            except (RedisError, OSError):
+                await asyncio.sleep(RETRY_S)

@@ -1,0 +1,253 @@
+"""The Triton adapter: gRPC to one endpoint or several, its errors in Samphire's words.
+
+Source: the GRPCInferenceService of the Open Inference Protocol with Triton's extensions, as generated in
+`tritonclient.grpc.service_pb2`. Requests are built on that level because a lane already holds a tensor's
+bytes and needs no numpy in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+from samphire.errors import (
+    EndpointTimeoutError,
+    EndpointUnavailableError,
+    InvalidInputError,
+    ModelFaultError,
+    PayloadTooLargeError,
+    SamphireError,
+    UnknownModelError,
+)
+from samphire.validation import ModelSignature, TensorSpec
+
+logger = logging.getLogger(__name__)
+
+CONTROL_TIMEOUT_S = 5.0
+PROBE_INTERVAL_S = 0.5
+_UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+_ERRORS: Mapping[grpc.StatusCode, type[SamphireError]] = {
+    grpc.StatusCode.OK: ModelFaultError,
+    grpc.StatusCode.CANCELLED: EndpointUnavailableError,
+    grpc.StatusCode.UNKNOWN: ModelFaultError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: EndpointTimeoutError,
+    grpc.StatusCode.NOT_FOUND: UnknownModelError,
+    grpc.StatusCode.ALREADY_EXISTS: ModelFaultError,
+    grpc.StatusCode.PERMISSION_DENIED: EndpointUnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: EndpointUnavailableError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: PayloadTooLargeError,
+    grpc.StatusCode.FAILED_PRECONDITION: ModelFaultError,
+    grpc.StatusCode.ABORTED: EndpointUnavailableError,
+    grpc.StatusCode.UNIMPLEMENTED: InvalidInputError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidInputError,
+    grpc.StatusCode.INTERNAL: ModelFaultError,
+    grpc.StatusCode.UNAVAILABLE: EndpointUnavailableError,
+    grpc.StatusCode.DATA_LOSS: ModelFaultError,
+}
+
+
+def translate(code: grpc.StatusCode, details: str) -> SamphireError:
+    """Return the Samphire error for a gRPC status and Triton's message.
+
+    Triton's status alone does not tell: UNAVAILABLE is also its queue's timeout, and INTERNAL is also a
+    Python stub that died.
+    """
+    if code is grpc.StatusCode.UNAVAILABLE and "timeout expired" in details:
+        return EndpointTimeoutError(details)
+    if code is grpc.StatusCode.INTERNAL and "is not healthy" in details:
+        return EndpointUnavailableError(details)
+    return _ERRORS[code](details or code.name)
+
+
+class Tensor(NamedTuple):
+    """A tensor's bytes: row-major little-endian, BYTES with length prefixes."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: bytes
+
+
+def set_parameters(target: Any, parameters: Mapping[str, object]) -> None:
+    """Put OIP parameters (bool, int, float, str) into a protobuf map of InferParameter.
+
+    Raises:
+        InvalidInputError: a value of another type, or an integer over 64 bits.
+    """
+    for name, value in parameters.items():
+        try:
+            if isinstance(value, bool):
+                target[name].bool_param = value
+            elif isinstance(value, int):
+                target[name].int64_param = value
+            elif isinstance(value, float):
+                target[name].double_param = value
+            elif isinstance(value, str):
+                target[name].string_param = value
+            else:
+                raise InvalidInputError(
+                    f"parameter {name!r}: expected a boolean, number or string, given {type(value).__name__}"
+                )
+        except ValueError as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise InvalidInputError(f"parameter {name!r}: {error}") from error
+
+
+class Endpoint:
+    """One Triton, reached by gRPC.
+
+    Every method raises the translation of the gRPC error that it met (see `translate`).
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._channel = grpc.aio.insecure_channel(url, options=_UNLIMITED)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+    async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
+        try:
+            return await getattr(self._stub, method)(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise translate(error.code(), error.details() or "") from error
+
+    async def is_ready(self) -> bool:
+        """Whether the server answers and is ready."""
+        try:
+            answer = await self._call("ServerReady", service_pb2.ServerReadyRequest(), CONTROL_TIMEOUT_S)
+        except SamphireError:
+            return False
+        return bool(answer.ready)
+
+    async def signature(self, model: str) -> ModelSignature:
+        """What a model takes and returns.
+
+        Raises:
+            UnknownModelError: the server's repository has no such model.
+            EndpointUnavailableError: the model is there and not ready, or the server is away.
+        """
+        try:
+            metadata = await self._call(
+                "ModelMetadata", service_pb2.ModelMetadataRequest(name=model), CONTROL_TIMEOUT_S
+            )
+            answer = await self._call("ModelConfig", service_pb2.ModelConfigRequest(name=model), CONTROL_TIMEOUT_S)
+        except (UnknownModelError, InvalidInputError) as error:
+            if model in await self.models():
+                raise EndpointUnavailableError(f"model {model!r} is not ready on {self.url}: {error}") from error
+            raise UnknownModelError(f"no model {model!r} on {self.url}: {error}") from error
+        config = answer.config
+        return ModelSignature(
+            name=model,
+            versions=tuple(sorted(metadata.versions, key=int)),
+            inputs={tensor.name: _spec(tensor, optional=tensor.optional) for tensor in config.input},
+            outputs=frozenset(tensor.name for tensor in config.output),
+            max_batch_size=config.max_batch_size,
+            decoupled=config.model_transaction_policy.decoupled,
+        )
+
+    async def models(self) -> set[str]:
+        """Names of the models in the server's repository, ready or not; none if that is not to be known."""
+        try:
+            index = await self._call("RepositoryIndex", service_pb2.RepositoryIndexRequest(), CONTROL_TIMEOUT_S)
+        except EndpointUnavailableError as error:
+            if "restricted" not in str(error):
+                raise
+            return set()
+        except SamphireError:  # the control API is closed to us
+            return set()
+        return {entry.name for entry in index.models}
+
+    async def infer(
+        self,
+        model: str,
+        version: str,
+        tensors: Sequence[Tensor],
+        outputs: Iterable[str],
+        parameters: Mapping[str, object],
+        timeout_s: float,
+    ) -> list[Tensor]:
+        """Run one request and return its outputs, in the model's order."""
+        request = service_pb2.ModelInferRequest(model_name=model, model_version=version)
+        for tensor in tensors:
+            request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+            request.raw_input_contents.append(tensor.data)
+        for name in outputs:
+            request.outputs.add(name=name)
+        if parameters:
+            set_parameters(request.parameters, parameters)
+        answer = await self._call("ModelInfer", request, timeout_s)
+        if len(answer.raw_output_contents) != len(answer.outputs):
+            raise ModelFaultError(
+                f"model {model!r} answered {len(answer.outputs)} outputs with the bytes of "
+                f"{len(answer.raw_output_contents)}"
+            )
+        return [
+            Tensor(output.name, output.datatype, list(output.shape), data)
+            for output, data in zip(answer.outputs, answer.raw_output_contents, strict=True)
+        ]
+
+
+def _spec(tensor: Any, *, optional: bool) -> TensorSpec:
+    name = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
+    datatype = "BYTES" if name == "STRING" else name
+    return TensorSpec(tensor.name, datatype, tuple(tensor.dims), optional)
+
+
+class Endpoints:
+    """The endpoints of a worker: which answer, and whose turn it is."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self._all = [Endpoint(url) for url in urls]
+        self._ready: list[Endpoint] = []
+        self._turn = 0
+        self.some_ready = asyncio.Event()
+
+    async def watch(self) -> None:
+        """Keep track of which endpoints are ready, for ever."""
+        while True:
+            for endpoint in self._all:
+                ready = await endpoint.is_ready()
+                if ready and endpoint not in self._ready:
+                    logger.info("endpoint %s is ready", endpoint.url, extra={"action": "endpoint_ready"})
+                    self._ready.append(endpoint)
+                elif not ready:
+                    self.mark_away(endpoint)
+            if self._ready:
+                self.some_ready.set()
+            await asyncio.sleep(PROBE_INTERVAL_S)
+
+    def mark_away(self, endpoint: Endpoint) -> None:
+        """Send nothing to this endpoint until it has answered a probe again."""
+        if endpoint in self._ready:
+            logger.warning("endpoint %s is away", endpoint.url, extra={"action": "endpoint_away"})
+            self._ready.remove(endpoint)
+        if not self._ready:
+            self.some_ready.clear()
+
+    def pick(self) -> Endpoint:
+        """The next ready endpoint, in turn.
+
+        Raises:
+            EndpointUnavailableError: none is ready.
+        """
+        if not self._ready:
+            raise EndpointUnavailableError(f"no endpoint of {', '.join(e.url for e in self._all)} is ready")
+        self._turn += 1
+        return self._ready[self._turn % len(self._ready)]
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for endpoint in self._all:
+            await endpoint.close()
