@@ -171,8 +171,7 @@ class Store:
 
     async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int]:
         """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
-        args: list[Any] = [keys.META_PREFIX, keys.TASK_PREFIX, self._settings.result_ttl_s]
-        args += [info.hostname, info.pid]
+        args: list[Any] = [keys.META_PREFIX, keys.TASK_PREFIX, info.hostname, info.pid]
         for task in tasks:
             args += task
         verdicts: list[int] = await self._run("start", [self._inflight, self._started], args)

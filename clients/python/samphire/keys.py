@@ -13,10 +13,11 @@ Written by producers (an ACL can hold them to these):
 Written by workers only:
 
     celery-task-meta-<id>        STRING  state and result, JSON as Celery's; a CHANNEL of the same name gets
-                                         the terminal one; expires
+                                         the terminal one, which expires
     task:<id>                    HASH    attempts: workers lost with this task started; expires
     result:blob:<id>:<n>         STRING  claim check of an output; expires
-    events:<client>              STREAM  terminal events of one client's tasks: id, state; trimmed, expires
+    events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
+                                         and the ids that reached it, separated by spaces; trimmed, expires
     workers                      SET     ids of the workers whose in-flight hash may hold something
     worker:<wid>                 STRING  lease: a counter that each heartbeat raises; expires with the lease
     worker:<wid>:info            STRING  host name, process id; expires with the lease

@@ -13,6 +13,7 @@ import threading
 import uuid
 from typing import Any
 
+import uvloop
 from celery import bootsteps
 
 from samphire.connection import connect
@@ -67,7 +68,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._lane.stop()
 
     def _run(self) -> None:
-        with asyncio.Runner() as runner:
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
             self._loop = runner.get_loop()
             try:
                 runner.run(self._serve())

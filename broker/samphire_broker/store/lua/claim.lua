@@ -4,28 +4,38 @@
 --       4 number of the first claim   5.. how many each list gives before the first gives more
 -- Returns field, size, message, field, size, message, …: of a message over ARGV[3] only the last 16 KB,
 -- which hold a kombu message's headers.
--- Each message is stored right after it is popped: a script that fails later has lost nothing.
+-- Nothing can fail between LTRIM and HSET: the hash's type is checked first, and once LTRIM, which needs no
+-- memory, has written, HSET is let through though memory be full.
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return redis.error_reply('NOLEASE the lease of this worker has lapsed')
 end
+redis.call('HLEN', KEYS[2])
+local CHUNK = 32 -- messages read at once, so that a few large ones do not fill the server's memory
 local left, bytes_left, largest = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local number = tonumber(ARGV[4])
-local reply = {}
+local reply, n = {}, 0
 local function take(key, most)
   while most > 0 and left > 0 and bytes_left > 0 do
-    local message = redis.pcall('RPOP', key)
-    if type(message) ~= 'string' then -- empty, or a key that is no list
+    local page = redis.pcall('LRANGE', key, -math.min(most, left, CHUNK), -1)
+    local found = page.err and 0 or #page -- a key that is no list gives nothing
+    local taken, fields = 0, {}
+    while taken < found and bytes_left > 0 do
+      local message = page[found - taken] -- the oldest stands at the right
+      local field = string.format('%d:%s', number, key)
+      local size = #message
+      fields[2 * taken + 1], fields[2 * taken + 2] = field, message
+      if size > largest then
+        message = string.sub(message, -16384)
+      end
+      reply[n + 1], reply[n + 2], reply[n + 3] = field, size, message
+      n, number, taken, bytes_left = n + 3, number + 1, taken + 1, bytes_left - #message
+    end
+    if taken == 0 then
       return
     end
-    local field = string.format('%d:%s', number, key)
-    redis.call('HSET', KEYS[2], field, message)
-    local size = #message
-    if size > largest then
-      message = string.sub(message, -16384)
-    end
-    local n = #reply
-    reply[n + 1], reply[n + 2], reply[n + 3] = field, size, message
-    number, left, most, bytes_left = number + 1, left - 1, most - 1, bytes_left - #message
+    redis.call('LTRIM', key, 0, -taken - 1)
+    redis.call('HSET', KEYS[2], unpack(fields))
+    left, most = left - taken, most - taken
   end
 end
 for i = 3, #KEYS do

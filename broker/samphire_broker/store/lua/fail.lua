@@ -36,7 +36,7 @@ for i = 8, #ARGV, 9 do
       redis.call('SET', ARGV[1] .. id, ARGV[i + 3], 'EX', ARGV[2])
       redis.call('PUBLISH', ARGV[1] .. id, ARGV[i + 3])
       if usable[stream] then
-        redis.call('XADD', stream, 'MAXLEN', '~', ARGV[3], '*', 'id', id, 'state', 'failed')
+        redis.call('XADD', stream, 'MAXLEN', '~', ARGV[3], '*', 'failed', id)
       end
     end
   end

@@ -1,34 +1,39 @@
 -- start: mark claimed tasks as running.
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started
--- ARGV  1 prefix of result keys   2 prefix of task hashes   3 lifetime of the state in s   4 host name
---       5 process id   6.. field, task id, field, task id, …
+-- ARGV  1 prefix of result keys   2 prefix of task hashes   3 host name   4 process id
+--       5.. field, task id, field, task id, …
 -- Returns for each task how many workers were lost with it, or -1 (claim lost: not ours any more), or -2
 -- (the task already ended: a terminal state is written once; the message is dropped as a duplicate).
-local tail = ',"result":{"hostname":' .. cjson.encode(ARGV[4]) .. ',"pid":' .. ARGV[5] .. '}'
+-- The running state has no lifetime of its own: settling, failing, releasing and reaping all replace it.
+local tail = ',"result":{"hostname":' .. cjson.encode(ARGV[3]) .. ',"pid":' .. ARGV[4] .. '}'
 tail = tail .. ',"traceback":null,"children":[],"date_done":null}'
-local reply = {}
-redis.call('HDEL', KEYS[2], '') -- writes nothing, but as a first write lets the rest through when memory is full
+local metas, hashes = {}, {}
 for i = 6, #ARGV, 2 do
-  local field, id = ARGV[i], ARGV[i + 1]
-  local verdict
+  metas[#metas + 1] = ARGV[1] .. ARGV[i]
+  hashes[#hashes + 1] = ARGV[2] .. ARGV[i]
+end
+local old = redis.call('MGET', unpack(metas))
+local some_lost = redis.call('EXISTS', unpack(hashes)) > 0
+local reply, states, started, ended = {}, {}, {}, {}
+for n = 1, #metas do
+  local field, id = ARGV[2 * n + 3], ARGV[2 * n + 4]
+  local state = old[n] and string.match(old[n], '"status": ?"(%u+)"')
   if redis.call('HEXISTS', KEYS[1], field) == 0 then
-    verdict = -1
+    reply[n] = -1
+  elseif state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then
+    reply[n] = -2
+    ended[#ended + 1] = field
   else
-    local key = ARGV[1] .. id
-    local meta = '{"status":"STARTED","task_id":' .. cjson.encode(id) .. tail
-    local old = redis.call('SET', key, meta, 'NX', 'GET', 'EX', ARGV[3])
-    local state = old and string.match(old, '"status": ?"(%u+)"')
-    if state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then
-      redis.call('HDEL', KEYS[1], field)
-      verdict = -2
-    else
-      if old then
-        redis.call('SET', key, meta, 'EX', ARGV[3])
-      end
-      redis.call('HSET', KEYS[2], field, id)
-      verdict = tonumber(redis.call('HGET', ARGV[2] .. id, 'attempts') or 0)
-    end
+    local s = #states
+    states[s + 1], states[s + 2] = metas[n], '{"status":"STARTED","task_id":' .. cjson.encode(id) .. tail
+    started[s + 1], started[s + 2] = field, id
+    reply[n] = some_lost and tonumber(redis.call('HGET', hashes[n], 'attempts') or 0) or 0
   end
-  reply[#reply + 1] = verdict
+end
+-- HDEL first, even of nothing: as a write that needs no memory it lets the rest through when memory is full.
+redis.call('HDEL', KEYS[1], '', unpack(ended))
+if #states > 0 then
+  redis.call('MSET', unpack(states))
+  redis.call('HSET', KEYS[2], unpack(started))
 end
 return reply

@@ -1,0 +1,57 @@
+"""Samphire's SDK: submit inference tasks to Celery queues in front of Triton, and read their results.
+
+>>> from samphire import Client
+>>> with Client() as client:
+...     task = client.submit("digits", {"image": image})        # float32 [1, 8, 8]
+...     task.result(timeout_s=10).outputs["probabilities"]      # float32 [1, 10]
+"""
+
+from samphire.aio import AsyncClient, AsyncTask
+from samphire.errors import (
+    BrokerMemoryFullError,
+    BrokerUnavailableError,
+    ClientClosedError,
+    EndpointTimeoutError,
+    EndpointUnavailableError,
+    InvalidInputError,
+    ModelFaultError,
+    PayloadTooLargeError,
+    ProtocolError,
+    QueueFullError,
+    ResultTimeoutError,
+    SamphireError,
+    TaskCancelledError,
+    TaskExpiredError,
+    TaskGoneError,
+    TransientError,
+    UnknownModelError,
+    WorkerCrashError,
+)
+from samphire.results import InferResult
+from samphire.sync import Client, Task
+
+__all__ = [
+    "AsyncClient",
+    "AsyncTask",
+    "BrokerMemoryFullError",
+    "BrokerUnavailableError",
+    "Client",
+    "ClientClosedError",
+    "EndpointTimeoutError",
+    "EndpointUnavailableError",
+    "InferResult",
+    "InvalidInputError",
+    "ModelFaultError",
+    "PayloadTooLargeError",
+    "ProtocolError",
+    "QueueFullError",
+    "ResultTimeoutError",
+    "SamphireError",
+    "Task",
+    "TaskCancelledError",
+    "TaskExpiredError",
+    "TaskGoneError",
+    "TransientError",
+    "UnknownModelError",
+    "WorkerCrashError",
+]

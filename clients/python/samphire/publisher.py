@@ -1,0 +1,144 @@
+"""Publication: submits that come while a call is under way go out together with the next."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from importlib import resources
+from itertools import chain
+from typing import NamedTuple
+
+import redis.asyncio
+
+from samphire import keys
+from samphire.connection import broker_errors
+from samphire.errors import BrokerMemoryFullError, QueueFullError, SamphireError
+
+BATCH_MESSAGES = 512
+BATCH_BYTES = 4 * 2**20
+MEMORY_CHECK_INTERVAL_S = 0.1
+RETRY_AFTER_S = 1.0
+
+
+class Outgoing(NamedTuple):
+    """Messages for one list, with their claim checks; submitted all or none."""
+
+    queue: str
+    priority: int
+    messages: list[bytes]
+    blobs: list[tuple[str, bytes]]
+    accepted: asyncio.Future[None]
+
+    @property
+    def nbytes(self) -> int:
+        """Size on the wire."""
+        return sum(map(len, self.messages)) + sum(len(data) for _, data in self.blobs)
+
+
+class Publisher:
+    """Pushes messages to queues: one call of `submit.lua` a batch, never repeated after a lost reply."""
+
+    def __init__(self, client: redis.asyncio.Redis, *, queue_limit: int, blob_ttl_s: int) -> None:
+        self._client = client
+        self._script = client.register_script((resources.files("samphire") / "submit.lua").read_text())
+        self._queue_limit = queue_limit
+        self._blob_ttl_s = blob_ttl_s
+        self._waiting: deque[Outgoing] = deque()
+        self._flusher: asyncio.Task[None] | None = None
+        self._memory_checked = 0.0
+
+    async def publish(
+        self, queue: str, priority: int, messages: list[bytes], blobs: list[tuple[str, bytes]]
+    ) -> None:
+        """Return once the broker has the messages.
+
+        Raises:
+            QueueFullError: the queue's limit is reached; nothing was queued.
+            BrokerMemoryFullError: 80 % of the broker's memory is used; nothing was queued.
+            BrokerUnavailableError: no answer; the messages may or may not be queued.
+        """
+        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(Outgoing(queue, priority, messages, blobs, accepted))
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush())
+        await accepted
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            batch = self._take()
+            try:
+                await self._send(batch)
+            except SamphireError as error:
+                if len(batch) > 1 and isinstance(error, QueueFullError):
+                    # Together they were too many: each has its own chance.
+                    for outgoing in batch:
+                        await self._send_alone(outgoing)
+                    continue
+                _settle(batch, error)
+            except BaseException as error:
+                _settle(batch, error if isinstance(error, Exception) else None)
+                raise
+            else:
+                _settle(batch, None)
+
+    async def _send_alone(self, outgoing: Outgoing) -> None:
+        try:
+            await self._send([outgoing])
+        except SamphireError as error:
+            _settle([outgoing], error)
+        else:
+            _settle([outgoing], None)
+
+    def _take(self) -> list[Outgoing]:
+        """Remove what fits into one call: submits to the same list, in their order."""
+        first = self._waiting.popleft()
+        batch, count, nbytes = [first], len(first.messages), first.nbytes
+        while self._waiting:
+            following = self._waiting[0]
+            count += len(following.messages)
+            nbytes += following.nbytes
+            same_list = following.queue == first.queue and following.priority == first.priority
+            if not same_list or count > BATCH_MESSAGES or nbytes > BATCH_BYTES:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
+
+    async def _send(self, batch: Sequence[Outgoing]) -> None:
+        queue, priority = batch[0].queue, batch[0].priority
+        messages = list(chain.from_iterable(outgoing.messages for outgoing in batch))
+        blobs = [blob for outgoing in batch for blob in outgoing.blobs]
+        now = time.monotonic()
+        check_memory = now - self._memory_checked > MEMORY_CHECK_INTERVAL_S
+        if check_memory:
+            self._memory_checked = now
+        lists = [keys.queue_list(queue, step) for step in keys.PRIORITY_STEPS]
+        args = [queue, self._queue_limit, int(check_memory), keys.WAKE_CHANNEL, self._blob_ttl_s, len(blobs)]
+        with broker_errors():
+            reply = await self._script(
+                keys=[keys.queue_list(queue, priority), *lists, keys.QUEUES],
+                args=[*args, *chain.from_iterable(blobs), *messages],
+            )
+        if reply[0] == b"full":
+            raise QueueFullError(
+                f"queue {queue!r} holds {reply[1]} messages; its limit is {self._queue_limit}, "
+                f"{len(messages)} more were refused",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        if reply[0] == b"memory":
+            self._memory_checked = 0.0
+            raise BrokerMemoryFullError(
+                f"the broker uses {int(reply[1]):,} of {int(reply[2]):,} bytes; submits are refused above 80 %",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+
+def _settle(batch: Sequence[Outgoing], error: Exception | None) -> None:
+    for outgoing in batch:
+        if outgoing.accepted.done():
+            continue
+        if error is None:
+            outgoing.accepted.set_result(None)
+        else:
+            outgoing.accepted.set_exception(error)

@@ -1,0 +1,185 @@
+"""Waiting for results: one connection, however many tasks are awaited.
+
+The workers append the ids of the tasks that end to this client's stream; one blocking read on it tells
+which results to fetch, many at a time. What the stream cannot tell (tasks of other clients, events that
+were trimmed) is found by looking at the stored results themselves, ever more slowly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import Literal
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from samphire import keys
+from samphire.connection import broker_errors, connect, key_text
+from samphire.errors import BrokerUnavailableError, ClientClosedError, SamphireError
+from samphire.results import TERMINAL, InferResult, decode_meta, result_of, status_of
+
+BLOCK_MS = 5000
+FETCH_BATCH = 256
+LOOK_MIN_S = 0.01
+LOOK_MAX_S = 0.5
+SWEEP_S = 5.0
+RETRY_S = 0.25
+
+Look = Literal["never", "once", "often"]
+
+
+class Waiter:
+    """Futures of results by task id."""
+
+    def __init__(self, client: redis.asyncio.Redis, broker_url: str, stream: str) -> None:
+        self._client = client
+        self._url = broker_url
+        self._stream = stream
+        self._futures: dict[str, asyncio.Future[InferResult]] = {}
+        self._claims: Counter[str] = Counter()
+        self._unseen: set[str] = set()
+        self._foreign: set[str] = set()
+        self._look_now = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
+
+    def expect(self, task_id: str, look: Look) -> asyncio.Future[InferResult]:
+        """The future of a task's result, one for all who wait for it; do not cancel it, but `forget`.
+
+        `look` at the stored result: "never" for a task that is submitted after this call (the stream will
+        tell), "once" for one of this client's that may have ended already, "often" for one of others.
+        """
+        if self._closed:
+            raise ClientClosedError
+        if not self._tasks:
+            loops = (self._read(), self._look(), self._sweep())
+            self._tasks = [asyncio.create_task(loop) for loop in loops]
+        self._claims[task_id] += 1
+        future = self._futures.get(task_id)
+        if future is None:
+            future = self._futures[task_id] = asyncio.get_running_loop().create_future()
+        if look != "never":
+            (self._unseen if look == "once" else self._foreign).add(task_id)
+            self._look_now.set()
+        return future
+
+    def forget(self, task_ids: Iterable[str]) -> None:
+        """One who called `expect` for these waits no longer."""
+        for task_id in task_ids:
+            self._claims[task_id] -= 1
+            if self._claims[task_id] <= 0:
+                del self._claims[task_id]
+                self._futures.pop(task_id, None)
+                self._foreign.discard(task_id)
+
+    async def close(self) -> None:
+        """End the background tasks; who still waits gets `ClientClosedError`."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail_all(ClientClosedError())
+
+    def _fail_all(self, error: SamphireError) -> None:
+        futures, self._futures = self._futures, {}
+        for future in futures.values():
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # who does not wait any more need not be told
+
+    # -- the stream ---------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        """Follow this client's stream, until closed."""
+        last = "0-0"
+        while not self._closed:
+            try:
+                async with connect(self._url, single=True) as client:
+                    while not self._closed:
+                        reply = await client.xread({self._stream: last}, count=1000, block=BLOCK_MS)
+                        for _, entries in reply:
+                            last = key_text(entries[-1][0])
+                            ended = [ids for _, fields in entries for ids in fields.values()]
+                            await self._fetch(b" ".join(ended).decode().split(" "))
+            except (RedisError, OSError, BrokerUnavailableError):
+                await asyncio.sleep(RETRY_S)
+            except SamphireError as error:
+                self._fail_all(error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _sweep(self) -> None:
+        """Now and then look at everything that is awaited: an event may have been trimmed."""
+        while not self._closed:
+            waiting = set(self._futures)
+            await asyncio.sleep(SWEEP_S)
+            await self._try_fetch([task_id for task_id in waiting if task_id in self._futures])
+
+    # -- the stored results -------------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        """Look once at what may have ended already, and ever more slowly at the tasks of others."""
+        interval_s = LOOK_MIN_S
+        while not self._closed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_s if self._foreign else None):
+                    await self._look_now.wait()
+                    interval_s = LOOK_MIN_S  # somebody new waits: look closely again
+            self._look_now.clear()
+            unseen, self._unseen = self._unseen, set()
+            await self._try_fetch([*unseen, *self._foreign])
+            interval_s = min(interval_s * 1.5, LOOK_MAX_S)
+
+    # -- results ------------------------------------------------------------------------------------
+
+    async def _try_fetch(self, task_ids: Sequence[str]) -> None:
+        try:
+            await self._fetch(task_ids)
+        except BrokerUnavailableError:
+            # Nothing is known now: all of them are looked at again.
+            self._unseen.update(task_ids)
+            self._look_now.set()
+            await asyncio.sleep(RETRY_S)
+        except SamphireError as error:
+            self._fail_all(error)
+
+    async def _fetch(self, task_ids: Collection[str]) -> None:
+        wanted = [task_id for task_id in task_ids if task_id in self._futures]
+        for begin in range(0, len(wanted), FETCH_BATCH):
+            page = wanted[begin : begin + FETCH_BATCH]
+            with broker_errors():
+                metas = await self._client.mget([keys.meta_key(task_id) for task_id in page])
+            for task_id, raw in zip(page, metas, strict=True):
+                if raw is not None:
+                    await self._resolve(task_id, raw)
+
+    async def _resolve(self, task_id: str, raw: bytes) -> None:
+        ending: InferResult | SamphireError
+        try:
+            meta = decode_meta(raw)
+        except SamphireError as error:
+            ending = error
+        else:
+            if status_of(meta) not in TERMINAL:
+                return
+            ending = await result_of(task_id, meta, self._blob)
+            if isinstance(ending, BrokerUnavailableError):
+                raise ending
+        future = self._futures.pop(task_id, None)
+        self._foreign.discard(task_id)
+        if future is None or future.done():
+            return
+        if isinstance(ending, SamphireError):
+            future.set_exception(ending)
+            future.exception()  # read by whoever awaits it; nobody may, and that is no leak
+        else:
+            future.set_result(ending)
+
+    async def _blob(self, key: str, size: int) -> bytes | None:
+        with broker_errors():
+            data: bytes = await self._client.getrange(key, 0, size)
+            if not data and not await self._client.exists(key):
+                return None
+        return data
