@@ -17,16 +17,19 @@ import msgspec
 import redis.asyncio
 
 from samphire import keys
-from samphire.connection import broker_errors, key_text
+from samphire.connection import broker_errors, connect, key_text
 from samphire.contract import Ref
 from samphire.errors import ProtocolError, SamphireError
 from samphire_broker.settings import Settings
 
-STREAM_MAX_LENGTH = 100_000
+STREAM_MAX_LENGTH = 10_000
+"""Entries, each of a settled batch; a client that misses some finds its results all the same."""
+INLINE_RESULT_BYTES = 1024
 STREAM_TTL_S = 3600
 BATCH_MAX = 1000
 """Most tasks that one call of a script takes."""
 
+_pack = msgspec.msgpack.Encoder().encode
 _CONNECTION_NAME = re.compile(rb" name=" + keys.CONNECTION_PREFIX.encode() + rb"(\S+)")
 
 
@@ -54,10 +57,10 @@ class Settlement(NamedTuple):
     field: str
     task_id: str
     state: str
-    meta: bytes
+    meta: str
     stream: str
-    blobs: str = ""
-    """Claim checks to delete, separated by spaces."""
+    blobs: tuple[str, ...] = ()
+    """Claim checks to delete."""
 
 
 class DeadLetter(NamedTuple):
@@ -66,7 +69,7 @@ class DeadLetter(NamedTuple):
     field: str
     letter_id: str
     task_id: str
-    meta: bytes
+    meta: str
     stream: str
     model: str
     reason: str
@@ -102,16 +105,28 @@ class Store:
     answers what cannot be.
     """
 
-    def __init__(self, client: redis.asyncio.Redis, worker_id: str, settings: Settings) -> None:
-        self._client = client
+    def __init__(self, settings: Settings, worker_id: str) -> None:
+        self._client = connect(settings.broker_url)
+        # The calls that every task waits for have a connection each: a pool checks a connection's
+        # health with every command, which costs as much as the command.
+        self._claims = connect(settings.broker_url, single=True)
+        self._starts = connect(settings.broker_url, single=True)
+        self._endings = connect(settings.broker_url, single=True)
         self._settings = settings
         self.worker_id = worker_id
         self._lease = keys.WORKER_PREFIX + worker_id
         self._inflight = f"{self._lease}:inflight"
         self._started = f"{self._lease}:started"
         self._next_number = 1
+        self.suspects = True
+        """Whether some task was started by a worker that was lost, as of the last claim."""
         names = ("beat", "claim", "start", "settle", "fail", "release", "route", "reap")
-        self._scripts = {name: client.register_script(_script(name)) for name in names}
+        self._scripts = {name: self._client.register_script(_script(name)) for name in names}
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for client in (self._client, self._claims, self._starts, self._endings):
+            await client.aclose()
 
     async def _run(
         self,
@@ -142,12 +157,13 @@ class Store:
         self._next_number += max_messages  # spent even if the reply is lost: a claim's number is used once
         args = [max_messages, max_bytes, self._settings.max_message_bytes, first, *shares]
         try:
-            reply = await self._run("claim", [self._lease, self._inflight, *lists], args)
+            reply = await self._run("claim", [self._lease, self._inflight, keys.SUSPECTS, *lists], args, self._claims)
         except ProtocolError as error:
             if "NOLEASE" in str(error):
                 raise LeaseLostError(str(error)) from error
             raise
         values = iter(reply)
+        self.suspects = bool(next(values))
         return [
             Claimed(key_text(field), size, message)
             for field, size, message in zip(values, values, values, strict=True)
@@ -172,26 +188,23 @@ class Store:
     async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int]:
         """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
         args: list[Any] = [keys.META_PREFIX, keys.TASK_PREFIX, info.hostname, info.pid]
-        for task in tasks:
-            args += task
-        verdicts: list[int] = await self._run("start", [self._inflight, self._started], args)
+        args.append(_pack(tasks))
+        verdicts: list[int] = await self._run("start", [self._inflight, self._started], args, self._starts)
         return verdicts
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
         """End tasks, at most `BATCH_MAX`; 1 for each that was still ours, 0 for each that was not."""
         args: list[Any] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
-        for settlement in settlements:
-            args += settlement
-        ours: list[int] = await self._run("settle", [self._inflight, self._started], args)
+        args += [INLINE_RESULT_BYTES, _pack(settlements)]
+        ours: list[int] = await self._run("settle", [self._inflight, self._started], args, self._endings)
         return ours
 
     async def fail(self, letters: Sequence[DeadLetter]) -> list[int]:
         """End tasks as dead letters, at most `BATCH_MAX`; 1 for each that was still ours."""
         args: list[Any] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
-        for letter in letters:
-            args += letter
-        ours: list[int] = await self._run("fail", [self._inflight, self._started, keys.DEAD], args)
+        args.append(_pack(letters))
+        ours: list[int] = await self._run("fail", [self._inflight, self._started, keys.DEAD], args, self._endings)
         return ours
 
     async def release(self, fields: Sequence[str]) -> int:
@@ -235,6 +248,7 @@ class Store:
         """Return a lost worker's messages to their lists, at most `BATCH_MAX` a call."""
         lease = keys.WORKER_PREFIX + worker_id
         key_names = [lease, f"{lease}:info", f"{lease}:inflight", f"{lease}:started", keys.WORKERS]
+        key_names.append(keys.SUSPECTS)
         args = [worker_id, "" if last_beat is None else last_beat, keys.META_PREFIX, keys.TASK_PREFIX]
         args.append(self._settings.dead_letter_ttl_s)
         return Reaped(*await self._run("reap", key_names, args))

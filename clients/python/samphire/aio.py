@@ -85,7 +85,7 @@ class AsyncClient:
         self._max_request_bytes = max_request_bytes
         self._stream = keys.stream_key(uuid.uuid4().hex)
         self._redis = connect(self.broker_url)
-        self._publisher = Publisher(self._redis, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
+        self._publisher = Publisher(connect(self.broker_url, single=True), queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
         self._waiter = Waiter(self._redis, self.broker_url, self._stream)
         self._closed = False
 
@@ -104,6 +104,7 @@ class AsyncClient:
         """Close all connections; who still waits for a result gets `ClientClosedError`."""
         self._closed = True
         await self._waiter.close()
+        await self._publisher.close()
         await self._redis.aclose()
 
     async def submit(

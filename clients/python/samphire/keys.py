@@ -15,9 +15,11 @@ Written by workers only:
     celery-task-meta-<id>        STRING  state and result, JSON as Celery's; a CHANNEL of the same name gets
                                          the terminal one, which expires
     task:<id>                    HASH    attempts: workers lost with this task started; expires
+    suspects                     STRING  present while some task:<id> may be; expires
     result:blob:<id>:<n>         STRING  claim check of an output; expires
     events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
-                                         and the ids that reached it, separated by spaces; trimmed, expires
+                                         and the ids that reached it, separated by spaces, and the result of a task that was
+                                         settled alone, if it is small; trimmed, expires
     workers                      SET     ids of the workers whose in-flight hash may hold something
     worker:<wid>                 STRING  lease: a counter that each heartbeat raises; expires with the lease
     worker:<wid>:info            STRING  host name, process id; expires with the lease
@@ -48,6 +50,7 @@ STREAM_PREFIX = "events:"
 WORKERS = "workers"
 WORKER_PREFIX = "worker:"
 CONNECTION_PREFIX = "samphire:"
+SUSPECTS = "suspects"
 DEAD = "dead"
 DEAD_PREFIX = "dead:"
 

@@ -38,7 +38,10 @@ class Outgoing(NamedTuple):
 
 
 class Publisher:
-    """Pushes messages to queues: one call of `submit.lua` a batch, never repeated after a lost reply."""
+    """Pushes messages to queues: one call of `submit.lua` a batch, never repeated after a lost reply.
+
+    `client` is closed with the publisher; a single connection is enough, since one call is under way at a time.
+    """
 
     def __init__(self, client: redis.asyncio.Redis, *, queue_limit: int, blob_ttl_s: int) -> None:
         self._client = client
@@ -48,6 +51,10 @@ class Publisher:
         self._waiting: deque[Outgoing] = deque()
         self._flusher: asyncio.Task[None] | None = None
         self._memory_checked = 0.0
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._client.aclose()
 
     async def publish(
         self, queue: str, priority: int, messages: list[bytes], blobs: list[tuple[str, bytes]]

@@ -27,6 +27,8 @@ LOOK_MIN_S = 0.01
 LOOK_MAX_S = 0.5
 SWEEP_S = 5.0
 RETRY_S = 0.25
+PASSED_MAX = 50_000
+"""Ids of ended tasks that are kept in mind; with more, every wait begins with a look."""
 
 Look = Literal["never", "once", "often"]
 
@@ -42,6 +44,8 @@ class Waiter:
         self._claims: Counter[str] = Counter()
         self._unseen: set[str] = set()
         self._foreign: set[str] = set()
+        self._passed: set[str] = set()
+        """Tasks whose end was seen in the stream while nobody waited for them."""
         self._look_now = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
@@ -61,8 +65,11 @@ class Waiter:
         future = self._futures.get(task_id)
         if future is None:
             future = self._futures[task_id] = asyncio.get_running_loop().create_future()
-        if look != "never":
-            (self._unseen if look == "once" else self._foreign).add(task_id)
+        if look == "often":
+            self._foreign.add(task_id)
+            self._look_now.set()
+        elif look == "once" and (task_id in self._passed or len(self._passed) >= PASSED_MAX):
+            self._unseen.add(task_id)
             self._look_now.set()
         return future
 
@@ -102,13 +109,24 @@ class Waiter:
                         reply = await client.xread({self._stream: last}, count=1000, block=BLOCK_MS)
                         for _, entries in reply:
                             last = key_text(entries[-1][0])
-                            ended = [ids for _, fields in entries for ids in fields.values()]
-                            await self._fetch(b" ".join(ended).decode().split(" "))
+                            for _, fields in entries:
+                                await self._ended(fields)
             except (RedisError, OSError, BrokerUnavailableError):
                 await asyncio.sleep(RETRY_S)
             except SamphireError as error:
                 self._fail_all(error)
                 await asyncio.sleep(RETRY_S)
+
+    async def _ended(self, fields: dict[bytes, bytes]) -> None:
+        result = fields.pop(b"result", None)
+        for ids in fields.values():
+            task_ids = ids.decode().split(" ")
+            if len(self._passed) < PASSED_MAX:
+                self._passed.update(task_id for task_id in task_ids if task_id not in self._futures)
+            if result is not None and task_ids[0] in self._futures:
+                await self._resolve(task_ids[0], result)
+            else:
+                await self._fetch(task_ids)
 
     async def _sweep(self) -> None:
         """Now and then look at everything that is awaited: an event may have been trimmed."""

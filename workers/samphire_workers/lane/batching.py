@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from samphire.errors import ModelFaultError
 from samphire.tensors import join_elements, split_elements
 from samphire.validation import ModelSignature
-from samphire_workers.lane.request import Request, batch_key
+from samphire_workers.lane.request import Request
 from samphire_workers.triton import Tensor
 
 BATCH_MAX_BYTES = 8 * 2**20
@@ -23,7 +23,10 @@ def group(requests: Sequence[Request], signature: ModelSignature) -> list[list[R
     batches: list[list[Request]] = []
     open_batches: dict[object, tuple[list[Request], int, int]] = {}
     for request in requests:
-        key = batch_key(request, signature)
+        key = request.batch_key
+        if key is None:
+            batches.append([request])
+            continue
         members, rows, nbytes = open_batches.get(key, ([], 0, 0))
         rows += request.rows
         nbytes += request.nbytes

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from samphire import keys
 from samphire.errors import EndpointUnavailableError, SamphireError, TransientError
-from samphire.validation import ModelSignature
+from samphire_workers.lane.request import Checker
 from samphire_workers.triton import Endpoints
 
 logger = logging.getLogger(__name__)
@@ -21,30 +21,31 @@ CHECK_S = 0.5
 
 
 class Catalogue:
-    """Model signatures by name. Nothing is claimed for the models in `away`."""
+    """Checkers by model name. Nothing is claimed for the models in `away`."""
 
-    def __init__(self, endpoints: Endpoints) -> None:
+    def __init__(self, endpoints: Endpoints, max_request_bytes: int) -> None:
         self._endpoints = endpoints
-        self._signatures: dict[str, tuple[ModelSignature, float]] = {}
+        self._max_request_bytes = max_request_bytes
+        self._checkers: dict[str, tuple[Checker, float]] = {}
         self._used: set[str] = set()
         self.away: set[str] = set()
         self.queues: set[str] = set()
         """Queues of the models in the endpoints' repositories."""
 
-    async def signature(self, model: str, *, fresh: bool = False) -> ModelSignature:
-        """Return a model's signature, from memory or from an endpoint.
+    async def checker(self, model: str, *, fresh: bool = False) -> Checker:
+        """Return the checker of a model, from memory or from an endpoint.
 
         Raises:
             UnknownModelError: no such model.
             EndpointUnavailableError: the model, or every endpoint, is away.
         """
-        known = self._signatures.get(model)
+        known = self._checkers.get(model)
         self._used.add(model)
         if known and not fresh:
             return known[0]
         return await self._look_up(model)
 
-    async def _look_up(self, model: str) -> ModelSignature:
+    async def _look_up(self, model: str) -> Checker:
         endpoint = self._endpoints.pick()
         try:
             signature = await endpoint.signature(model)
@@ -55,16 +56,21 @@ class Catalogue:
                 self._endpoints.mark_away(endpoint)
             raise EndpointUnavailableError(str(error)) from error
         except SamphireError:
-            self._signatures.pop(model, None)
+            self._checkers.pop(model, None)
             self.away.discard(model)
             raise
-        self._signatures[model] = (signature, time.monotonic())
+        known = self._checkers.get(model)
+        if known and known[0].signature == signature:
+            checker = known[0]
+        else:
+            checker = Checker(signature, self._max_request_bytes)
+        self._checkers[model] = (checker, time.monotonic())
         self.away.discard(model)
-        return signature
+        return checker
 
     def forget(self, model: str) -> None:
         """Treat a model as away until it has been seen ready again."""
-        self._signatures.pop(model, None)
+        self._checkers.pop(model, None)
         self.away.add(model)
 
     async def watch(self, on_back: Callable[[], None]) -> None:
@@ -78,7 +84,7 @@ class Catalogue:
             except SamphireError:
                 continue
             oldest = time.monotonic() - FRESH_S
-            stale = {model for model in self._used if self._signatures.get(model, (None, oldest))[1] < oldest}
+            stale = {model for model in self._used if model not in self._checkers or self._checkers[model][1] < oldest}
             self._used -= stale
             for model in [*self.away, *stale]:
                 was_away = model in self.away

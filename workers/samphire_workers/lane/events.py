@@ -34,7 +34,7 @@ class TaskEvents(Protocol):
     def started(self, request: Request) -> None:
         """A task goes to Triton."""
 
-    def succeeded(self, request: Request, runtime_s: float) -> None:
+    def succeeded(self, request: Request) -> None:
         """A task has its answer."""
 
     def failed(self, request: Request, error: SamphireError) -> None:
@@ -53,7 +53,8 @@ class CeleryEvents:
         self._rate = events_per_s
         self._tokens = float(events_per_s)
         self._refilled = time.monotonic()
-        self._shown: set[str] = set()
+        self._shown: dict[str, float] = {}
+        """Claims whose events are sent, with the time of their start."""
         self._buffer: list[tuple[str, dict[str, Any]]] = []
         self._dispatcher: Any = None
 
@@ -61,23 +62,22 @@ class CeleryEvents:
         """A task goes to Triton: shown if the cap allows."""
         if not self._may_show():
             return
-        self._shown.add(request.claim.field)
+        self._shown[request.claim.field] = time.monotonic()
         self._received(request)
         self._add("task-started", request)
 
-    def succeeded(self, request: Request, runtime_s: float) -> None:
+    def succeeded(self, request: Request) -> None:
         """A task has its answer."""
-        if request.claim.field in self._shown:
-            self._shown.discard(request.claim.field)
-            self._add("task-succeeded", request, result="", runtime=runtime_s)
+        began = self._shown.pop(request.claim.field, None)
+        if began is not None:
+            self._add("task-succeeded", request, result="", runtime=time.monotonic() - began)
 
     def failed(self, request: Request, error: SamphireError) -> None:
         """A task ends as a dead letter: always shown."""
         if not request.task_id:
             return
-        if request.claim.field not in self._shown:
+        if self._shown.pop(request.claim.field, None) is None:
             self._received(request)
-        self._shown.discard(request.claim.field)
         self._add("task-failed", request, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback="")
 
     async def run(self) -> None:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TypeVar
 
 from samphire import keys
+from samphire.contract import Ref
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerUnavailableError,
@@ -35,10 +35,10 @@ from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
 from samphire_workers.lane.events import TaskEvents
 from samphire_workers.lane.planner import QueuePlanner
-from samphire_workers.lane.request import Request, check, load, read
+from samphire_workers.lane.request import Request, fetch, has_refs, load, read
 from samphire_workers.lane.settler import Settler
 from samphire_workers.lane.wake import QueueWatch
-from samphire_workers.triton import Endpoints
+from samphire_workers.triton import Endpoints, Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +74,16 @@ class Lane:
         self._watch = watch
         self._planner = QueuePlanner(settings.queue_weights)
         self._planner.add([keys.INTAKE])
-        self._catalogue = Catalogue(endpoints)
+        self._catalogue = Catalogue(endpoints, settings.max_request_bytes)
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
         self._held: dict[str, int] = {}
         self._held_bytes = 0
         self._batches: Counter[str] = Counter()
         self._settler = Settler(store, self._let_go)
+        self._more = False
+        """The last claim may have left something in the queues it looked into."""
+        self._held_up = False
+        """The last claim left out what there was no room for."""
         self._stopping = False
         self._work: set[asyncio.Task[None]] = set()
 
@@ -115,12 +119,12 @@ class Lane:
 
     async def _claim_loop(self, group: asyncio.TaskGroup) -> None:
         adopt = True  # an earlier lane of this worker may have left claims
-        empty_rounds = 0
+        short_rounds = 0
         while not self._stopping:
+            self._watch.clear()  # before looking, so that no wake-up is lost
             if not self._endpoints.some_ready.is_set():
                 await self._watch.wait(IDLE_CHECK_S)
                 continue
-            self._watch.clear()
             try:
                 if adopt:
                     claimed = await self._store.adopt(set(self._held))
@@ -133,27 +137,33 @@ class Lane:
                 logger.warning("claim failed: %s", error, extra={"action": "claim_failed"})
                 await asyncio.sleep(BROKER_RETRY_S)
                 continue
+            for claim in claimed:
+                self._hold(claim)
             if claimed:
-                empty_rounds = 0
-                for claim in claimed:
-                    self._hold(claim)
                 self._spawn(group, self._take_in(group, claimed))
-                # Let what was claimed get under way before more is claimed.
-                await asyncio.sleep(0)
+            if self._more:
+                short_rounds = 0
+                await asyncio.sleep(0)  # let what was claimed get under way before more is claimed
                 continue
-            empty_rounds += 1
-            if empty_rounds >= self._planner.rounds:
-                empty_rounds = 0
+            short_rounds += 1
+            if short_rounds >= self._planner.rounds:
+                short_rounds = 0
                 await self._watch.wait(IDLE_CHECK_S)
 
     async def _claim(self) -> list[Claimed]:
         busy = {model for model, batches in self._batches.items() if batches >= BATCHES_A_MODEL}
         room = min(self._settings.claim_max, self._settings.inflight_max - len(self._held))
-        plan = self._planner.plan(room, busy | self._catalogue.away)
         room_bytes = self._settings.inflight_max_bytes // 2 - self._held_bytes
+        plan = self._planner.plan(room, busy | self._catalogue.away)
+        self._held_up = bool(busy) or room <= 0 or room_bytes <= 0
+        self._more = False
         if room <= 0 or room_bytes <= 0 or not plan.lists:
             return []
-        return await self._store.claim(plan.lists, plan.shares, room, room_bytes)
+        claimed = await self._store.claim(plan.lists, plan.shares, room, room_bytes)
+        # Fewer than there was room for: the queues that were looked into are empty now.
+        self._more = len(claimed) == room
+        self._held_up |= sum(len(claim.message) for claim in claimed) >= room_bytes
+        return claimed
 
     def _may_claim(self, queue: str) -> bool:
         model, _ = keys.parse_queue(queue)
@@ -187,7 +197,11 @@ class Lane:
     def _let_go(self, fields: Sequence[str]) -> None:
         for field in fields:
             self._held_bytes -= self._held.pop(field, 0)
-        self._watch.wake()
+        self._room_again()
+
+    def _room_again(self) -> None:
+        if self._held_up:
+            self._watch.wake()
 
     # -- from message to micro-batch ----------------------------------------------------------------
 
@@ -198,7 +212,7 @@ class Lane:
             request, error = self._read(claim)
             if error is not None:
                 self._fail(request, error)
-            elif request.home_list != claim.list_key:
+            elif not request.at_home:
                 elsewhere.append(request)
             else:
                 at_home[request.model].append(request)
@@ -239,7 +253,7 @@ class Lane:
 
     async def _dispatch_model(self, group: asyncio.TaskGroup, model: str, requests: list[Request]) -> None:
         try:
-            signature = await self._catalogue.signature(model)
+            checker = await self._catalogue.checker(model)
         except EndpointUnavailableError as error:
             logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
             await self._release(requests)
@@ -252,15 +266,15 @@ class Lane:
         for request in requests:
             try:
                 try:
-                    check(request, signature, self._settings)
+                    checker.check(request)
                 except UnknownModelError:  # a version that was loaded a moment ago
-                    signature = await self._catalogue.signature(model, fresh=True)
-                    check(request, signature, self._settings)
+                    checker = await self._catalogue.checker(model, fresh=True)
+                    checker.check(request)
             except SamphireError as error:
                 self._fail(request, error)
             else:
                 valid.append(request)
-        for batch in batching.group(valid, signature):
+        for batch in batching.group(valid, checker.signature):
             self._batches[model] += 1
             self._spawn(group, self._run_batch(model, batch))
 
@@ -271,17 +285,35 @@ class Lane:
         try:
             async with self._budget.hold(nbytes):
                 loaded = await self._load(batch)
-                started = await self._start(loaded)
-                await self._infer(model, started)
+                if self._store.suspects:
+                    await self._infer(model, await self._start(loaded))
+                elif loaded:
+                    await self._start_and_infer(model, loaded)
         finally:
             self._batches[model] -= 1
-            self._watch.wake()
+            self._room_again()
+
+    async def _start_and_infer(self, model: str, batch: list[Request]) -> None:
+        """Ask the model while the start is written: no task here was ever started by a lost worker."""
+        starting = asyncio.create_task(self._start(batch))
+        try:
+            answers = await self._ask(model, batch)
+        except SamphireError as error:
+            await self._ended_badly(model, await starting, error)
+            return
+        started = {request.claim.field for request in await starting}
+        await self._succeed(
+            [(request, outputs) for request, outputs in zip(batch, answers, strict=True) if request.claim.field in started]
+        )
 
     async def _load(self, batch: Sequence[Request]) -> list[Request]:
         loaded: list[Request] = []
         for request in batch:
             try:
-                await self._persist(lambda r=request: load(r, self._store))
+                fetched: dict[str, bytes] = {}
+                if has_refs(request):
+                    fetched = await self._persist(lambda r=request: fetch(r, self._store))  # type: ignore[misc]
+                load(request, fetched)
             except SamphireError as error:
                 self._fail(request, error)
             else:
@@ -320,27 +352,26 @@ class Lane:
             return
         if not batch:
             return
-        began = time.monotonic()
         try:
             answers = await self._ask(model, batch)
-        except EndpointUnavailableError as error:
+        except SamphireError as error:
+            await self._ended_badly(model, batch, error)
+        else:
+            await self._succeed(list(zip(batch, answers, strict=True)))
+
+    async def _ended_badly(self, model: str, batch: list[Request], error: SamphireError) -> None:
+        if isinstance(error, EndpointUnavailableError):
             self._catalogue.forget(model)
             logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
             await self._release(batch)
-            return
-        except SamphireError as error:
-            if len(batch) == 1:
-                self._fail(batch[0], error)
-                return
-            middle = len(batch) // 2  # somebody's content: find out whose
+        elif len(batch) == 1:
+            self._fail(batch[0], error)
+        else:  # somebody's content: find out whose
+            middle = len(batch) // 2
             await self._infer(model, batch[:middle])
             await self._infer(model, batch[middle:])
-            return
-        runtime_s = time.monotonic() - began
-        for request, outputs in zip(batch, answers, strict=True):
-            await self._succeed(request, outputs, runtime_s)
 
-    async def _ask(self, model: str, batch: list[Request]) -> list[list[outcome.Tensor]]:
+    async def _ask(self, model: str, batch: list[Request]) -> list[list[Tensor]]:
         infer = batch[0].request
         parameters = {name: value for name, value in infer.parameters.items() if name != "micro_batch"}
         endpoint = self._endpoints.pick()
@@ -367,13 +398,17 @@ class Lane:
             raise ModelFaultError(f"the request could not be sent: {error!r}") from error
         return batching.split(batch, outputs)
 
-    async def _succeed(self, request: Request, outputs: list[outcome.Tensor], runtime_s: float) -> None:
-        settlement = await self._persist(
-            lambda: outcome.success(request, outputs, self._store, self._settings)
-        )
-        request.tensors = []
-        self._settler.add(settlement)
-        self._events.succeeded(request, runtime_s)
+    async def _succeed(self, answered: Sequence[tuple[Request, list[Tensor]]]) -> None:
+        done = outcome.now_text()
+        for request, outputs in answered:
+            refs: dict[str, Ref] = {}
+            if any(len(tensor.data) > self._settings.inline_output_bytes for tensor in outputs):
+                refs = await self._persist(
+                    lambda r=request, o=outputs: outcome.store_large(r, o, self._store, self._settings)  # type: ignore[misc]
+                )
+            self._settler.add(outcome.success(request, outputs, refs, done))
+            self._events.succeeded(request)
+            request.tensors = []
 
     def _fail(self, request: Request, error: SamphireError) -> None:
         logger.info(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -27,42 +27,56 @@ from samphire_workers.triton import Tensor
 _encode = msgspec.json.Encoder().encode
 
 SUCCEEDED = "succeeded"
-FAILED = "failed"
 
 
-def _meta(status: bytes, task_id: str, result: bytes) -> bytes:
+def now_text() -> str:
+    """The time, as Celery stores it."""
+    return datetime.now(UTC).isoformat()
+
+
+def _meta(status: str, task_id: str, result: bytes, done: str) -> str:
     # Celery's Redis backend reads exactly these fields. The status stands first: the scripts look for it.
-    done = datetime.now(UTC).isoformat().encode()
     return (
-        b'{"status":"%b","task_id":%b,"result":%b,"traceback":null,"children":[],"date_done":"%b"}'
-        % (status, _encode(task_id), result, done)
+        f'{{"status":"{status}","task_id":{_encode(task_id).decode()},"result":{result.decode()},'
+        f'"traceback":null,"children":[],"date_done":"{done}"}}'
     )
 
 
-async def _output(request: Request, number: int, tensor: Tensor, store: Store, settings: Settings) -> OutputTensor:
+async def store_large(
+    request: Request, outputs: Sequence[Tensor], store: Store, settings: Settings
+) -> dict[str, Ref]:
+    """Store what is too large for the result of an SDK client as claim checks, by output name."""
+    refs: dict[str, Ref] = {}
+    if request.stream and not request.json_values:
+        for number, (name, _, _, data) in enumerate(outputs):
+            if len(data) > settings.inline_output_bytes:
+                refs[name] = await store.write_blob(request.task_id, number, data, await sha256_hex(data))
+    return refs
+
+
+def _output(tensor: Tensor, refs: Mapping[str, Ref], json_values: bool) -> OutputTensor:
     name, datatype, shape, data = tensor
-    if request.json_values:
+    if name in refs:
+        return OutputTensor(name, datatype, shape, ref=refs[name])
+    if json_values:
         values = bytes_to_values(name, datatype, shape, data)
         if values is not None:
             return OutputTensor(name, datatype, shape, data=values)
-    elif request.stream and len(data) > settings.inline_output_bytes:
-        ref: Ref = await store.write_blob(request.task_id, number, data, await sha256_hex(data))
-        return OutputTensor(name, datatype, shape, ref=ref)
     return OutputTensor(name, datatype, shape, raw=binascii.b2a_base64(data, newline=False).decode())
 
 
-async def success(request: Request, outputs: Sequence[Tensor], store: Store, settings: Settings) -> Settlement:
+def success(request: Request, outputs: Sequence[Tensor], refs: Mapping[str, Ref], done: str) -> Settlement:
     """The settlement of a task that Triton answered."""
-    tensors = [await _output(request, i, tensor, store, settings) for i, tensor in enumerate(outputs)]
+    tensors = [_output(tensor, refs, request.json_values) for tensor in outputs]
     response = InferResponse(request.request.model_name, request.version, tensors)
     own_prefix = f"{keys.BLOB_PREFIX}{request.task_id}:"
-    blobs = [
+    blobs = tuple(
         tensor.ref.key
         for tensor in request.request.inputs
-        if isinstance(tensor.ref, Ref) and tensor.ref.key.startswith(own_prefix) and " " not in tensor.ref.key
-    ]
-    meta = _meta(b"SUCCESS", request.task_id, _encode(response))
-    return Settlement(request.claim.field, request.task_id, SUCCEEDED, meta, request.stream, " ".join(blobs))
+        if isinstance(tensor.ref, Ref) and tensor.ref.key.startswith(own_prefix)
+    )
+    meta = _meta("SUCCESS", request.task_id, _encode(response), done)
+    return Settlement(request.claim.field, request.task_id, SUCCEEDED, meta, request.stream, blobs)
 
 
 def reason_of(error: SamphireError) -> str:
@@ -86,7 +100,7 @@ def failure(request: Request, error: SamphireError) -> DeadLetter:
         field=request.claim.field,
         letter_id=request.task_id or new_task_id(),
         task_id=request.task_id,
-        meta=_meta(b"FAILURE", request.task_id, info),
+        meta=_meta("FAILURE", request.task_id, info, now_text()),
         stream=request.stream,
         model=request.model,
         reason=reason_of(error),

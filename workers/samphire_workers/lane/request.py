@@ -6,8 +6,10 @@ import asyncio
 import binascii
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET
@@ -34,6 +36,9 @@ from samphire_broker.store import Claimed, Store
 HASH_IN_THREAD_BYTES = 256 * 2**10
 """Above this, hashing leaves the event loop: hashlib releases the interpreter's lock."""
 
+FORMS_MAX = 1024
+FORM_MAX_CHARACTERS = 64 * 2**10
+
 _STREAM = re.compile(re.escape(keys.STREAM_PREFIX) + r"[A-Za-z0-9-]{1,64}")
 _ID_IN_TAIL = re.compile(rb'"correlation_id": ?"([^"\\]{1,255})"')
 _STREAM_IN_TAIL = re.compile(rb'"samphire_stream": ?"([^"\\]{1,80})"')
@@ -59,6 +64,8 @@ class Request:
     """Bytes that the tensors will take once they are loaded."""
     json_values: bool = False
     """The inputs came as JSON values, so the outputs go back as such."""
+    batch_key: object = None
+    """Equal for requests that may share a micro-batch; None: none may."""
     attempts: int = 0
     """Workers that were lost with this task started."""
     tensors: list[bytes] = field(default_factory=list)
@@ -77,10 +84,20 @@ class Request:
         return keys.parse_queue(keys.split_list(self.claim.list_key)[0])[0]
 
     @property
+    def at_home(self) -> bool:
+        """Whether the task was claimed from the queue of its own model and tenant."""
+        return _home(self.claim.list_key) == (self.request.model_name, self.request.tenant)
+
+    @property
     def home_list(self) -> str:
         """Key of the list that this task belongs to."""
         priority = keys.split_list(self.claim.list_key)[1]
         return keys.queue_list(keys.queue_name(self.request.model_name, self.request.tenant), priority)
+
+
+@lru_cache(maxsize=4096)
+def _home(list_key: str) -> tuple[str, str]:
+    return keys.parse_queue(keys.split_list(list_key)[0])
 
 
 def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError | None]:
@@ -111,9 +128,10 @@ def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError
         infer = body[1]
         if infer.contract != CONTRACT_VERSION:
             raise InvalidInputError(f"expected contract version {CONTRACT_VERSION}, given {infer.contract}")
-        check_model_name(infer.model_name)
-        check_tenant(infer.tenant)
         request.infer = infer
+        if not request.at_home:
+            check_model_name(infer.model_name)
+            check_tenant(infer.tenant)
     except InvalidInputError as error:
         return request, error
     return request, None
@@ -134,19 +152,60 @@ def _check_supported(envelope: Envelope, body: Body) -> None:
         raise InvalidInputError("eta, countdown and expires are not supported on inference queues yet")
 
 
-def check(request: Request, signature: ModelSignature, settings: Settings) -> None:
-    """Check a request against its model and compute what it will take.
+class Checked(NamedTuple):
+    """What checking a request against a model found out."""
 
-    Raises:
-        InvalidInputError: it does not fit the model, or its parts contradict each other.
-    """
-    infer = request.request
-    request.rows = signature.check(infer)
-    request.version = signature.resolve(infer.model_version)
-    sizes = [(tensor.name, _size(tensor)) for tensor in infer.inputs]
-    check_request_size(sizes, settings.max_request_bytes)
-    request.nbytes = sum(size for _, size in sizes)
-    request.json_values = any(tensor.data is not UNSET for tensor in infer.inputs)
+    rows: int
+    version: str
+    nbytes: int
+    batch_key: object
+
+
+class Checker:
+    """Checks requests against one model. Requests alike in all but their numbers are checked once."""
+
+    def __init__(self, signature: ModelSignature, max_request_bytes: int) -> None:
+        self.signature = signature
+        self._max_request_bytes = max_request_bytes
+        self._known: dict[object, Checked] = {}
+
+    def check(self, request: Request) -> None:
+        """Check a request and note what it will take.
+
+        Raises:
+            InvalidInputError: it does not fit the model, or its parts contradict each other.
+        """
+        infer = request.request
+        form = _form(infer)
+        found = self._known.get(form) if form is not None else None
+        if found is None:
+            found = self._check(request)
+            if form is not None and len(self._known) < FORMS_MAX:
+                self._known[form] = found
+        request.rows, request.version, request.nbytes, request.batch_key = found
+
+    def _check(self, request: Request) -> Checked:
+        infer = request.request
+        rows = self.signature.check(infer)
+        version = self.signature.resolve(infer.model_version)
+        sizes = [(tensor.name, _size(tensor)) for tensor in infer.inputs]
+        check_request_size(sizes, self._max_request_bytes)
+        request.json_values = any(tensor.data is not UNSET for tensor in infer.inputs)
+        return Checked(rows, version, sum(size for _, size in sizes), _batch_key(infer, version, self.signature))
+
+
+def _form(infer: InferRequest) -> object:
+    """What the check of a small request depends on; None where it depends on more."""
+    if infer.parameters or infer.outputs or infer.model_version:
+        return None
+    parts: list[object] = []
+    for tensor in infer.inputs:
+        if tensor.datatype == "BYTES" or not isinstance(tensor.raw, str) or len(tensor.raw) > FORM_MAX_CHARACTERS:
+            return None
+        if tensor.data is not UNSET or tensor.ref is not UNSET:
+            return None
+        parts += (tensor.name, tensor.datatype, len(tensor.raw), *tensor.shape)
+    return tuple(parts)
 
 
 def _size(tensor: InputTensor) -> int:
@@ -173,11 +232,29 @@ def _size(tensor: InputTensor) -> int:
     return max(claimed, text)
 
 
-async def load(request: Request, store: Store) -> None:
+def has_refs(request: Request) -> bool:
+    """Whether a tensor has to be fetched from the broker."""
+    return any(tensor.ref is not UNSET for tensor in request.request.inputs)
+
+
+async def fetch(request: Request, store: Store) -> dict[str, bytes]:
+    """Bytes behind a request's claim checks, by input name.
+
+    Raises:
+        InvalidInputError: one is gone, or its bytes were altered.
+    """
+    return {
+        tensor.name: await _redeem(tensor.name, tensor.ref, store)
+        for tensor in request.request.inputs
+        if isinstance(tensor.ref, Ref)
+    }
+
+
+def load(request: Request, fetched: Mapping[str, bytes]) -> None:
     """Bring a request's tensors into memory, as bytes in the order of its inputs.
 
     Raises:
-        InvalidInputError: bytes that do not fit the shape, or a claim check that is gone or altered.
+        InvalidInputError: bytes that do not fit the shape.
     """
     request.tensors = []
     for tensor in request.request.inputs:
@@ -186,8 +263,8 @@ async def load(request: Request, store: Store) -> None:
                 data = binascii.a2b_base64(tensor.raw, strict_mode=True)
             except (binascii.Error, ValueError) as error:
                 raise InvalidInputError(f"input {tensor.name!r}: raw is not base64: {error}") from error
-        elif isinstance(tensor.ref, Ref):
-            data = await _redeem(tensor.name, tensor.ref, store)
+        elif tensor.ref is not UNSET:
+            data = fetched[tensor.name]
         else:
             values: Any = _decode_json(tensor.data)  # type: ignore[arg-type]
             data = values_to_bytes(tensor.name, tensor.datatype, tensor.shape, values)
@@ -216,18 +293,16 @@ async def _redeem(name: str, ref: Ref, store: Store) -> bytes:
     return data
 
 
-def batch_key(request: Request, signature: ModelSignature) -> object:
-    """What requests must have in common to share a micro-batch; a unique object where none may."""
-    infer = request.request
+def _batch_key(infer: InferRequest, version: str, signature: ModelSignature) -> object:
+    """What requests must have in common to share a micro-batch; None where none may."""
     if (
         not signature.max_batch_size
-        or request.attempts
         or infer.parameters.get("micro_batch") is False
         or any(name in infer.parameters for name in _SOLO_PARAMETERS)
     ):
-        return object()
+        return None
     return (
-        request.version,
+        version,
         tuple((t.name, t.datatype, *t.shape[1:]) for t in infer.inputs),
         tuple(output.name for output in infer.outputs),
         _encode_json(infer.parameters) if infer.parameters else b"",

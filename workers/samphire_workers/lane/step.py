@@ -13,10 +13,8 @@ import threading
 import uuid
 from typing import Any
 
-import uvloop
 from celery import bootsteps
 
-from samphire.connection import connect
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
 from samphire_workers.lane.events import CeleryEvents
@@ -68,7 +66,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._lane.stop()
 
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        with asyncio.Runner() as runner:
             self._loop = runner.get_loop()
             try:
                 runner.run(self._serve())
@@ -79,8 +77,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     async def _serve(self) -> None:
         settings, info = self._settings, self._info
-        async with connect(settings.broker_url) as client:
-            store = Store(client, info.id, settings)
+        store = Store(settings, info.id)
+        try:
             async with asyncio.TaskGroup() as group:
                 registered = asyncio.Event()
                 vital = [
@@ -92,6 +90,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 for task in vital:
                     task.cancel()
             await store.leave()
+        finally:
+            await store.close()
 
     async def _keep_lane_running(self, store: Store) -> None:
         delay_s = RESTART_MIN_S

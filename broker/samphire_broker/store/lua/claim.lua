@@ -1,9 +1,9 @@
 -- claim: move messages from queue lists into a worker's in-flight hash.
--- KEYS  1 worker:<wid>   2 worker:<wid>:inflight   3.. lists, in the order of service
+-- KEYS  1 worker:<wid>   2 worker:<wid>:inflight   3 suspects   4.. lists, in the order of service
 -- ARGV  1 most messages   2 stop after so many bytes   3 largest message that is returned whole
 --       4 number of the first claim   5.. how many each list gives before the first gives more
--- Returns field, size, message, field, size, message, …: of a message over ARGV[3] only the last 16 KB,
--- which hold a kombu message's headers.
+-- Returns whether there are suspects, then field, size, message, field, size, message, …: of a message over
+-- ARGV[3] only the last 16 KB, which hold a kombu message's headers.
 -- Nothing can fail between LTRIM and HSET: the hash's type is checked first, and once LTRIM, which needs no
 -- memory, has written, HSET is let through though memory be full.
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -13,11 +13,14 @@ redis.call('HLEN', KEYS[2])
 local CHUNK = 32 -- messages read at once, so that a few large ones do not fill the server's memory
 local left, bytes_left, largest = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local number = tonumber(ARGV[4])
-local reply, n = {}, 0
+local reply, n = {redis.call('EXISTS', KEYS[3])}, 1
+local empty = {}
 local function take(key, most)
-  while most > 0 and left > 0 and bytes_left > 0 do
-    local page = redis.pcall('LRANGE', key, -math.min(most, left, CHUNK), -1)
+  while most > 0 and left > 0 and bytes_left > 0 and not empty[key] do
+    local asked = math.min(most, left, CHUNK)
+    local page = redis.pcall('LRANGE', key, -asked, -1)
     local found = page.err and 0 or #page -- a key that is no list gives nothing
+    empty[key] = found < asked
     local taken, fields = 0, {}
     while taken < found and bytes_left > 0 do
       local message = page[found - taken] -- the oldest stands at the right
@@ -38,10 +41,10 @@ local function take(key, most)
     left, most = left - taken, most - taken
   end
 end
-for i = 3, #KEYS do
-  take(KEYS[i], tonumber(ARGV[i + 2]))
+for i = 4, #KEYS do
+  take(KEYS[i], tonumber(ARGV[i + 1]))
 end
-for i = 3, #KEYS do -- what others left unused
+for i = 4, #KEYS do -- what others left unused
   take(KEYS[i], left)
 end
 return reply

@@ -1,5 +1,6 @@
 -- reap: return a lost worker's messages to the heads of their lists.
 -- KEYS  1 worker:<wid>   2 worker:<wid>:info   3 worker:<wid>:inflight   4 worker:<wid>:started   5 workers
+--       6 suspects
 -- ARGV  1 wid   2 value of the lease's counter when its connection was last missed ("" if only a lapsed lease
 --       counts)   3 prefix of result keys   4 prefix of task hashes   5 lifetime of task hashes in s
 -- A lease that has beaten since then belongs to a worker that lives: nothing happens.
@@ -28,6 +29,7 @@ for i = 1, math.min(#fields, 1000) do
     redis.call('HDEL', KEYS[4], field)
     redis.call('HINCRBY', key, 'attempts', 1)
     redis.call('EXPIRE', key, ARGV[5])
+    redis.call('SET', KEYS[6], '1', 'EX', ARGV[5])
     redis.call('DEL', ARGV[3] .. id)
     started = started + 1
   end

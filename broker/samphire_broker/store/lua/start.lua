@@ -1,22 +1,23 @@
 -- start: mark claimed tasks as running.
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started
 -- ARGV  1 prefix of result keys   2 prefix of task hashes   3 host name   4 process id
---       5.. field, task id, field, task id, …
+--       5 MessagePack: array of [field, task id]
 -- Returns for each task how many workers were lost with it, or -1 (claim lost: not ours any more), or -2
 -- (the task already ended: a terminal state is written once; the message is dropped as a duplicate).
 -- The running state has no lifetime of its own: settling, failing, releasing and reaping all replace it.
 local tail = ',"result":{"hostname":' .. cjson.encode(ARGV[3]) .. ',"pid":' .. ARGV[4] .. '}'
 tail = tail .. ',"traceback":null,"children":[],"date_done":null}'
+local tasks = cmsgpack.unpack(ARGV[5])
 local metas, hashes = {}, {}
-for i = 6, #ARGV, 2 do
-  metas[#metas + 1] = ARGV[1] .. ARGV[i]
-  hashes[#hashes + 1] = ARGV[2] .. ARGV[i]
+for n = 1, #tasks do
+  metas[n] = ARGV[1] .. tasks[n][2]
+  hashes[n] = ARGV[2] .. tasks[n][2]
 end
 local old = redis.call('MGET', unpack(metas))
 local some_lost = redis.call('EXISTS', unpack(hashes)) > 0
 local reply, states, started, ended = {}, {}, {}, {}
 for n = 1, #metas do
-  local field, id = ARGV[2 * n + 3], ARGV[2 * n + 4]
+  local field, id = tasks[n][1], tasks[n][2]
   local state = old[n] and string.match(old[n], '"status": ?"(%u+)"')
   if redis.call('HEXISTS', KEYS[1], field) == 0 then
     reply[n] = -1
