@@ -8,17 +8,17 @@ by the in-flight field and may be repeated.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NamedTuple
 
 import msgspec
-import redis.asyncio
 
 from samphire import keys
 from samphire.connection import broker_errors, connect, key_text
 from samphire.contract import Ref
+from samphire.direct import Argument, DirectConnection, Script
 from samphire.errors import ProtocolError, SamphireError
 from samphire_broker.settings import Settings
 
@@ -94,8 +94,8 @@ class WorkerInfo:
     pid: int
 
 
-def _script(name: str) -> str:
-    return (resources.files("samphire_broker.store") / "lua" / f"{name}.lua").read_text()
+def _script(name: str) -> Script:
+    return Script((resources.files("samphire_broker.store") / "lua" / f"{name}.lua").read_text())
 
 
 class Store:
@@ -107,11 +107,10 @@ class Store:
 
     def __init__(self, settings: Settings, worker_id: str) -> None:
         self._client = connect(settings.broker_url)
-        # The calls that every task waits for have a connection each: a pool checks a connection's
-        # health with every command, which costs as much as the command.
-        self._claims = connect(settings.broker_url, single=True)
-        self._starts = connect(settings.broker_url, single=True)
-        self._endings = connect(settings.broker_url, single=True)
+        self._claims = DirectConnection(settings.broker_url)
+        self._starts = DirectConnection(settings.broker_url)
+        self._endings = DirectConnection(settings.broker_url)
+        self._rest = DirectConnection(settings.broker_url)
         self._settings = settings
         self.worker_id = worker_id
         self._lease = keys.WORKER_PREFIX + worker_id
@@ -121,28 +120,28 @@ class Store:
         self.suspects = True
         """Whether some task was started by a worker that was lost, as of the last claim."""
         names = ("beat", "claim", "start", "settle", "fail", "release", "route", "reap")
-        self._scripts = {name: self._client.register_script(_script(name)) for name in names}
+        self._scripts = {name: _script(name) for name in names}
 
     async def close(self) -> None:
         """Close all connections."""
-        for client in (self._client, self._claims, self._starts, self._endings):
-            await client.aclose()
+        for connection in (self._claims, self._starts, self._endings, self._rest):
+            await connection.close()
+        await self._client.aclose()
 
     async def _run(
         self,
         name: str,
         key_names: Sequence[str],
-        args: Iterable[Any],
-        client: redis.asyncio.Redis | None = None,
+        args: Sequence[Argument],
+        connection: DirectConnection | None = None,
     ) -> Any:
-        with broker_errors():
-            return await self._scripts[name](keys=list(key_names), args=list(args), client=client)
+        return await (connection or self._rest).call(self._scripts[name], key_names, args)
 
-    async def beat(self, info: WorkerInfo, client: redis.asyncio.Redis | None = None) -> int:
-        """Renew the lease; 1 means that it had been lost (or is new). `client`: the named connection."""
+    async def beat(self, info: WorkerInfo, connection: DirectConnection) -> int:
+        """Renew the lease, on the worker's named connection; 1 means that it had been lost, or is new."""
         key_names = [self._lease, f"{self._lease}:info", keys.WORKERS]
         args = [self.worker_id, self._settings.lease_ms, msgspec.json.encode(info)]
-        return int(await self._run("beat", key_names, args, client))
+        return int(await self._run("beat", key_names, args, connection))
 
     async def claim(
         self, lists: Sequence[str], shares: Sequence[int], max_messages: int, max_bytes: int

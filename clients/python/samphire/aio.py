@@ -85,7 +85,7 @@ class AsyncClient:
         self._max_request_bytes = max_request_bytes
         self._stream = keys.stream_key(uuid.uuid4().hex)
         self._redis = connect(self.broker_url)
-        self._publisher = Publisher(connect(self.broker_url, single=True), queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
+        self._publisher = Publisher(self.broker_url, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
         self._waiter = Waiter(self._redis, self.broker_url, self._stream)
         self._closed = False
 

@@ -40,7 +40,7 @@ def connect(
     name: str | None = None,
     single: bool = False,
     max_connections: int = 64,
-    command_timeout_s: float = COMMAND_TIMEOUT_S,
+    command_timeout_s: float | None = COMMAND_TIMEOUT_S,
 ) -> redis.asyncio.Redis:
     """A client of the broker that never repeats a command by itself.
 
@@ -77,8 +77,10 @@ def redact(url: str) -> str:
     return parts._replace(netloc=f"{parts.username or ''}:***@{host}").geturl()
 
 
-def translate(error: RedisError) -> SamphireError:
-    """Return the Samphire error for one of redis-py's."""
+def translate(error: RedisError | OSError) -> SamphireError:
+    """Return the Samphire error for one of redis-py's, or of the socket below it."""
+    if isinstance(error, OSError):
+        return BrokerUnavailableError(f"the broker is away: {error or type(error).__name__}", retry_after_s=1.0)
     if isinstance(error, OutOfMemoryError):
         return BrokerMemoryFullError(f"the broker refused a write: {error}", retry_after_s=5.0)
     if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
@@ -95,12 +97,10 @@ def broker_errors() -> Iterator[None]:
     """Translate redis-py's errors, and the socket's below them, raised in the block."""
     try:
         yield
-    except RedisError as error:
+    except SamphireError:
+        raise
+    except (RedisError, OSError) as error:
         raise translate(error) from error
-    except OSError as error:
-        if isinstance(error, SamphireError):
-            raise
-        raise BrokerUnavailableError(f"the broker is away: {error}", retry_after_s=1.0) from error
 
 
 def key_text(value: Any) -> str:

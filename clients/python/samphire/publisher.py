@@ -10,10 +10,8 @@ from importlib import resources
 from itertools import chain
 from typing import NamedTuple
 
-import redis.asyncio
-
 from samphire import keys
-from samphire.connection import broker_errors
+from samphire.direct import DirectConnection, Script
 from samphire.errors import BrokerMemoryFullError, QueueFullError, SamphireError
 
 BATCH_MESSAGES = 512
@@ -39,13 +37,12 @@ class Outgoing(NamedTuple):
 
 class Publisher:
     """Pushes messages to queues: one call of `submit.lua` a batch, never repeated after a lost reply.
-
-    `client` is closed with the publisher; a single connection is enough, since one call is under way at a time.
+    One connection is enough, since one call is under way at a time.
     """
 
-    def __init__(self, client: redis.asyncio.Redis, *, queue_limit: int, blob_ttl_s: int) -> None:
-        self._client = client
-        self._script = client.register_script((resources.files("samphire") / "submit.lua").read_text())
+    def __init__(self, broker_url: str, *, queue_limit: int, blob_ttl_s: int) -> None:
+        self._connection = DirectConnection(broker_url)
+        self._script = Script((resources.files("samphire") / "submit.lua").read_text())
         self._queue_limit = queue_limit
         self._blob_ttl_s = blob_ttl_s
         self._waiting: deque[Outgoing] = deque()
@@ -54,7 +51,7 @@ class Publisher:
 
     async def close(self) -> None:
         """Close the connection."""
-        await self._client.aclose()
+        await self._connection.close()
 
     async def publish(
         self, queue: str, priority: int, messages: list[bytes], blobs: list[tuple[str, bytes]]
@@ -122,11 +119,11 @@ class Publisher:
             self._memory_checked = now
         lists = [keys.queue_list(queue, step) for step in keys.PRIORITY_STEPS]
         args = [queue, self._queue_limit, int(check_memory), keys.WAKE_CHANNEL, self._blob_ttl_s, len(blobs)]
-        with broker_errors():
-            reply = await self._script(
-                keys=[keys.queue_list(queue, priority), *lists, keys.QUEUES],
-                args=[*args, *chain.from_iterable(blobs), *messages],
-            )
+        reply = await self._connection.call(
+            self._script,
+            [keys.queue_list(queue, priority), *lists, keys.QUEUES],
+            [*args, *chain.from_iterable(blobs), *messages],
+        )
         if reply[0] == b"full":
             raise QueueFullError(
                 f"queue {queue!r} holds {reply[1]} messages; its limit is {self._queue_limit}, "

@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 import redis.asyncio
-from redis.exceptions import RedisError
 
 from samphire import keys
-from samphire.connection import broker_errors, connect, key_text
+from samphire.connection import broker_errors
+from samphire.direct import DirectConnection
 from samphire.errors import BrokerUnavailableError, ClientClosedError, SamphireError
 from samphire.results import TERMINAL, InferResult, decode_meta, result_of, status_of
 
@@ -38,7 +38,7 @@ class Waiter:
 
     def __init__(self, client: redis.asyncio.Redis, broker_url: str, stream: str) -> None:
         self._client = client
-        self._url = broker_url
+        self._events = DirectConnection(broker_url)
         self._stream = stream
         self._futures: dict[str, asyncio.Future[InferResult]] = {}
         self._claims: Counter[str] = Counter()
@@ -88,6 +88,7 @@ class Waiter:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._events.close()
         self._fail_all(ClientClosedError())
 
     def _fail_all(self, error: SamphireError) -> None:
@@ -101,17 +102,15 @@ class Waiter:
 
     async def _read(self) -> None:
         """Follow this client's stream, until closed."""
-        last = "0-0"
+        last: bytes | str = "0-0"
+        command = ("XREAD", "COUNT", 1000, "BLOCK", BLOCK_MS, "STREAMS", self._stream)
         while not self._closed:
             try:
-                async with connect(self._url, single=True) as client:
-                    while not self._closed:
-                        reply = await client.xread({self._stream: last}, count=1000, block=BLOCK_MS)
-                        for _, entries in reply:
-                            last = key_text(entries[-1][0])
-                            for _, fields in entries:
-                                await self._ended(fields)
-            except (RedisError, OSError, BrokerUnavailableError):
+                for _, entries in await self._events.execute(*command, last, timeout_s=3 * BLOCK_MS / 1000) or ():
+                    for _, fields in entries:
+                        await self._ended(dict(zip(fields[::2], fields[1::2], strict=True)))
+                    last = entries[-1][0]
+            except BrokerUnavailableError:
                 await asyncio.sleep(RETRY_S)
             except SamphireError as error:
                 self._fail_all(error)

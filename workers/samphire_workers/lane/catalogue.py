@@ -32,6 +32,12 @@ class Catalogue:
         self.queues: set[str] = set()
         """Queues of the models in the endpoints' repositories."""
 
+    def known(self, model: str) -> Checker | None:
+        """The checker of a model, if it is in memory."""
+        found = self._checkers.get(model)
+        self._used.add(model)
+        return found[0] if found else None
+
     async def checker(self, model: str, *, fresh: bool = False) -> Checker:
         """Return the checker of a model, from memory or from an endpoint.
 
@@ -39,10 +45,9 @@ class Catalogue:
             UnknownModelError: no such model.
             EndpointUnavailableError: the model, or every endpoint, is away.
         """
-        known = self._checkers.get(model)
-        self._used.add(model)
-        if known and not fresh:
-            return known[0]
+        found = self.known(model)
+        if found and not fresh:
+            return found
         return await self._look_up(model)
 
     async def _look_up(self, model: str) -> Checker:

@@ -35,7 +35,7 @@ from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
 from samphire_workers.lane.events import TaskEvents
 from samphire_workers.lane.planner import QueuePlanner
-from samphire_workers.lane.request import Request, fetch, has_refs, load, read
+from samphire_workers.lane.request import Checker, Request, fetch, has_refs, load, read
 from samphire_workers.lane.settler import Settler
 from samphire_workers.lane.wake import QueueWatch
 from samphire_workers.triton import Endpoints, Tensor
@@ -139,8 +139,7 @@ class Lane:
                 continue
             for claim in claimed:
                 self._hold(claim)
-            if claimed:
-                self._spawn(group, self._take_in(group, claimed))
+            self._take_in(group, claimed)
             if self._more:
                 short_rounds = 0
                 await asyncio.sleep(0)  # let what was claimed get under way before more is claimed
@@ -205,7 +204,7 @@ class Lane:
 
     # -- from message to micro-batch ----------------------------------------------------------------
 
-    async def _take_in(self, group: asyncio.TaskGroup, claimed: Sequence[Claimed]) -> None:
+    def _take_in(self, group: asyncio.TaskGroup, claimed: Sequence[Claimed]) -> None:
         at_home: defaultdict[str, list[Request]] = defaultdict(list)
         elsewhere: list[Request] = []
         for claim in claimed:
@@ -217,9 +216,20 @@ class Lane:
             else:
                 at_home[request.model].append(request)
         if elsewhere:
-            await self._route(elsewhere)
+            self._spawn(group, self._route(elsewhere))
         for model, requests in at_home.items():
-            await self._dispatch_model(group, model, requests)
+            checker = self._catalogue.known(model)
+            if checker is not None and all(self._fits(checker, request) for request in requests):
+                self._dispatch(group, model, requests, checker)
+            else:
+                self._spawn(group, self._dispatch_checked(group, model, requests))
+
+    def _fits(self, checker: Checker, request: Request) -> bool:
+        try:
+            checker.check(request)
+        except SamphireError:
+            return False
+        return True
 
     def _read(self, claim: Claimed) -> tuple[Request, SamphireError | None]:
         try:
@@ -251,7 +261,8 @@ class Lane:
                 logger.warning("the broker is away: %s", error, extra={"action": "broker_away"})
                 await asyncio.sleep(BROKER_RETRY_S)
 
-    async def _dispatch_model(self, group: asyncio.TaskGroup, model: str, requests: list[Request]) -> None:
+    async def _dispatch_checked(self, group: asyncio.TaskGroup, model: str, requests: list[Request]) -> None:
+        """Dispatch what fits the model as it is now, and fail what does not."""
         try:
             checker = await self._catalogue.checker(model)
         except EndpointUnavailableError as error:
@@ -274,7 +285,12 @@ class Lane:
                 self._fail(request, error)
             else:
                 valid.append(request)
-        for batch in batching.group(valid, checker.signature):
+        self._dispatch(group, model, valid, checker)
+
+    def _dispatch(
+        self, group: asyncio.TaskGroup, model: str, requests: Sequence[Request], checker: Checker
+    ) -> None:
+        for batch in batching.group(requests, checker.signature):
             self._batches[model] += 1
             self._spawn(group, self._run_batch(model, batch))
 

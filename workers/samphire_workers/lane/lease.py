@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from samphire import keys
-from samphire.connection import connect
+from samphire.direct import DirectConnection
 from samphire.errors import BrokerUnavailableError, SamphireError
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
@@ -20,19 +20,15 @@ RETRY_S = 0.25
 
 async def keep_lease(store: Store, settings: Settings, info: WorkerInfo, registered: asyncio.Event) -> None:
     """Beat for ever, on the connection whose name tells the others that this worker lives."""
+    connection = DirectConnection(settings.broker_url, name=keys.CONNECTION_PREFIX + info.id)
     while True:
-        client = connect(settings.broker_url, name=keys.CONNECTION_PREFIX + info.id, single=True)
         try:
-            async with client:
-                while True:
-                    await store.beat(info, client)
-                    registered.set()
-                    await asyncio.sleep(settings.lease_s / BEATS_A_LEASE)
+            await store.beat(info, connection)
+            registered.set()
+            await asyncio.sleep(settings.lease_s / BEATS_A_LEASE)
         except SamphireError as error:
             logger.warning("heartbeat failed: %s", error, extra={"action": "beat_failed"})
-        except OSError as error:
-            logger.warning("heartbeat failed: %s", error, extra={"action": "beat_failed"})
-        await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(RETRY_S)
 
 
 async def reap_others(store: Store, settings: Settings) -> None:

@@ -14,6 +14,9 @@ QUEUES_A_PLAN = 64
 """Most queues that one claim looks into; with more, the claims take turns."""
 
 
+PLANS_KEPT = 256
+
+
 class Plan(NamedTuple):
     """Lists in the order of service, and how many messages each may give before the first gives more."""
 
@@ -28,11 +31,7 @@ class QueuePlanner:
         self._weights = weights
         self._queues: list[str] = []
         self._turn = 0
-
-    @property
-    def queues(self) -> list[str]:
-        """The queues that are served, sorted."""
-        return self._queues
+        self._plans: dict[tuple[int, int, frozenset[str]], Plan] = {}
 
     @property
     def rounds(self) -> int:
@@ -44,6 +43,7 @@ class QueuePlanner:
         new = sorted(set(queues) - set(self._queues))
         if new:
             self._queues = sorted([*self._queues, *new])
+            self._plans.clear()
         return new
 
     def plan(self, messages: int, skip_models: Collection[str]) -> Plan:
@@ -52,8 +52,16 @@ class QueuePlanner:
         if not usable:
             return Plan([], [])
         start = self._turn % len(usable)
-        self._turn += min(len(usable), QUEUES_A_PLAN) if len(usable) > QUEUES_A_PLAN else 1
-        turn = (usable[start:] + usable[:start])[:QUEUES_A_PLAN]
+        self._turn += QUEUES_A_PLAN if len(usable) > QUEUES_A_PLAN else 1
+        known = (start, messages, frozenset(skip_models))
+        plan = self._plans.get(known)
+        if plan is None:
+            if len(self._plans) >= PLANS_KEPT:
+                self._plans.clear()
+            plan = self._plans[known] = self._divide((usable[start:] + usable[:start])[:QUEUES_A_PLAN], messages)
+        return plan
+
+    def _divide(self, turn: list[str], messages: int) -> Plan:
         tenants: dict[str, int] = {}
         for queue in turn:
             model = keys.parse_queue(queue)[0]

@@ -12,10 +12,9 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from redis.exceptions import RedisError
-
 from samphire import keys
-from samphire.connection import connect
+from samphire.direct import DirectConnection
+from samphire.errors import BrokerUnavailableError, SamphireError
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +57,18 @@ class QueueWatch:
 
     async def listen(self) -> None:
         """Wake on the SDK's channel, until closed."""
+        connection = DirectConnection(self._url)
         while not self._closed:
             try:
-                async with connect(self._url) as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
-                    await pubsub.subscribe(keys.WAKE_CHANNEL)
-                    self.wake()  # whatever was published before is found in the queues
-                    while not self._closed:
-                        if await pubsub.get_message(timeout=BLOCK_S):
-                            self.wake()
-            except (RedisError, OSError):
+                await connection.execute("SUBSCRIBE", keys.WAKE_CHANNEL)
+                self.wake()  # whatever was published before is found in the queues
+                while not self._closed:
+                    if await connection.read(BLOCK_S) is not None:
+                        self.wake()
+            except BrokerUnavailableError:
                 await asyncio.sleep(RETRY_S)
+            finally:
+                await connection.close()
 
     def add(self, queue: str, group: asyncio.TaskGroup, may_claim: Callable[[str], bool]) -> None:
         """Watch a queue of plain producers, while there are connections to spare.
@@ -79,16 +80,16 @@ class QueueWatch:
             group.create_task(self._peek(queue, may_claim))
 
     async def _peek(self, queue: str, may_claim: Callable[[str], bool]) -> None:
+        connection = DirectConnection(self._url)
+        command = ("BLMOVE", queue, queue, "RIGHT", "RIGHT", BLOCK_S)
         while not self._closed:
             try:
-                async with connect(self._url, single=True) as client:
-                    while not self._closed:
-                        await self._idle.wait()
-                        if not may_claim(queue):
-                            await asyncio.sleep(RETRY_S)
-                            continue
-                        if await client.blmove(queue, queue, BLOCK_S, "RIGHT", "RIGHT") is not None:
-                            self._idle.clear()
-                            self.wake()
-            except (RedisError, OSError):
+                await self._idle.wait()
+                if not may_claim(queue):
+                    await asyncio.sleep(RETRY_S)
+                elif await connection.execute(*command, timeout_s=3 * BLOCK_S) is not None:
+                    self._idle.clear()
+                    self.wake()
+            except SamphireError as error:  # away, or a key of that name is no list
+                logger.warning("queue %s cannot be watched: %s", queue, error, extra={"action": "watch_failed"})
                 await asyncio.sleep(RETRY_S)

@@ -1,0 +1,100 @@
+"""A bare connection to the broker for the calls that every task waits for.
+
+redis-py's client adds a retry frame, a pool's health check and two timers to each command, which costs
+more than the command. Here its connection (address, TLS, authentication) is used directly: one command at
+a time, one timeout around it, and never a repetition: who calls decides what a lost reply means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import hiredis
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from samphire.connection import COMMAND_TIMEOUT_S, connect, translate
+from samphire.errors import BrokerUnavailableError
+
+Argument = str | bytes | int | float
+
+
+class Script:
+    """A Lua script, called by its SHA-1 and loaded where the server does not know it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+class DirectConnection:
+    """One connection; opened with the first command, and again after an error."""
+
+    def __init__(self, url: str, *, name: str | None = None) -> None:
+        self._pool = connect(url, name=name, command_timeout_s=None).connection_pool
+        self._connection: AbstractConnection | None = None
+        self._lock = asyncio.Lock()
+
+    async def call(self, script: Script, keys: Iterable[str], args: Iterable[Argument]) -> Any:
+        """Run a script and return its reply.
+
+        Raises:
+            BrokerUnavailableError: no answer; the script may or may not have run.
+            SamphireError: the translation of the error that the broker answered with.
+        """
+        names = list(keys)
+        command = ("EVALSHA", script.sha, len(names), *names, *args)
+        try:
+            return await self._execute(command, COMMAND_TIMEOUT_S)
+        except NoScriptError:  # it did not run
+            await self.execute("SCRIPT", "LOAD", script.text)
+            return await self.execute(*command)
+
+    async def execute(self, *command: Argument, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:
+        """Run a command and return its reply; raises as `call` does."""
+        return await self._execute(command, timeout_s)
+
+    async def read(self, timeout_s: float) -> Any:
+        """Return the next reply of a connection that has subscribed; None after `timeout_s` without one."""
+        connection = self._connection
+        if connection is None:
+            raise BrokerUnavailableError("the broker is away: not connected")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await connection.read_response(disconnect_on_error=False)
+        except TimeoutError:
+            return None
+        except (RedisError, OSError) as error:
+            await self.close()
+            raise BrokerUnavailableError(f"the broker is away: {error}", retry_after_s=1.0) from error
+
+    async def close(self) -> None:
+        """Close the connection; the next command opens it again."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+    async def _execute(self, command: tuple[Argument, ...], timeout_s: float) -> Any:
+        async with self._lock:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    if self._connection is None:
+                        connection = self._pool.make_connection()
+                        await connection.connect()
+                        self._connection = connection
+                    await self._connection.send_packed_command(hiredis.pack_command(command), check_health=False)
+                    return await self._connection.read_response()
+            except NoScriptError:
+                raise
+            except ResponseError as error:
+                raise translate(error) from error
+            except (RedisError, OSError) as error:  # TimeoutError is an OSError
+                await self.close()
+                raise translate(error) from error
+            except BaseException:
+                # Cancelled: the reply will still come, and must not be taken for the next command's.
+                await self.close()
+                raise
