@@ -58,11 +58,6 @@ def _lay_out_backends(package: Path, target: Path) -> None:
     source = package / "tritonserver" / "backends" / "python"
     for path in [*source.glob("*.py"), source / "libtriton_python.so"]:
         shutil.copyfile(path, python_backend / path.name)
-    # The stub runs its interpreter isolated: PYTHONPATH is ignored, and whatever numpy the base
-    # installation has would be taken. This module is the first that it imports.
-    utils = python_backend / "triton_python_backend_utils.py"
-    search_path = f"import sys\nsys.path.insert(0, {sysconfig.get_path('purelib')!r})\n"
-    utils.write_text(search_path + utils.read_text())
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = package / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
@@ -152,6 +147,9 @@ def triton_spec(
         name="triton",
         command=command,
         env={
+            # The stub embeds an isolated interpreter: PYTHONPATH is ignored, and it takes the packages of the
+            # first python3 on the PATH. With another than ours it could find numpy 2 there.
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
             "LD_LIBRARY_PATH": ":".join(filter(None, [*libraries, os.environ.get("LD_LIBRARY_PATH")])),
         },
         log_file=data_dir / "logs" / "triton.log",

@@ -1,0 +1,98 @@
+"""`samphire demo`: the main job on real input, once through the SDK and once by plain Celery."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import click
+import numpy as np
+from celery import Celery
+from numpy.typing import NDArray
+
+from samphire import AsyncClient, InvalidInputError, SamphireError
+from samphire.contract import INFER_TASK
+from samphire.keys import INTAKE
+from samphire_broker.digits import load_split
+from samphire_broker.embedded.stack import Stack, serve
+
+ROUNDS = 20
+"""How often the held-out images go through, one task an image, to have something to time."""
+LATENCY_TASKS = 200
+DRAWN = 4
+SHADES = " .:-=+*#%@"
+TIMEOUT_S = 60.0
+
+
+async def show(stack: Stack, *, keep: bool) -> None:
+    """Classify held-out digits, draw some, and show what an error looks like.
+
+    Raises:
+        SamphireError: a task failed that must not.
+    """
+    digits = load_split()
+    images, labels = digits.held_out_images, digits.held_out_labels
+    async with AsyncClient(stack.broker_url) as client:
+        first = await client.submit("digits", {"image": images[:1]})
+        await first.result(timeout_s=TIMEOUT_S)
+        await _classify(client, images, labels)
+        await _draw(client, images, labels)
+        await asyncio.to_thread(_plain_celery, stack.broker_url, images[0], int(labels[0]))
+        await _bad_request(client)
+    if keep:
+        click.echo(f"\nThe stack goes on: SAMPHIRE_BROKER_URL={stack.broker_url} SAMPHIRE_TRITON_URLS={stack.triton_grpc}")
+        await serve(stack)
+
+
+async def _classify(client: AsyncClient, images: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+    count = len(images) * ROUNDS
+    click.echo(f"\n{len(images)} held-out images, {ROUNDS} times, one task an image:")
+    right, began = 0, time.perf_counter()
+    inputs = ({"image": images[i % len(images)][np.newaxis]} for i in range(count))
+    number = 0
+    async for result in client.map("digits", inputs):
+        right += int(result.outputs["probabilities"].argmax() == labels[number % len(labels)])
+        number += 1
+    elapsed_s = time.perf_counter() - began
+    latencies_ms = []
+    for i in range(LATENCY_TASKS):
+        began = time.perf_counter()
+        task = await client.submit("digits", {"image": images[i : i + 1]})
+        await task.result(timeout_s=TIMEOUT_S)
+        latencies_ms.append((time.perf_counter() - began) * 1000)
+    click.echo(f"accuracy: {right / count:.4f}")
+    click.echo(f"requests/s: {count / elapsed_s:,.0f} (submit to result)")
+    click.echo(f"p50: {np.median(latencies_ms):.2f} ms (one at a time)")
+
+
+async def _draw(client: AsyncClient, images: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+    click.echo()
+    chosen = images[:DRAWN]
+    task = await client.submit("digits", {"image": chosen})
+    probabilities = (await task.result(timeout_s=TIMEOUT_S)).outputs["probabilities"]
+    for row in range(8):
+        click.echo("   ".join("".join(SHADES[round(float(v) * 9)] * 2 for v in image[row]) for image in chosen))
+    said = (f"says {p.argmax()} ({p.max():.0%}), is {label}" for p, label in zip(probabilities, labels, strict=False))
+    click.echo("   ".join(f"{text:<16}" for text in said))
+
+
+def _plain_celery(broker_url: str, image: NDArray[np.float32], label: int) -> None:
+    """What an application without the SDK does: only Celery, and JSON lists."""
+    app = Celery("plain", broker=broker_url, backend=broker_url)
+    tensor = {"name": "image", "datatype": "FP32", "shape": [1, 8, 8], "data": image.ravel().tolist()}
+    with app:
+        sent = app.send_task(INFER_TASK, kwargs={"model_name": "digits", "inputs": [tensor]}, queue=INTAKE)
+        answer: dict[str, Any] = sent.get(timeout=TIMEOUT_S)
+    said = int(np.argmax(answer["outputs"][0]["data"]))
+    click.echo(f"\nplain Celery: send_task({INFER_TASK!r}, queue={INTAKE!r}) says {said}, is {label}")
+
+
+async def _bad_request(client: AsyncClient) -> None:
+    task = await client.submit("digits", {"image": np.zeros((1, 7, 7), np.float32)})
+    try:
+        await task.result(timeout_s=TIMEOUT_S)
+    except InvalidInputError as error:
+        click.echo(f"a bad request: {type(error).__name__}: {error}")
+    else:
+        raise SamphireError("a request of the wrong shape was answered")

@@ -1,0 +1,220 @@
+"""The embedded stack: started in order, watched, restarted, stopped; nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from samphire_broker.embedded.ports import choose_port
+from samphire_broker.embedded.process import Part, PartError, PartSpec
+from samphire_broker.embedded.triton import seed_model_repository, triton_spec
+from samphire_broker.embedded.valkey import valkey_spec
+from samphire_broker.embedded.worker import worker_spec
+from samphire_broker.settings import FsyncPolicy, shipped_model_repository
+
+
+@dataclass(frozen=True)
+class StackOptions:
+    """What `samphire up` was asked for; a port of 0 means a free one."""
+
+    data_dir: Path
+    workers: int = 1
+    broker_port: int = 6379
+    triton_grpc_port: int = 8001
+    triton_http_port: int = 8000
+    triton_metrics_port: int = 8002
+    broker_memory_bytes: int = 4 * 2**30
+    broker_fsync: FsyncPolicy = "everysec"
+    model_repository: Path | None = None
+    """Models to serve; by default those that ship."""
+    ready_file: Path | None = None
+    external_broker_url: str | None = None
+    external_triton_urls: str | None = None
+
+
+class Stack:
+    """The parts of one machine. Use as an asynchronous context manager, on the main thread."""
+
+    def __init__(self, options: StackOptions, progress: Callable[[str], None]) -> None:
+        self._options = options
+        self._began = time.monotonic()
+        self._say = progress
+        self._broker: Part | None = None
+        self._triton: Part | None = None
+        self._workers: list[Part] = []
+        self._keepers: list[asyncio.Task[None]] = []
+        self._lock: Any = None
+        self.broker_url = options.external_broker_url or ""
+        self.triton_grpc = (options.external_triton_urls or "").split(",")[0]
+        self.triton_http: str | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts that the stack runs, in the order of their start."""
+        return [part for part in (self._broker, self._triton, *self._workers) if part is not None]
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stop()
+
+    async def wait_failed(self) -> None:
+        """Return only by raising: when a keeper itself has failed."""
+        done, _ = await asyncio.wait(self._keepers, return_when=asyncio.FIRST_COMPLETED)
+        for keeper in done:
+            keeper.result()
+
+    def _progress(self, line: str) -> None:
+        self._say(f"[{time.monotonic() - self._began:5.1f} s] {line}")
+
+    def _make_specs(self) -> list[PartSpec]:
+        options = self._options
+        specs = []
+        if options.external_broker_url is None:
+            port = choose_port(options.broker_port, "--broker-port")
+            spec = valkey_spec(options.data_dir, port, options.broker_memory_bytes, options.broker_fsync)
+            self.broker_url = spec.address
+            specs.append(spec)
+        if options.external_triton_urls is None:
+            grpc_port = choose_port(options.triton_grpc_port, "--triton-grpc-port")
+            http_port = choose_port(options.triton_http_port, "--triton-http-port")
+            metrics_port = choose_port(options.triton_metrics_port, "--triton-metrics-port")
+            source = options.model_repository or shipped_model_repository()
+            seed_model_repository(source, options.data_dir / "model_repository")
+            spec = triton_spec(options.data_dir, grpc_port, http_port, metrics_port, self._progress)
+            self.triton_grpc = spec.address
+            self.triton_http = f"{spec.address.rpartition(':')[0]}:{http_port}"
+            specs.append(spec)
+        return specs
+
+    async def _start(self) -> None:
+        options = self._options
+        options.data_dir.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        specs = self._make_specs()
+        parts = [Part(spec) for spec in specs]
+        for part in parts:
+            if part.spec.name == "broker":
+                self._broker = part
+            else:
+                self._triton = part
+        await self._start_together(parts)
+        triton_urls = options.external_triton_urls or self.triton_grpc
+        self._workers = [
+            Part(worker_spec(options.data_dir, n + 1, self.broker_url, triton_urls))
+            for n in range(options.workers)
+        ]
+        await self._start_together(self._workers)
+        self._keepers = [asyncio.create_task(part.keep_running(self._on_change)) for part in self.parts]
+        self._write_ready_file()
+        for part in self.parts:
+            self._say(f"  {part.spec.name:<8} {part.spec.address:<32} log: {part.spec.log_file}")
+
+    async def _start_together(self, parts: list[Part]) -> None:
+        async def start(part: Part) -> None:
+            self._progress(f"{part.spec.name}: starting")
+            await part.start()
+            self._progress(f"{part.spec.name}: ready")
+
+        starts = [asyncio.create_task(start(part)) for part in parts]
+        try:
+            await asyncio.gather(*starts)
+        finally:
+            for task in starts:
+                task.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+
+    def _take_lock(self) -> None:
+        self._lock = (self._options.data_dir / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PartError(
+                f"another stack runs in {self._options.data_dir}: stop it, or choose another --data-dir"
+            ) from error
+
+    def _on_change(self, line: str) -> None:
+        self._progress(line)
+        self._write_ready_file()
+
+    def _write_ready_file(self) -> None:
+        path = self._options.ready_file
+        if path is None:
+            return
+        ready = {
+            "broker_url": self.broker_url,
+            "triton_grpc": self.triton_grpc,
+            "triton_http": self.triton_http,
+            "pids": {
+                "broker": self._broker.pid if self._broker else None,
+                "triton": self._triton.pid if self._triton else None,
+                "worker": [worker.pid for worker in self._workers],
+            },
+        }
+        draft = path.with_name(path.name + ".part")
+        draft.write_text(json.dumps(ready, indent=2) + "\n")
+        draft.replace(path)  # a reader sees the old file or the new one, never half of one
+
+    async def _stop(self) -> None:
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        if self._options.ready_file is not None:
+            self._options.ready_file.unlink(missing_ok=True)
+        if self.parts:
+            self._progress("stopping")
+        await asyncio.gather(*(worker.stop() for worker in self._workers))
+        for part in (self._triton, self._broker):
+            if part is not None:
+                await part.stop()
+        if self._lock is not None:
+            self._lock.close()
+
+
+Job = Callable[[Stack], Awaitable[None]]
+
+
+async def serve(stack: Stack) -> None:
+    """The job of `samphire up`: nothing, until a signal comes."""
+    await stack.wait_failed()
+
+
+async def run_stack(options: StackOptions, progress: Callable[[str], None], job: Job = serve) -> None:
+    """Start a stack, do a job with it, stop it. SIGINT and SIGTERM end the job, also while parts start.
+
+    Raises:
+        PartError, PortTakenError: a part cannot start; what had started is stopped.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def on_signal() -> None:
+        for number in signals:  # stopping takes seconds: a second Ctrl-C must not break it off
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+        task.cancel()
+
+    for number in signals:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        async with Stack(options, progress) as stack:
+            await job(stack)
+    except asyncio.CancelledError:
+        progress("stopped")

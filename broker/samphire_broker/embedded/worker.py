@@ -1,0 +1,52 @@
+"""A Celery worker of the embedded stack."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from samphire import keys
+from samphire.connection import redact
+from samphire_broker.embedded.process import PartSpec
+
+
+def worker_spec(data_dir: Path, number: int, broker_url: str, triton_urls: str) -> PartSpec:
+    """One worker process; ready once its lane has taken up its lease."""
+    name = f"worker{number}"
+    command = [sys.executable, "-m", "celery", "-A", "samphire_workers.app", "worker"]
+    command += ["--loglevel", "INFO", "--hostname", f"{name}@%h", "--without-gossip", "--without-mingle"]
+
+    async def wait_ready(pid: int) -> None:
+        async with redis.asyncio.Redis.from_url(broker_url, socket_timeout=5) as client:
+            while not await _is_registered(client, pid):
+                await asyncio.sleep(0.1)
+
+    return PartSpec(
+        name=name,
+        command=command,
+        env={
+            "SAMPHIRE_BROKER_URL": broker_url,
+            "SAMPHIRE_TRITON_URLS": triton_urls,
+            "PYTHONWARNINGS": "ignore::celery.platforms.SecurityWarning",
+        },
+        log_file=data_dir / "logs" / f"{name}.log",
+        address=f"queues of {redact(broker_url)}",
+        wait_ready=wait_ready,
+        stop_timeout_s=70.0,  # a warm stop finishes what is in flight
+    )
+
+
+async def _is_registered(client: redis.asyncio.Redis, pid: int) -> bool:
+    try:
+        for worker in await client.smembers(keys.WORKERS):
+            info = await client.get(f"{keys.WORKER_PREFIX}{worker.decode()}:info")
+            if info and json.loads(info)["pid"] == pid:
+                return True
+    except RedisError:  # the broker is starting again
+        return False
+    return False
