@@ -20,7 +20,7 @@ from samphire.errors import SamphireError
 DATA_DIR = "~/.local/share/samphire"
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes: 512mb, 4gb."""
 
     name = "size"
@@ -50,7 +50,11 @@ def stack_options(default_ports: bool) -> Callable[[Callable[..., None]], Callab
     def port(flag: str, number: int, what: str) -> Callable[..., Any]:
         default = number if default_ports else 0
         return click.option(
-            flag, type=click.IntRange(0, 65535), default=default, show_default=True, help=f"{what}; 0: a free one."
+            flag,
+            type=click.IntRange(0, 65535),
+            default=default,
+            show_default=True,
+            help=f"{what}; 0: a free one.",
         )
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,19 +65,28 @@ def stack_options(default_ports: bool) -> Callable[[Callable[..., None]], Callab
             port("--triton-metrics-port", 8002, "Port of Triton's metrics"),
             click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True),
             click.option(
-                "--broker-memory", "broker_memory_bytes", type=Size(), default="4gb", show_default=True,
+                "--broker-memory",
+                "broker_memory_bytes",
+                type=Size(),
+                default="4gb",
+                show_default=True,
                 help="Memory that the broker may use; submits are refused above 80 % of it.",
             ),
             click.option(
-                "--broker-fsync", type=click.Choice(["everysec", "always"]), default="everysec", show_default=True,
+                "--broker-fsync",
+                type=click.Choice(["everysec", "always"]),
+                default="everysec",
+                show_default=True,
                 help="When the broker's append-only file reaches the disk.",
             ),
             click.option(
-                "--model-repository", type=click.Path(path_type=Path, exists=True, file_okay=False),
+                "--model-repository",
+                type=click.Path(path_type=Path, exists=True, file_okay=False),
                 help="Models to serve instead of those that ship; copied, never written to.",
             ),
             click.option(
-                "--ready-file", type=click.Path(path_type=Path, dir_okay=False),
+                "--ready-file",
+                type=click.Path(path_type=Path, dir_okay=False),
                 help="Write addresses and process ids here, as JSON, once all is ready.",
             ),
         ]
@@ -114,8 +127,12 @@ def samphire() -> None:
 
 @samphire.command()
 @click.option(
-    "--data-dir", type=click.Path(path_type=Path, file_okay=False), default=DATA_DIR, show_default=True,
-    envvar="SAMPHIRE_DATA_DIR", help="Queues, models and logs; survives restarts.",
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DATA_DIR,
+    show_default=True,
+    envvar="SAMPHIRE_DATA_DIR",
+    help="Queues, models and logs; survives restarts.",
 )
 @stack_options(default_ports=True)
 def up(data_dir: Path, **options: Any) -> None:
@@ -129,7 +146,8 @@ def up(data_dir: Path, **options: Any) -> None:
 @samphire.command()
 @click.option("--keep", is_flag=True, help="Leave the stack running until Ctrl-C, to try things out.")
 @click.option(
-    "--data-dir", type=click.Path(path_type=Path, file_okay=False),
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
     help="Keep queues, models and logs here; by default a folder that is removed at the end.",
 )
 @stack_options(default_ports=False)

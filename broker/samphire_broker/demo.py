@@ -41,7 +41,9 @@ async def show(stack: Stack, *, keep: bool) -> None:
         await asyncio.to_thread(_plain_celery, stack.broker_url, images[0], int(labels[0]))
         await _bad_request(client)
     if keep:
-        click.echo(f"\nThe stack goes on: SAMPHIRE_BROKER_URL={stack.broker_url} SAMPHIRE_TRITON_URLS={stack.triton_grpc}")
+        click.echo(
+            f"\nThe stack goes on: SAMPHIRE_BROKER_URL={stack.broker_url} SAMPHIRE_TRITON_URLS={stack.triton_grpc}"
+        )
         await serve(stack)
 
 

@@ -24,6 +24,6 @@ def load_split() -> Digits:
     bunch = load_digits()
     images = (bunch.images / 16.0).astype(np.float32)
     labels = bunch.target.astype(np.int64)
-    split = train_test_split(images, labels, test_size=0.25, random_state=20, stratify=labels)
+    split = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
     train_images, held_out_images, train_labels, held_out_labels = split
     return Digits(train_images, train_labels, held_out_images, held_out_labels)

@@ -31,7 +31,11 @@ app.conf.update(
     worker_send_task_events=True,
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
-    broker_transport_options={"socket_timeout": 30.0, "socket_connect_timeout": 5.0, "socket_keepalive": True},
+    broker_transport_options={
+        "socket_timeout": 30.0,
+        "socket_connect_timeout": 5.0,
+        "socket_keepalive": True,
+    },
 )
 app.steps["worker"].add(LaneStep)
 

@@ -115,7 +115,7 @@ class Endpoint:
 
     async def close(self) -> None:
         """Close the channel."""
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
         try:

@@ -22,8 +22,6 @@ class PartError(Exception):
     """A part of the stack did not start."""
 
 
-
-
 @dataclass(frozen=True)
 class PartSpec:
     """What to run and how to tell that it works."""

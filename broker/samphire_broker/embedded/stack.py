@@ -117,8 +117,7 @@ class Stack:
         await self._start_together(parts)
         triton_urls = options.external_triton_urls or self.triton_grpc
         self._workers = [
-            Part(worker_spec(options.data_dir, n + 1, self.broker_url, triton_urls))
-            for n in range(options.workers)
+            Part(worker_spec(options.data_dir, n + 1, self.broker_url, triton_urls)) for n in range(options.workers)
         ]
         await self._start_together(self._workers)
         self._keepers = [asyncio.create_task(part.keep_running(self._on_change)) for part in self.parts]

@@ -63,7 +63,7 @@ def _lay_out_backends(package: Path, target: Path) -> None:
     if not stub.is_file():
         raise PartError(f"the embedded Triton has no Python {version} stub: use Python 3.11")
     shutil.copyfile(stub, python_backend / stub.name)
-    os.chmod(python_backend / stub.name, stat.S_IRWXU)
+    (python_backend / stub.name).chmod(stat.S_IRWXU)
     ours = resources.files("samphire_broker.embedded") / "backends" / "onnxruntime" / "model.py"
     (target / "onnxruntime").mkdir()
     (target / "onnxruntime" / "model.py").write_bytes(ours.read_bytes())

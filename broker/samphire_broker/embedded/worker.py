@@ -11,7 +11,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from samphire import keys
-from samphire.connection import redact
+from samphire.connection import key_text, redact
 from samphire_broker.embedded.process import PartSpec
 
 
@@ -44,7 +44,7 @@ def worker_spec(data_dir: Path, number: int, broker_url: str, triton_urls: str) 
 async def _is_registered(client: redis.asyncio.Redis, pid: int) -> bool:
     try:
         for worker in await client.smembers(keys.WORKERS):
-            info = await client.get(f"{keys.WORKER_PREFIX}{worker.decode()}:info")
+            info = await client.get(f"{keys.WORKER_PREFIX}{key_text(worker)}:info")
             if info and json.loads(info)["pid"] == pid:
                 return True
     except RedisError:  # the broker is starting again

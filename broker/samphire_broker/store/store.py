@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from samphire import keys
-from samphire.connection import broker_errors, connect, key_text
+from samphire.connection import key_text
 from samphire.contract import Ref
-from samphire.direct import Argument, DirectConnection, Script
+from samphire.direct import Argument, DirectConnection, Script, read_blob
 from samphire.errors import ProtocolError, SamphireError
 from samphire_broker.settings import Settings
 
@@ -31,6 +31,8 @@ BATCH_MAX = 1000
 
 _pack = msgspec.msgpack.Encoder().encode
 _CONNECTION_NAME = re.compile(rb" name=" + keys.CONNECTION_PREFIX.encode() + rb"(\S+)")
+
+_UPTIME = re.compile(rb"uptime_in_seconds:(\d+)")
 
 
 class LeaseLostError(SamphireError):
@@ -106,10 +108,11 @@ class Store:
     """
 
     def __init__(self, settings: Settings, worker_id: str) -> None:
-        self._client = connect(settings.broker_url)
+        # Each has calls that others must not wait for.
         self._claims = DirectConnection(settings.broker_url)
         self._starts = DirectConnection(settings.broker_url)
         self._endings = DirectConnection(settings.broker_url)
+        self._blobs = DirectConnection(settings.broker_url)
         self._rest = DirectConnection(settings.broker_url)
         self._settings = settings
         self.worker_id = worker_id
@@ -124,9 +127,8 @@ class Store:
 
     async def close(self) -> None:
         """Close all connections."""
-        for connection in (self._claims, self._starts, self._endings, self._rest):
+        for connection in (self._claims, self._starts, self._endings, self._blobs, self._rest):
             await connection.close()
-        await self._client.aclose()
 
     async def _run(
         self,
@@ -140,7 +142,7 @@ class Store:
     async def beat(self, info: WorkerInfo, connection: DirectConnection) -> int:
         """Renew the lease, on the worker's named connection; 1 means that it had been lost, or is new."""
         key_names = [self._lease, f"{self._lease}:info", keys.WORKERS]
-        args = [self.worker_id, self._settings.lease_ms, msgspec.json.encode(info)]
+        args: list[Argument] = [self.worker_id, self._settings.lease_ms, msgspec.json.encode(info)]
         return int(await self._run("beat", key_names, args, connection))
 
     async def claim(
@@ -164,43 +166,39 @@ class Store:
         values = iter(reply)
         self.suspects = bool(next(values))
         return [
-            Claimed(key_text(field), size, message)
-            for field, size, message in zip(values, values, values, strict=True)
+            Claimed(key_text(field), size, message) for field, size, message in zip(values, values, values, strict=True)
         ]
 
     async def adopt(self, known: set[str]) -> list[Claimed]:
         """Return what lies in the in-flight hash and is not in `known`: claims whose reply was lost."""
-        with broker_errors():
-            fields = [key_text(field) for field in await self._client.hkeys(self._inflight)]
-            lost = sorted(
-                (field for field in fields if field not in known), key=lambda field: int(field.split(":", 1)[0])
-            )
-            found: list[Claimed] = []
-            for field in lost:
-                size = int(await self._client.hstrlen(self._inflight, field))
-                message = b""
-                if size <= self._settings.max_message_bytes:
-                    message = await self._client.hget(self._inflight, field) or b""
-                found.append(Claimed(field, size, message))
-            return found
+        fields = [key_text(field) for field in await self._rest.execute("HKEYS", self._inflight)]
+        lost = sorted((field for field in fields if field not in known), key=lambda field: int(field.split(":", 1)[0]))
+        found: list[Claimed] = []
+        for field in lost:
+            size = int(await self._rest.execute("HSTRLEN", self._inflight, field))
+            message = b""
+            if size <= self._settings.max_message_bytes:
+                message = await self._rest.execute("HGET", self._inflight, field) or b""
+            found.append(Claimed(field, size, message))
+        return found
 
     async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int]:
         """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
-        args: list[Any] = [keys.META_PREFIX, keys.TASK_PREFIX, info.hostname, info.pid]
+        args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, info.hostname, info.pid]
         args.append(_pack(tasks))
         verdicts: list[int] = await self._run("start", [self._inflight, self._started], args, self._starts)
         return verdicts
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
         """End tasks, at most `BATCH_MAX`; 1 for each that was still ours, 0 for each that was not."""
-        args: list[Any] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
+        args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [INLINE_RESULT_BYTES, _pack(settlements)]
         ours: list[int] = await self._run("settle", [self._inflight, self._started], args, self._endings)
         return ours
 
     async def fail(self, letters: Sequence[DeadLetter]) -> list[int]:
         """End tasks as dead letters, at most `BATCH_MAX`; 1 for each that was still ours."""
-        args: list[Any] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
+        args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
         args.append(_pack(letters))
         ours: list[int] = await self._run("fail", [self._inflight, self._started, keys.DEAD], args, self._endings)
@@ -213,35 +211,29 @@ class Store:
 
     async def route(self, moves: Sequence[tuple[str, str, str]]) -> int:
         """Move claims (field, queue, list) on to other queues; returns how many were still ours."""
-        args: list[Any] = [keys.WAKE_CHANNEL]
+        args: list[Argument] = [keys.WAKE_CHANNEL]
         for move in moves:
             args += move
         return int(await self._run("route", [self._inflight, keys.QUEUES], args))
 
     async def others(self) -> dict[str, int | None]:
         """The other registered workers with their lease's counter; None where the lease has lapsed."""
-        with broker_errors():
-            members = await self._client.smembers(keys.WORKERS)
-            ids = sorted(key_text(member) for member in members)
-            ids = [worker_id for worker_id in ids if worker_id != self.worker_id]
-            if not ids:
-                return {}
-            beats = await self._client.mget([keys.WORKER_PREFIX + worker_id for worker_id in ids])
-        return {
-            worker_id: None if beat is None else int(beat) for worker_id, beat in zip(ids, beats, strict=True)
-        }
+        members = await self._rest.execute("SMEMBERS", keys.WORKERS)
+        ids = sorted({key_text(member) for member in members} - {self.worker_id})
+        if not ids:
+            return {}
+        beats = await self._rest.execute("MGET", *(keys.WORKER_PREFIX + worker_id for worker_id in ids))
+        return {worker_id: None if beat is None else int(beat) for worker_id, beat in zip(ids, beats, strict=True)}
 
     async def connected(self) -> set[str]:
         """Ids of the workers whose named connection is open."""
-        with broker_errors():
-            listing = await self._client.execute_command("CLIENT", "LIST", "TYPE", "NORMAL", NEVER_DECODE=True)
-        raw = listing if isinstance(listing, bytes) else str(listing).encode()
-        return {name.decode() for name in _CONNECTION_NAME.findall(raw)}
+        listing = await self._rest.execute("CLIENT", "LIST", "TYPE", "NORMAL")
+        return {name.decode() for name in _CONNECTION_NAME.findall(listing)}
 
     async def uptime_s(self) -> int:
         """Seconds since the broker started."""
-        with broker_errors():
-            return int((await self._client.info("server"))["uptime_in_seconds"])
+        found = _UPTIME.search(await self._rest.execute("INFO", "server"))
+        return int(found[1]) if found else 0
 
     async def reap(self, worker_id: str, last_beat: int | None) -> Reaped:
         """Return a lost worker's messages to their lists, at most `BATCH_MAX` a call."""
@@ -254,36 +246,26 @@ class Store:
 
     async def leave(self) -> None:
         """Drop the lease of a worker that holds nothing any more, so that nobody need reap it."""
-        with broker_errors():
-            if not await self._client.hlen(self._inflight):
-                await self._client.srem(keys.WORKERS, self.worker_id)
-            await self._client.delete(self._lease, f"{self._lease}:info")
+        if not await self._rest.execute("HLEN", self._inflight):
+            await self._rest.execute("SREM", keys.WORKERS, self.worker_id)
+        await self._rest.execute("DEL", self._lease, f"{self._lease}:info")
 
     async def known_queues(self) -> set[str]:
         """Queues that the SDK has submitted to."""
-        with broker_errors():
-            return {key_text(name) for name in await self._client.smembers(keys.QUEUES)}
+        return {key_text(name) for name in await self._rest.execute("SMEMBERS", keys.QUEUES)}
 
     async def find_queues(self, cursor: int) -> tuple[int, set[str]]:
         """One bounded step of a scan for queues that plain producers made; returns the next cursor."""
-        with broker_errors():
-            next_cursor, found = await self._client.scan(
-                cursor, match=f"{keys.INTAKE}.*", count=1000, _type="LIST"
-            )
-        return int(next_cursor), {keys.split_list(key_text(key))[0] for key in found}
+        pattern = f"{keys.INTAKE}.*"
+        following, found = await self._rest.execute("SCAN", cursor, "MATCH", pattern, "COUNT", 1000, "TYPE", "list")
+        return int(following), {keys.split_list(key_text(key))[0] for key in found}
 
     async def read_blob(self, key: str, size: int) -> bytes | None:
         """Bytes of a claim check, at most one more than `size`; None when it has expired."""
-        with broker_errors():
-            # A range, so that what lies there cannot be larger than what was announced.
-            data: bytes = await self._client.getrange(key, 0, size)
-            if not data and not await self._client.exists(key):
-                return None
-        return data
+        return await read_blob(self._blobs, key, size)
 
     async def write_blob(self, task_id: str, number: int, data: bytes, sha256: str) -> Ref:
         """Store an output as a claim check with the lifetime of results."""
         key = f"{keys.RESULT_BLOB_PREFIX}{task_id}:{number}"
-        with broker_errors():
-            await self._client.set(key, data, ex=self._settings.result_ttl_s)
+        await self._blobs.execute("SET", key, data, "EX", self._settings.result_ttl_s)
         return Ref(key=key, size=len(data), sha256=sha256)

@@ -14,13 +14,13 @@ from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from samphire import keys
-from samphire.connection import DEFAULT_BROKER_URL, broker_errors, connect, redact
+from samphire.connection import DEFAULT_BROKER_URL, redact
 from samphire.contract import InferRequest, InputTensor, Ref, RequestedOutput, check_model_name, check_tenant
 from samphire.envelope import encode_message, new_task_id
 from samphire.errors import ClientClosedError, InvalidInputError, ResultTimeoutError, SamphireError
 from samphire.keys import Priority
 from samphire.publisher import Publisher
-from samphire.results import InferResult, Status, decode_meta, status_of
+from samphire.results import InferResult, Status
 from samphire.tensors import array_to_bytes
 from samphire.validation import check_request_size
 from samphire.waiter import Waiter
@@ -44,7 +44,7 @@ class AsyncTask:
 
     async def status(self) -> Status:
         """The task's state; a task that nobody knows counts as queued, as in Celery."""
-        return await self._client._status(self.id)
+        return await self._client._waiter.status(self.id)
 
     async def result(self, timeout_s: float | None = None) -> InferResult:
         """Wait for the result.
@@ -84,9 +84,8 @@ class AsyncClient:
         self._inline_limit_bytes = inline_limit_bytes
         self._max_request_bytes = max_request_bytes
         self._stream = keys.stream_key(uuid.uuid4().hex)
-        self._redis = connect(self.broker_url)
         self._publisher = Publisher(self.broker_url, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
-        self._waiter = Waiter(self._redis, self.broker_url, self._stream)
+        self._waiter = Waiter(self.broker_url, self._stream)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -105,7 +104,6 @@ class AsyncClient:
         self._closed = True
         await self._waiter.close()
         await self._publisher.close()
-        await self._redis.aclose()
 
     async def submit(
         self,
@@ -139,7 +137,12 @@ class AsyncClient:
 
     @overload
     def map(
-        self, model: str, batches: Iterable[Inputs], *, return_exceptions: Literal[False] = ..., **options: Any
+        self,
+        model: str,
+        batches: Iterable[Inputs],
+        *,
+        return_exceptions: Literal[False] = ...,
+        **options: Any,
     ) -> AsyncIterator[InferResult]: ...
 
     @overload
@@ -206,9 +209,7 @@ class AsyncClient:
                     if exhausted:
                         break
                     encoded = [encode(inputs) for inputs in chunk]
-                    waiting.extend(
-                        (task_id, self._waiter.expect(task_id, "never")) for task_id, _, _ in encoded
-                    )
+                    waiting.extend((task_id, self._waiter.expect(task_id, "never")) for task_id, _, _ in encoded)
                     await self._publisher.publish(
                         queue,
                         step,
@@ -251,11 +252,6 @@ class AsyncClient:
             tenant=self.tenant,
         )
         return _Encoder(template, _step(priority), self._stream, self._inline_limit_bytes, self._max_request_bytes)
-
-    async def _status(self, task_id: str) -> Status:
-        with broker_errors():
-            raw = await self._redis.get(keys.meta_key(task_id))
-        return "queued" if raw is None else status_of(decode_meta(raw))
 
     async def _result(self, task_id: str, timeout_s: float | None, *, own: bool) -> InferResult:
         future = self._waiter.expect(task_id, "once" if own else "often")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
-import redis.asyncio
+from redis.asyncio.connection import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -19,7 +18,6 @@ from redis.exceptions import (
     ResponseError,
     TimeoutError,  # noqa: A004
 )
-from urllib.parse import urlsplit
 
 from samphire.errors import (
     BrokerMemoryFullError,
@@ -31,35 +29,24 @@ from samphire.errors import (
 
 DEFAULT_BROKER_URL = "redis://localhost:6379/0"
 CONNECT_TIMEOUT_S = 5.0
-COMMAND_TIMEOUT_S = 15.0
 
 
-def connect(
-    url: str,
-    *,
-    name: str | None = None,
-    single: bool = False,
-    max_connections: int = 64,
-    command_timeout_s: float | None = COMMAND_TIMEOUT_S,
-) -> redis.asyncio.Redis:
-    """A client of the broker that never repeats a command by itself.
+def connection_pool(url: str, name: str | None = None) -> ConnectionPool:
+    """Where connections to the broker come from; none of them repeats a command by itself.
 
     redis-py retries lost replies silently by default; a script that moves messages must not run twice.
 
     Raises:
         InvalidInputError: the URL is not one of Redis.
     """
-    scheme = urlsplit(url).scheme
-    if scheme not in ("redis", "rediss", "unix"):
+    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
         raise InvalidInputError(f"expected a broker URL redis://host:port/db, given {redact(url)!r}")
     try:
-        return redis.asyncio.Redis.from_url(
+        return ConnectionPool.from_url(
             url,
             client_name=name,
-            single_connection_client=single,
-            max_connections=max_connections,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=command_timeout_s,
+            socket_timeout=None,  # DirectConnection has one timeout around each command
             socket_keepalive=True,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
@@ -90,17 +77,6 @@ def translate(error: RedisError | OSError) -> SamphireError:
     if isinstance(error, ResponseError) and "OOM " in str(error):
         return BrokerMemoryFullError(f"the broker refused a write: {error}", retry_after_s=5.0)
     return ProtocolError(f"the broker answered with an error: {type(error).__name__}: {error}")
-
-
-@contextmanager
-def broker_errors() -> Iterator[None]:
-    """Translate redis-py's errors, and the socket's below them, raised in the block."""
-    try:
-        yield
-    except SamphireError:
-        raise
-    except (RedisError, OSError) as error:
-        raise translate(error) from error
 
 
 def key_text(value: Any) -> str:

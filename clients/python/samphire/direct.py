@@ -16,8 +16,10 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from samphire.connection import COMMAND_TIMEOUT_S, connect, translate
+from samphire.connection import connection_pool, translate
 from samphire.errors import BrokerUnavailableError
+
+COMMAND_TIMEOUT_S = 15.0
 
 Argument = str | bytes | int | float
 
@@ -34,7 +36,7 @@ class DirectConnection:
     """One connection; opened with the first command, and again after an error."""
 
     def __init__(self, url: str, *, name: str | None = None) -> None:
-        self._pool = connect(url, name=name, command_timeout_s=None).connection_pool
+        self._pool = connection_pool(url, name)
         self._connection: AbstractConnection | None = None
         self._lock = asyncio.Lock()
 
@@ -82,10 +84,11 @@ class DirectConnection:
             try:
                 async with asyncio.timeout(timeout_s):
                     if self._connection is None:
-                        connection = self._pool.make_connection()
-                        await connection.connect()
+                        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+                        await connection.connect()  # type: ignore[no-untyped-call]
                         self._connection = connection
-                    await self._connection.send_packed_command(hiredis.pack_command(command), check_health=False)
+                    packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # any number of arguments
+                    await self._connection.send_packed_command(packed, check_health=False)
                     return await self._connection.read_response()
             except NoScriptError:
                 raise
@@ -98,3 +101,12 @@ class DirectConnection:
                 # Cancelled: the reply will still come, and must not be taken for the next command's.
                 await self.close()
                 raise
+
+
+async def read_blob(connection: DirectConnection, key: str, size: int) -> bytes | None:
+    """Bytes of a claim check, at most one more than `size`; None when it has expired."""
+    # A range, so that what lies there cannot be larger than what was announced.
+    data: bytes = await connection.execute("GETRANGE", key, 0, size)
+    if not data and not await connection.execute("EXISTS", key):
+        return None
+    return data

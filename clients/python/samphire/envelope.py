@@ -141,9 +141,7 @@ def decode_body(envelope: Envelope, max_bytes: int) -> Body:
 def _decompress(data: bytes, compression: str, max_bytes: int) -> bytes:
     codec = _DECOMPRESSORS.get(compression)
     if codec is None:
-        raise InvalidInputError(
-            f"expected one of the compressions {', '.join(_DECOMPRESSORS)}, given {compression!r}"
-        )
+        raise InvalidInputError(f"expected one of the compressions {', '.join(_DECOMPRESSORS)}, given {compression!r}")
     opener: _Decompressor = codec()
     try:
         out = opener.decompress(data, max_bytes + 1)

@@ -18,8 +18,8 @@ Written by workers only:
     suspects                     STRING  present while some task:<id> may be; expires
     result:blob:<id>:<n>         STRING  claim check of an output; expires
     events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
-                                         and the ids that reached it, separated by spaces, and the result of a task that was
-                                         settled alone, if it is small; trimmed, expires
+                                         and the ids that reached it, separated by spaces; of a task settled alone
+                                         also its result, if small; trimmed, expires
     workers                      SET     ids of the workers whose in-flight hash may hold something
     worker:<wid>                 STRING  lease: a counter that each heartbeat raises; expires with the lease
     worker:<wid>:info            STRING  host name, process id; expires with the lease

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from samphire import keys
-from samphire.direct import DirectConnection, Script
+from samphire.direct import Argument, DirectConnection, Script
 from samphire.errors import BrokerMemoryFullError, QueueFullError, SamphireError
 
 BATCH_MESSAGES = 512
@@ -53,9 +53,7 @@ class Publisher:
         """Close the connection."""
         await self._connection.close()
 
-    async def publish(
-        self, queue: str, priority: int, messages: list[bytes], blobs: list[tuple[str, bytes]]
-    ) -> None:
+    async def publish(self, queue: str, priority: int, messages: list[bytes], blobs: list[tuple[str, bytes]]) -> None:
         """Return once the broker has the messages.
 
         Raises:
@@ -118,11 +116,20 @@ class Publisher:
         if check_memory:
             self._memory_checked = now
         lists = [keys.queue_list(queue, step) for step in keys.PRIORITY_STEPS]
-        args = [queue, self._queue_limit, int(check_memory), keys.WAKE_CHANNEL, self._blob_ttl_s, len(blobs)]
+        args: list[Argument] = [
+            queue,
+            self._queue_limit,
+            int(check_memory),
+            keys.WAKE_CHANNEL,
+            self._blob_ttl_s,
+            len(blobs),
+            *(part for blob in blobs for part in blob),
+            *messages,
+        ]
         reply = await self._connection.call(
             self._script,
             [keys.queue_list(queue, priority), *lists, keys.QUEUES],
-            [*args, *chain.from_iterable(blobs), *messages],
+            args,
         )
         if reply[0] == b"full":
             raise QueueFullError(

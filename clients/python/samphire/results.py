@@ -12,7 +12,13 @@ import msgspec
 from numpy.typing import NDArray
 
 from samphire.contract import FailureInfo, InferResponse, OutputTensor, Ref, TaskMeta
-from samphire.errors import ProtocolError, SamphireError, TaskCancelledError, TaskExpiredError, error_from_name
+from samphire.errors import (
+    ProtocolError,
+    SamphireError,
+    TaskCancelledError,
+    TaskExpiredError,
+    error_from_name,
+)
 from samphire.tensors import bytes_to_array, values_to_bytes
 
 Status = Literal["queued", "scheduled", "running", "retrying", "succeeded", "failed", "cancelled", "expired"]

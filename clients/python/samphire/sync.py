@@ -119,7 +119,12 @@ class Client:
 
     @overload
     def map(
-        self, model: str, batches: Iterable[Inputs], *, return_exceptions: Literal[False] = ..., **options: Any
+        self,
+        model: str,
+        batches: Iterable[Inputs],
+        *,
+        return_exceptions: Literal[False] = ...,
+        **options: Any,
     ) -> Iterator[InferResult]: ...
 
     @overload

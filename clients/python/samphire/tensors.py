@@ -64,9 +64,7 @@ def check_shape(name: str, datatype: str, shape: Sequence[int]) -> None:
             f"tensor {name!r}: expected one of the datatypes {', '.join(sorted(DATATYPES))}, given {datatype!r}"
         )
     if len(shape) > MAX_DIMENSIONS:
-        raise InvalidInputError(
-            f"tensor {name!r}: expected at most {MAX_DIMENSIONS} dimensions, given {len(shape)}"
-        )
+        raise InvalidInputError(f"tensor {name!r}: expected at most {MAX_DIMENSIONS} dimensions, given {len(shape)}")
     for dimension in shape:
         if not 0 <= dimension < 2**31:
             raise InvalidInputError(
@@ -113,9 +111,7 @@ def split_elements(name: str, data: bytes) -> Iterator[bytes]:
         (length,) = _LENGTH.unpack_from(data, position)
         position += 4
         if position + length > end:
-            raise InvalidInputError(
-                f"tensor {name!r}: a BYTES element of {length} bytes runs past the end of the data"
-            )
+            raise InvalidInputError(f"tensor {name!r}: a BYTES element of {length} bytes runs past the end of the data")
         yield data[position : position + length]
         position += length
 
@@ -137,8 +133,7 @@ def array_to_bytes(name: str, value: Any) -> tuple[str, list[int], bytes]:
     if array.dtype.kind in "OUS":
         return "BYTES", shape, join_elements(_as_element(name, item) for item in array.ravel().tolist())
     raise InvalidInputError(
-        f"tensor {name!r}: expected a dtype with a counterpart in {', '.join(sorted(DATATYPES))}, "
-        f"given {array.dtype}"
+        f"tensor {name!r}: expected a dtype with a counterpart in {', '.join(sorted(DATATYPES))}, given {array.dtype}"
     )
 
 

@@ -77,9 +77,7 @@ class ModelSignature:
         rows = [self._check_tensor(tensor) for tensor in request.inputs]
         if len(set(rows)) > 1:
             counts = ", ".join(f"{t.name}: {n}" for t, n in zip(request.inputs, rows, strict=True))
-            raise InvalidInputError(
-                f"model {self.name!r}: expected as many rows in every input, given {counts}"
-            )
+            raise InvalidInputError(f"model {self.name!r}: expected as many rows in every input, given {counts}")
         for output in request.outputs:
             if output.name not in self.outputs:
                 raise InvalidInputError(
@@ -95,9 +93,7 @@ class ModelSignature:
     def _check_tensor(self, tensor: InputTensor) -> int:
         spec = self.inputs.get(tensor.name)
         if spec is None:
-            raise InvalidInputError(
-                f"model {self.name!r} has the inputs {_names(self.inputs)}, given {tensor.name!r}"
-            )
+            raise InvalidInputError(f"model {self.name!r} has the inputs {_names(self.inputs)}, given {tensor.name!r}")
         if tensor.datatype != spec.datatype:
             raise InvalidInputError(
                 f"input {tensor.name!r} of model {self.name!r}: expected {spec.datatype}, given {tensor.datatype}"
@@ -138,5 +134,3 @@ def check_request_size(tensors: Sequence[tuple[str, int]], max_bytes: int) -> No
         raise PayloadTooLargeError(
             f"expected tensors of at most {max_bytes} bytes a request, given {total} ({name!r} alone has {size})"
         )
-
-

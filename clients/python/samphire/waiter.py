@@ -13,13 +13,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
-import redis.asyncio
-
 from samphire import keys
-from samphire.connection import broker_errors
-from samphire.direct import DirectConnection
+from samphire.direct import DirectConnection, read_blob
 from samphire.errors import BrokerUnavailableError, ClientClosedError, SamphireError
-from samphire.results import TERMINAL, InferResult, decode_meta, result_of, status_of
+from samphire.results import TERMINAL, InferResult, Status, decode_meta, result_of, status_of
 
 BLOCK_MS = 5000
 FETCH_BATCH = 256
@@ -36,8 +33,8 @@ Look = Literal["never", "once", "often"]
 class Waiter:
     """Futures of results by task id."""
 
-    def __init__(self, client: redis.asyncio.Redis, broker_url: str, stream: str) -> None:
-        self._client = client
+    def __init__(self, broker_url: str, stream: str) -> None:
+        self._reads = DirectConnection(broker_url)
         self._events = DirectConnection(broker_url)
         self._stream = stream
         self._futures: dict[str, asyncio.Future[InferResult]] = {}
@@ -89,6 +86,7 @@ class Waiter:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._events.close()
+        await self._reads.close()
         self._fail_all(ClientClosedError())
 
     def _fail_all(self, error: SamphireError) -> None:
@@ -97,6 +95,11 @@ class Waiter:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # who does not wait any more need not be told
+
+    async def status(self, task_id: str) -> Status:
+        """The state that is stored for a task."""
+        raw = await self._reads.execute("GET", keys.meta_key(task_id))
+        return "queued" if raw is None else status_of(decode_meta(raw))
 
     # -- the stream ---------------------------------------------------------------------------------
 
@@ -166,8 +169,7 @@ class Waiter:
         wanted = [task_id for task_id in task_ids if task_id in self._futures]
         for begin in range(0, len(wanted), FETCH_BATCH):
             page = wanted[begin : begin + FETCH_BATCH]
-            with broker_errors():
-                metas = await self._client.mget([keys.meta_key(task_id) for task_id in page])
+            metas = await self._reads.execute("MGET", *(keys.meta_key(task_id) for task_id in page))
             for task_id, raw in zip(page, metas, strict=True):
                 if raw is not None:
                     await self._resolve(task_id, raw)
@@ -195,8 +197,4 @@ class Waiter:
             future.set_result(ending)
 
     async def _blob(self, key: str, size: int) -> bytes | None:
-        with broker_errors():
-            data: bytes = await self._client.getrange(key, 0, size)
-            if not data and not await self._client.exists(key):
-                return None
-        return data
+        return await read_blob(self._reads, key, size)

@@ -65,10 +65,8 @@ class Catalogue:
             self.away.discard(model)
             raise
         known = self._checkers.get(model)
-        if known and known[0].signature == signature:
-            checker = known[0]
-        else:
-            checker = Checker(signature, self._max_request_bytes)
+        same = known is not None and known[0].signature == signature
+        checker = known[0] if known and same else Checker(signature, self._max_request_bytes)
         self._checkers[model] = (checker, time.monotonic())
         self.away.discard(model)
         return checker

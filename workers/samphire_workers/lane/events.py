@@ -122,7 +122,10 @@ class CeleryEvents:
         try:
             if self._dispatcher is None:
                 self._dispatcher = self._app.events.Dispatcher(
-                    self._app.connection_for_write(), hostname=self._hostname, buffer_group={"task"}, buffer_limit=1000
+                    self._app.connection_for_write(),
+                    hostname=self._hostname,
+                    buffer_group={"task"},
+                    buffer_limit=1000,
                 )
             for kind, fields in events:
                 self._dispatcher.send(kind, **fields)

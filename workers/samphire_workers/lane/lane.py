@@ -234,7 +234,7 @@ class Lane:
     def _read(self, claim: Claimed) -> tuple[Request, SamphireError | None]:
         try:
             return read(claim, self._settings)
-        except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+        except Exception as error:
             logger.exception("a message could not be read", extra={"action": "read_failed"})
             return Request(claim), InvalidInputError(f"the message cannot be read: {error!r}")
 
@@ -287,9 +287,7 @@ class Lane:
                 valid.append(request)
         self._dispatch(group, model, valid, checker)
 
-    def _dispatch(
-        self, group: asyncio.TaskGroup, model: str, requests: Sequence[Request], checker: Checker
-    ) -> None:
+    def _dispatch(self, group: asyncio.TaskGroup, model: str, requests: Sequence[Request], checker: Checker) -> None:
         for batch in batching.group(requests, checker.signature):
             self._batches[model] += 1
             self._spawn(group, self._run_batch(model, batch))
@@ -319,7 +317,11 @@ class Lane:
             return
         started = {request.claim.field for request in await starting}
         await self._succeed(
-            [(request, outputs) for request, outputs in zip(batch, answers, strict=True) if request.claim.field in started]
+            [
+                (request, outputs)
+                for request, outputs in zip(batch, answers, strict=True)
+                if request.claim.field in started
+            ]
         )
 
     async def _load(self, batch: Sequence[Request]) -> list[Request]:
@@ -427,10 +429,6 @@ class Lane:
             request.tensors = []
 
     def _fail(self, request: Request, error: SamphireError) -> None:
-        logger.info(
-            "task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"}
-        )
+        logger.info("task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"})
         self._settler.add(outcome.failure(request, error))
         self._events.failed(request, error)
-
-

