@@ -7,7 +7,8 @@ from samphire_broker.store.store import (
     Reaped,
     Settlement,
     Store,
+    Turn,
     WorkerInfo,
 )
 
-__all__ = ["Claimed", "DeadLetter", "LeaseLostError", "Reaped", "Settlement", "Store", "WorkerInfo"]
+__all__ = ["Claimed", "DeadLetter", "LeaseLostError", "Reaped", "Settlement", "Store", "Turn", "WorkerInfo"]

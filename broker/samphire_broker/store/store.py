@@ -39,6 +39,14 @@ class LeaseLostError(SamphireError):
     """This worker's lease has lapsed: its claims may have been handed to others."""
 
 
+class Turn(NamedTuple):
+    """A list to claim from: what it may give before others give more, and the group whose room it takes."""
+
+    list_key: str
+    share: int
+    group: int
+
+
 class Claimed(NamedTuple):
     """One claimed message. `field` is the claim: its number and the list it came from."""
 
@@ -146,9 +154,15 @@ class Store:
         return int(await self._run("beat", key_names, args, connection))
 
     async def claim(
-        self, lists: Sequence[str], shares: Sequence[int], max_messages: int, max_bytes: int
+        self, turns: Sequence[Turn], rooms: Sequence[int], max_messages: int, max_bytes: int
     ) -> list[Claimed]:
-        """Move messages from `lists` into this worker's in-flight hash, and return them.
+        """Move messages from lists into this worker's in-flight hash, and return them.
+
+        Args:
+            turns: the lists, in the order of service.
+            rooms: for each group of lists, how many messages they give together.
+            max_messages: most messages in all.
+            max_bytes: the claim stops once it has so many.
 
         Raises:
             LeaseLostError: this worker's lease has lapsed; beat first.
@@ -156,9 +170,14 @@ class Store:
         """
         first = self._next_number
         self._next_number += max_messages  # spent even if the reply is lost: a claim's number is used once
-        args = [max_messages, max_bytes, self._settings.max_message_bytes, first, *shares]
+        args: list[Argument] = [max_messages, max_bytes, self._settings.max_message_bytes, first]
+        for turn in turns:
+            args += (turn.share, turn.group + 1)  # Lua counts from 1
+        args += rooms
+        lists = [turn.list_key for turn in turns]
+        key_names = [self._lease, self._inflight, keys.SUSPECTS, *lists]
         try:
-            reply = await self._run("claim", [self._lease, self._inflight, keys.SUSPECTS, *lists], args, self._claims)
+            reply = await self._run("claim", key_names, args, self._claims)
         except ProtocolError as error:
             if "NOLEASE" in str(error):
                 raise LeaseLostError(str(error)) from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TypeVar
@@ -34,8 +35,9 @@ from samphire_workers.lane import batching, outcome
 from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
 from samphire_workers.lane.events import TaskEvents
+from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.planner import QueuePlanner
-from samphire_workers.lane.request import Checker, Request, fetch, has_refs, load, read
+from samphire_workers.lane.request import Checker, Request, fetch, has_refs, home_of, load, read
 from samphire_workers.lane.settler import Settler
 from samphire_workers.lane.wake import QueueWatch
 from samphire_workers.triton import Endpoints, Tensor
@@ -47,6 +49,9 @@ T = TypeVar("T")
 BATCHES_A_MODEL = 4
 """Micro-batches of one model under way at once. While that many are, its queue fills up, so the next
 claim makes fuller batches: load itself sets the batch size, and no timer does."""
+
+INTAKE_MODEL = ""
+"""What `keys.parse_queue` calls the model of the intake."""
 
 IDLE_CHECK_S = 1.0
 """An idle lane that nothing woke looks into the queues again after this long."""
@@ -76,8 +81,10 @@ class Lane:
         self._planner.add([keys.INTAKE])
         self._catalogue = Catalogue(endpoints, settings.max_request_bytes)
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
-        self._held: dict[str, int] = {}
+        self._held: dict[str, tuple[str, int]] = {}
+        """Model and bytes of what is between claim and settlement, by claim."""
         self._held_bytes = 0
+        self._pace = Pace(settings.inflight_max)
         self._batches: Counter[str] = Counter()
         self._settler = Settler(store, self._let_go)
         self._more = False
@@ -153,15 +160,16 @@ class Lane:
         busy = {model for model, batches in self._batches.items() if batches >= BATCHES_A_MODEL}
         room = min(self._settings.claim_max, self._settings.inflight_max - len(self._held))
         room_bytes = self._settings.inflight_max_bytes // 2 - self._held_bytes
-        plan = self._planner.plan(room, busy | self._catalogue.away)
-        self._held_up = bool(busy) or room <= 0 or room_bytes <= 0
         self._more = False
-        if room <= 0 or room_bytes <= 0 or not plan.lists:
+        self._held_up = bool(busy) or room <= 0 or room_bytes <= 0
+        plan = self._planner.plan(room, busy | self._catalogue.away)
+        if room <= 0 or room_bytes <= 0 or not plan.turns:
             return []
-        claimed = await self._store.claim(plan.lists, plan.shares, room, room_bytes)
-        # Fewer than there was room for: the queues that were looked into are empty now.
+        rooms = [room if model == INTAKE_MODEL else self._pace.room(model) for model in plan.models]
+        claimed = await self._store.claim(plan.turns, rooms, room, room_bytes)
+        # Fewer than there was room for: the queues that were looked into are empty now, or have had their part.
         self._more = len(claimed) == room
-        self._held_up |= sum(len(claim.message) for claim in claimed) >= room_bytes
+        self._held_up |= min(rooms) < room or sum(len(claim.message) for claim in claimed) >= room_bytes
         return claimed
 
     def _may_claim(self, queue: str) -> bool:
@@ -190,12 +198,16 @@ class Lane:
         task.add_done_callback(self._work.discard)
 
     def _hold(self, claim: Claimed) -> None:
-        self._held[claim.field] = len(claim.message)
+        model, _ = home_of(claim.list_key)
+        self._held[claim.field] = (model, len(claim.message))
         self._held_bytes += len(claim.message)
+        self._pace.claimed(model)
 
     def _let_go(self, fields: Sequence[str]) -> None:
         for field in fields:
-            self._held_bytes -= self._held.pop(field, 0)
+            model, nbytes = self._held.pop(field)
+            self._held_bytes -= nbytes
+            self._pace.let_go(model)
         self._room_again()
 
     def _room_again(self) -> None:
@@ -295,6 +307,7 @@ class Lane:
     # -- from micro-batch to settlement -------------------------------------------------------------
 
     async def _run_batch(self, model: str, batch: list[Request]) -> None:
+        began = time.monotonic()
         nbytes = sum(request.nbytes for request in batch)
         try:
             async with self._budget.hold(nbytes):
@@ -305,6 +318,7 @@ class Lane:
                     await self._start_and_infer(model, loaded)
         finally:
             self._batches[model] -= 1
+            self._pace.took(model, time.monotonic() - began)
             self._room_again()
 
     async def _start_and_infer(self, model: str, batch: list[Request]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from samphire import keys
+from samphire_broker.store import Turn
 
 PRIORITY_WEIGHTS = {0: 8, 3: 4, 6: 2, 9: 1}
 """Parts of a queue's share that each kombu priority step gets first; what one leaves, the next takes."""
@@ -18,10 +19,10 @@ PLANS_KEPT = 256
 
 
 class Plan(NamedTuple):
-    """Lists in the order of service, and how many messages each may give before the first gives more."""
+    """Lists in the order of service; their groups are the models."""
 
-    lists: list[str]
-    shares: list[int]
+    turns: list[Turn]
+    models: list[str]
 
 
 class QueuePlanner:
@@ -67,13 +68,13 @@ class QueuePlanner:
             model = keys.parse_queue(queue)[0]
             tenants[model] = tenants.get(model, 0) + 1
         total = sum(self._weights.get(model, 1) for model in tenants)
-        lists: list[str] = []
-        shares: list[int] = []
+        models = list(tenants)
+        turns: list[Turn] = []
         for priority in keys.PRIORITY_STEPS:
             part = PRIORITY_WEIGHTS[priority] / sum(PRIORITY_WEIGHTS.values())
             for queue in turn:
                 model = keys.parse_queue(queue)[0]
                 share = messages * self._weights.get(model, 1) / total / tenants[model]
-                lists.append(keys.queue_list(queue, priority))
-                shares.append(max(1, int(share * part)))
-        return Plan(lists, shares)
+                list_key = keys.queue_list(queue, priority)
+                turns.append(Turn(list_key, max(1, int(share * part)), models.index(model)))
+        return Plan(turns, models)

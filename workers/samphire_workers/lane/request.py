@@ -86,7 +86,7 @@ class Request:
     @property
     def at_home(self) -> bool:
         """Whether the task was claimed from the queue of its own model and tenant."""
-        return _home(self.claim.list_key) == (self.request.model_name, self.request.tenant)
+        return home_of(self.claim.list_key) == (self.request.model_name, self.request.tenant)
 
     @property
     def home_list(self) -> str:
@@ -96,7 +96,8 @@ class Request:
 
 
 @lru_cache(maxsize=4096)
-def _home(list_key: str) -> tuple[str, str]:
+def home_of(list_key: str) -> tuple[str, str]:
+    """Model and tenant whose messages lie in a list."""
     return keys.parse_queue(keys.split_list(list_key)[0])
 
 
@@ -186,8 +187,8 @@ class Checker:
 
     def _check(self, request: Request) -> Checked:
         infer = request.request
-        rows = self.signature.check(infer)
         version = self.signature.resolve(infer.model_version)
+        rows = self.signature.check(infer)
         sizes = [(tensor.name, _size(tensor)) for tensor in infer.inputs]
         check_request_size(sizes, self._max_request_bytes)
         request.json_values = any(tensor.data is not UNSET for tensor in infer.inputs)

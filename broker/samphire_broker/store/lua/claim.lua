@@ -1,7 +1,8 @@
 -- claim: move messages from queue lists into a worker's in-flight hash.
 -- KEYS  1 worker:<wid>   2 worker:<wid>:inflight   3 suspects   4.. lists, in the order of service
 -- ARGV  1 most messages   2 stop after so many bytes   3 largest message that is returned whole
---       4 number of the first claim   5.. how many each list gives before the first gives more
+--       4 number of the first claim   5.. for each list: how many it gives before the first gives more, and the
+--       number of its group; then for each group, from 1, how many its lists give together
 -- Returns whether there are suspects, then field, size, message, field, size, message, …: of a message over
 -- ARGV[3] only the last 16 KB, which hold a kombu message's headers.
 -- Nothing can fail between LTRIM and HSET: the hash's type is checked first, and once LTRIM, which needs no
@@ -14,10 +15,14 @@ local CHUNK = 32 -- messages read at once, so that a few large ones do not fill 
 local left, bytes_left, largest = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local number = tonumber(ARGV[4])
 local reply, n = {redis.call('EXISTS', KEYS[3])}, 1
-local empty = {}
-local function take(key, most)
-  while most > 0 and left > 0 and bytes_left > 0 and not empty[key] do
-    local asked = math.min(most, left, CHUNK)
+local lists = #KEYS - 3
+local empty, room = {}, {}
+for i = 5 + 2 * lists, #ARGV do
+  room[#room + 1] = tonumber(ARGV[i])
+end
+local function take(key, most, group)
+  while most > 0 and left > 0 and bytes_left > 0 and room[group] > 0 and not empty[key] do
+    local asked = math.min(most, left, room[group], CHUNK)
     local page = redis.pcall('LRANGE', key, -asked, -1)
     local found = page.err and 0 or #page -- a key that is no list gives nothing
     empty[key] = found < asked
@@ -38,13 +43,13 @@ local function take(key, most)
     end
     redis.call('LTRIM', key, 0, -taken - 1)
     redis.call('HSET', KEYS[2], unpack(fields))
-    left, most = left - taken, most - taken
+    left, most, room[group] = left - taken, most - taken, room[group] - taken
   end
 end
-for i = 4, #KEYS do
-  take(KEYS[i], tonumber(ARGV[i + 1]))
+for i = 1, lists do
+  take(KEYS[i + 3], tonumber(ARGV[2 * i + 3]), tonumber(ARGV[2 * i + 4]))
 end
-for i = 4, #KEYS do -- what others left unused
-  take(KEYS[i], left)
+for i = 1, lists do -- what others left unused
+  take(KEYS[i + 3], left, tonumber(ARGV[2 * i + 4]))
 end
 return reply

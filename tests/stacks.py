@@ -1,0 +1,170 @@
+"""Real servers for tests: each on its own ports, in its own folder and process group, always stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import redis
+
+from samphire_broker.embedded.ports import choose_port
+from samphire_broker.embedded.valkey import server_binary
+from samphire_broker.settings import shipped_model_repository
+
+SAMPHIRE = str(Path(sys.executable).parent / "samphire")
+TEST_MODELS = Path(__file__).parent / "models"
+PORT_FLAGS = ("--broker-port", "--triton-grpc-port", "--triton-http-port", "--triton-metrics-port")
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without what would redirect a stack."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SAMPHIRE_")}
+
+
+def eventually(check: Callable[[], Any], timeout_s: float = 30.0, what: str = "the condition") -> Any:
+    """Return the first true value of `check`; fail after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if value := check():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not come true within {timeout_s} s")
+
+
+@dataclass
+class Valkey:
+    """A running server."""
+
+    url: str
+    client: redis.Redis
+    process: subprocess.Popen[bytes]
+
+
+@contextlib.contextmanager
+def running_valkey(folder: Path, *options: str, port: int = 0) -> Iterator[Valkey]:
+    """A Valkey of its own, append-only like the stack's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = choose_port(port, "")
+    command = [server_binary(), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
+    command += ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction", *options]
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    client = redis.Redis(port=port, socket_timeout=10)
+    try:
+        eventually(lambda: _answers(client), 10, "the broker's answer")
+        yield Valkey(f"redis://127.0.0.1:{port}/0", client, process)
+    finally:
+        client.close()
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+@dataclass
+class Up:
+    """A running `samphire up`."""
+
+    process: subprocess.Popen[bytes]
+    ready_file: Path
+    data_dir: Path
+    output: Path
+
+    @property
+    def ready(self) -> dict[str, Any]:
+        """What the ready file says now."""
+        content: dict[str, Any] = json.loads(self.ready_file.read_text())
+        return content
+
+    @property
+    def broker_url(self) -> str:
+        url: str = self.ready["broker_url"]
+        return url
+
+    @property
+    def triton_grpc(self) -> str:
+        address: str = self.ready["triton_grpc"]
+        return address
+
+    def redis(self) -> redis.Redis:
+        """A client of the stack's broker."""
+        return redis.Redis.from_url(self.broker_url, socket_timeout=10)
+
+    def children(self) -> list[psutil.Process]:
+        """Every process of the stack but `up` itself."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def worker_log(self) -> str:
+        return (self.data_dir / "logs" / "worker1.log").read_text()
+
+
+def model_repository(folder: Path) -> Path:
+    """The shipped models and those of the tests, in one repository."""
+    shutil.copytree(shipped_model_repository(), folder, dirs_exist_ok=True)
+    shutil.copytree(TEST_MODELS, folder, dirs_exist_ok=True)
+    return folder
+
+
+def start_up(folder: Path, *options: str, data_dir: Path | None = None, env: dict[str, str] | None = None) -> Up:
+    """Start `samphire up` on free ports, without waiting."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ready_file, output = folder / "ready.json", folder / "output"
+    data_dir = data_dir or folder / "data"
+    command = [SAMPHIRE, "up", "--data-dir", str(data_dir), "--ready-file", str(ready_file)]
+    for flag in PORT_FLAGS:
+        if flag not in options:
+            command += [flag, "0"]
+    with output.open("wb") as out:
+        process = subprocess.Popen(
+            [*command, *options],
+            stdout=out,
+            stderr=out,
+            env={**clean_environment(), **(env or {})},
+            start_new_session=True,
+        )
+    return Up(process, ready_file, data_dir, output)
+
+
+@contextlib.contextmanager
+def running_stack(
+    folder: Path, *options: str, data_dir: Path | None = None, env: dict[str, str] | None = None
+) -> Iterator[Up]:
+    """A whole stack; stopped at the end, whatever happened."""
+    up = start_up(folder, *options, data_dir=data_dir, env=env)
+    try:
+        eventually(lambda: up.ready_file.exists() or up.process.poll() is not None, 120, "the ready file")
+        assert up.process.poll() is None, up.output.read_text()
+        yield up
+    finally:
+        stop(up)
+
+
+def stop(up: Up, number: int = signal.SIGTERM) -> None:
+    """End `samphire up` with a signal, or by force."""
+    if up.process.poll() is None:
+        up.process.send_signal(number)
+        try:
+            up.process.wait(100)
+        except subprocess.TimeoutExpired:
+            up.process.kill()
+            up.process.wait()

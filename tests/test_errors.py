@@ -1,0 +1,82 @@
+"""Third-party errors in our words: every one of them has a translation."""
+
+from __future__ import annotations
+
+import inspect
+
+import grpc
+import pytest
+import redis.exceptions
+
+from samphire import errors
+from samphire.connection import redact, translate
+from samphire_workers import triton
+
+
+def all_errors() -> list[type[errors.SamphireError]]:
+    classes = [value for value in vars(errors).values() if inspect.isclass(value)]
+    return [value for value in classes if issubclass(value, errors.SamphireError)]
+
+
+def test_every_error_of_redis_py_is_translated() -> None:
+    """Walks redis-py's own tree."""
+    classes = [value for value in vars(redis.exceptions).values() if inspect.isclass(value)]
+    walked = [value for value in classes if issubclass(value, redis.RedisError)]
+    assert len(walked) > 20
+    for kind in walked:
+        error = kind.__new__(kind)
+        Exception.__init__(error, "x")
+        assert isinstance(translate(error), errors.SamphireError), kind
+
+
+def test_losing_the_broker_is_transient() -> None:
+    """Whatever layer noticed it."""
+    for error in (redis.ConnectionError("x"), redis.TimeoutError("x"), OSError("x"), TimeoutError()):
+        assert isinstance(translate(error), errors.BrokerUnavailableError)
+        assert translate(error).retryable
+    assert isinstance(translate(redis.exceptions.OutOfMemoryError("x")), errors.BrokerMemoryFullError)
+
+
+def test_every_grpc_status_is_translated() -> None:
+    """Walks gRPC's own list."""
+    for code in grpc.StatusCode:
+        assert isinstance(triton.translate(code, "x"), errors.SamphireError), code
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "expected"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "Request timeout expired", errors.EndpointTimeoutError),
+        (grpc.StatusCode.UNAVAILABLE, "failed to connect", errors.EndpointUnavailableError),
+        (grpc.StatusCode.INTERNAL, "Stub process 'x' is not healthy.", errors.EndpointUnavailableError),
+        (grpc.StatusCode.INTERNAL, "division by zero", errors.ModelFaultError),
+        (grpc.StatusCode.INVALID_ARGUMENT, "wrong shape", errors.InvalidInputError),
+    ],
+)
+def test_tritons_messages_decide_where_its_status_does_not(
+    code: grpc.StatusCode, details: str, expected: type[errors.SamphireError]
+) -> None:
+    """UNAVAILABLE and INTERNAL mean several things."""
+    assert type(triton.translate(code, details)) is expected
+
+
+def test_errors_come_back_by_name_with_their_message() -> None:
+    """What a worker stored is what a client raises; foreign names become model faults."""
+    for kind in all_errors():
+        again = errors.error_from_name(kind.__name__, "what happened")
+        assert type(again) is kind
+        assert str(again) == "what happened"
+    assert str(errors.error_from_name("KeyError", "'x'")) == "KeyError: 'x'"
+
+
+def test_every_error_is_drawn_in_the_tree_and_has_a_default_message() -> None:
+    """The module's docstring is the map."""
+    for kind in all_errors():
+        assert kind.__name__ in (errors.__doc__ or "")
+        assert str(kind()) == (kind.__doc__ or "").splitlines()[0]
+
+
+def test_passwords_are_not_shown() -> None:
+    """Neither in messages nor in representations."""
+    assert redact("redis://user:secret@host:1/0") == "redis://user:***@host:1/0"
+    assert redact("redis://host:1/0") == "redis://host:1/0"

@@ -1,0 +1,524 @@
+"""The main job on real parts: SDK or plain Celery -> Valkey -> worker -> Triton -> result."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import psutil
+import pytest
+from celery import Celery
+from celery.result import AsyncResult
+
+from samphire import (
+    AsyncClient,
+    Client,
+    InvalidInputError,
+    ModelFaultError,
+    PayloadTooLargeError,
+    ResultTimeoutError,
+    SamphireError,
+    keys,
+)
+from samphire_broker.digits import load_split
+from tests.stacks import Up, eventually
+
+TIMEOUT_S = 30
+MOST_CONNECTIONS = 3
+"""Of one client: submits, events, results."""
+
+
+@pytest.fixture
+def plain(stack: Up) -> Iterator[Celery]:
+    """A Celery application that knows nothing of Samphire."""
+    app = Celery("plain", broker=stack.broker_url, backend=stack.broker_url, set_as_current=False)
+    with app:
+        yield app
+
+
+def send(app: Celery, queue: str = "inference", **kwargs: Any) -> AsyncResult:
+    return app.send_task("samphire.infer", kwargs=kwargs, queue=queue)
+
+
+def fp32(*values: float, **more: Any) -> dict[str, Any]:
+    tensor = {"name": "input_fp32", "datatype": "FP32", "shape": [1, len(values)], "data": list(values)}
+    return {name: value for name, value in (tensor | more).items() if value is not None}
+
+
+def array(*values: float) -> np.ndarray:
+    return np.array([values], dtype=np.float32)
+
+
+# -- what works -------------------------------------------------------------------------------------
+
+
+def test_digits_are_recognized(client: Client) -> None:
+    """Held-out images, one a task, come back right in at least 97 of 100."""
+    digits = load_split()
+    inputs = ({"image": image[np.newaxis]} for image in digits.held_out_images)
+    said = [result.outputs["probabilities"].argmax() for result in client.map("digits", inputs)]
+    assert np.mean(said == digits.held_out_labels) >= 0.97
+
+
+def test_both_versions_of_digits_serve(client: Client) -> None:
+    """By number, and the newest by default."""
+    image = load_split().held_out_images[:1]
+    answers = [client.submit("digits", {"image": image}, version=v).result(TIMEOUT_S) for v in (1, "2", "champion")]
+    assert [answer.model_version for answer in answers] == ["1", "2", "2"]
+    first, second, champion = (answer.outputs["probabilities"] for answer in answers)
+    assert not np.array_equal(first, second)
+    np.testing.assert_allclose(second, champion, rtol=1e-5)
+
+
+def sample_inputs() -> dict[str, np.ndarray]:
+    floats = np.array([[0.0, -0.0, np.nan, np.inf, -np.inf, 1.5]])
+    words = np.empty((1, 3), dtype=np.object_)
+    words[0] = ["Grüße".encode(), b"\x00\xff", b""]
+    samples = {
+        "bool": np.array([[True, False]]),
+        "bytes": words,
+        "bf16": floats.astype(ml_dtypes.bfloat16),
+        "fp16": floats.astype(np.float16),
+        "fp32": floats.astype(np.float32),
+        "fp64": floats,
+    }
+    for bits in (8, 16, 32, 64):
+        for name in (f"int{bits}", f"uint{bits}"):
+            info = np.iinfo(name)
+            samples[name] = np.array([[info.min, info.max]], dtype=name)
+    return {f"input_{name}": sample for name, sample in samples.items()}
+
+
+@pytest.mark.parametrize("name", sorted(sample_inputs()))
+def test_every_datatype_comes_back_bit_for_bit(client: Client, name: str) -> None:
+    """NaN, infinities, extremes, Unicode and binary included; numpy dtypes are kept."""
+    sample = sample_inputs()[name]
+    output = client.submit("identity", {name: sample}).result(TIMEOUT_S).outputs[name.replace("input", "output")]
+    assert output.dtype == sample.dtype
+    assert output.tolist() == sample.tolist() if sample.dtype == object else output.tobytes() == sample.tobytes()
+
+
+def test_many_inputs_and_outputs_in_one_request(client: Client) -> None:
+    """All datatypes at once."""
+    result = client.submit("identity", sample_inputs()).result(TIMEOUT_S)
+    assert {name.replace("output", "input") for name in result.outputs} == set(sample_inputs())
+
+
+def test_only_the_asked_outputs_return(client: Client) -> None:
+    """As the protocol's `outputs` says."""
+    result = client.submit("versions", {"x": np.ones((1, 1), np.int32)}, outputs=["version"]).result(TIMEOUT_S)
+    assert list(result.outputs) == ["version"]
+
+
+def test_a_zero_size_tensor(client: Client) -> None:
+    """One row without columns is a row."""
+    output = client.submit("identity", {"input_fp32": np.zeros((1, 0), np.float32)}).result(TIMEOUT_S)
+    assert output.outputs["output_fp32"].shape == (1, 0)
+
+
+def test_a_model_without_a_batch_dimension(client: Client) -> None:
+    """Any length, zero too; optional inputs; text in and out."""
+    for length in (0, 1, 7):
+        x = np.arange(length, dtype=np.float64)
+        result = client.submit("unbatched", {"x": x, "text": np.array(["Jürgen"])}).result(TIMEOUT_S)
+        assert result.outputs["y"].tolist() == x.tolist()
+        assert result.outputs["greeting"].tolist() == ["hello Jürgen".encode()]
+    assert client.submit("unbatched", {"x": x}).result(TIMEOUT_S).outputs["greeting"].tolist() == [b"hello nobody"]
+
+
+@pytest.mark.parametrize("size", [2_000, 3_000, 150_000, 1_200_000])
+def test_large_tensors_travel_as_claim_checks(client: Client, stack: Up, size: int) -> None:
+    """Below and above the inline limit the same numbers come back; the input's claim check is removed."""
+    x = np.random.default_rng(size).random((1, size), dtype=np.float32)
+    task = client.submit("identity", {"input_fp32": x})
+    np.testing.assert_array_equal(task.result(TIMEOUT_S).outputs["output_fp32"], x)
+    with stack.redis() as redis:
+        assert not list(redis.scan_iter(f"{keys.BLOB_PREFIX}{task.id}*"))
+        blobs = list(redis.scan_iter(f"{keys.RESULT_BLOB_PREFIX}{task.id}*"))
+        assert len(blobs) == (x.nbytes > 8192)
+        assert all(redis.ttl(blob) > 0 for blob in blobs)
+
+
+def test_a_mix_of_sizes_rows_and_versions_is_never_mixed_up(client: Client) -> None:
+    """Each answer has the numbers and the rows of its own question."""
+    random = np.random.default_rng(1)
+    questions = [random.random((rows, width), dtype=np.float32) for rows in (1, 3, 64) for width in (1, 16)] * 40
+    results = client.map("identity", ({"input_fp32": question} for question in questions))
+    for question, result in zip(questions, results, strict=True):
+        np.testing.assert_array_equal(result.outputs["output_fp32"], question)
+
+
+def test_micro_batches_do_not_mix_versions_and_do_happen(client: Client) -> None:
+    """Interleaved versions are served by their own, in batches of more than one row."""
+    x = np.ones((1, 1), np.int32)
+    tasks = {v: [client.submit("versions", {"x": x}, version=v) for _ in range(100)] for v in (1, 2)}
+    for version, submitted in tasks.items():
+        assert {int(task.result(TIMEOUT_S).outputs["version"][0, 0]) for task in submitted} == {version}
+    rows = [r.outputs["batch_rows"][0, 0] for r in client.map("versions", ({"x": x} for _ in range(2000)))]
+    assert max(rows) > 8
+    alone = client.map("versions", ({"x": x} for _ in range(200)), parameters={"micro_batch": False})
+    assert {int(result.outputs["batch_rows"][0, 0]) for result in alone} == {1}
+
+
+def test_one_bad_row_does_not_fail_its_neighbours(client: Client) -> None:
+    """A batch that fails on its content is taken apart until only the bad ones fail."""
+    bad = {17, 18, 333}
+    inputs = ({"x": array(-1.0 if i in bad else float(i))} for i in range(500))
+    results = list(client.map("picky", inputs, return_exceptions=True))
+    assert {i for i, result in enumerate(results) if isinstance(result, SamphireError)} == bad
+    for i, result in enumerate(results):
+        if i in bad:
+            assert isinstance(result, ModelFaultError)
+            assert "negative" in str(result)
+        else:
+            assert not isinstance(result, SamphireError)
+            assert result.outputs["y"].tolist() == [[2.0 * i]]
+
+
+def test_a_task_is_seen_running_and_done(client: Client) -> None:
+    """`status` follows it, and `result` can be asked again and again."""
+    task = client.submit("slow", {"seconds": array(1.0)})
+    eventually(lambda: task.status() == "running", 10, "running")
+    with pytest.raises(ResultTimeoutError, match="it goes on"):
+        task.result(timeout_s=0.05)
+    assert task.result(TIMEOUT_S).outputs["slept"].tolist() == [[1.0]]
+    assert task.status() == "succeeded"
+    assert task.result(TIMEOUT_S).task_id == task.id
+
+
+def test_priorities_overtake(client: Client) -> None:
+    """With the model busy, a high task submitted last is answered before the low ones."""
+    blockers = [client.submit("slow", {"seconds": array(0.2)}, parameters={"micro_batch": False}) for _ in range(4)]
+    low = [
+        client.submit("slow", {"seconds": array(0.1)}, priority="low", parameters={"micro_batch": False})
+        for _ in range(20)
+    ]
+    high = client.submit("slow", {"seconds": array(0.1)}, priority="high", parameters={"micro_batch": False})
+    high.result(TIMEOUT_S)
+    assert sum(task.status() == "queued" for task in low) >= 5
+    for task in [*blockers, *low]:
+        task.result(TIMEOUT_S)
+
+
+def test_tenants_have_queues_of_their_own(stack: Up) -> None:
+    """The queue is named after both."""
+    with Client(stack.broker_url, tenant="acme") as acme:
+        result = acme.submit("identity", {"input_fp32": array(1.0)}).result(TIMEOUT_S)
+        assert result.outputs["output_fp32"].tolist() == [[1.0]]
+    with stack.redis() as redis:
+        assert redis.sismember(keys.QUEUES, "inference.identity@acme")
+
+
+# -- waiting ----------------------------------------------------------------------------------------
+
+
+def test_ten_thousand_results_are_awaited_on_one_connection(stack: Up) -> None:
+    """Ten thousand waiters at once, and the number of connections stays what it was for one."""
+
+    async def test() -> None:
+        async with AsyncClient(stack.broker_url) as client:
+            one = await client.submit("identity", {"input_fp32": array(0.0)})
+            await one.result(TIMEOUT_S)
+            submits = [client.submit("identity", {"input_fp32": array(float(i))}) for i in range(10_000)]
+            tasks = await asyncio.gather(*submits)
+            waiting = [asyncio.create_task(task.result(120)) for task in tasks]
+            await asyncio.sleep(0)
+            assert connections() <= MOST_CONNECTIONS
+            results = await asyncio.gather(*waiting)
+            assert connections() <= MOST_CONNECTIONS
+            assert [result.outputs["output_fp32"][0, 0] for result in results] == list(range(10_000))
+
+    def connections() -> int:
+        return len([c for c in psutil.Process().net_connections("tcp") if c.status == "ESTABLISHED"])
+
+    asyncio.run(test())
+
+
+def test_a_task_can_be_found_again_by_its_id(client: Client, stack: Up) -> None:
+    """Another client waits for it, and reads it when it is long done."""
+    task = client.submit("slow", {"seconds": array(0.5)})
+    with Client(stack.broker_url) as other:
+        again = other.task(task.id)
+        assert again.result(TIMEOUT_S).outputs["slept"].tolist() == [[0.5]]
+        assert again.status() == "succeeded"
+        assert other.task("nobody knows this").status() == "queued"
+        with pytest.raises(ResultTimeoutError):
+            other.task("nobody knows this").result(0.1)
+        with pytest.raises(InvalidInputError, match="task id"):
+            other.task("")
+
+
+def test_map_keeps_the_order_and_bounds_what_is_under_way(client: Client) -> None:
+    """However large the source is, no more than the window is taken from it ahead of the results."""
+    taken = 0
+
+    def source() -> Iterator[dict[str, np.ndarray]]:
+        nonlocal taken
+        for i in range(1000):
+            taken += 1
+            yield {"input_fp32": array(float(i))}
+
+    ahead = []
+    for number, result in enumerate(client.map("identity", source(), window=64)):
+        assert result.outputs["output_fp32"].tolist() == [[float(number)]]
+        ahead.append(taken - number)
+    assert len(ahead) == 1000
+    assert max(ahead) <= 2 * 64
+    assert list(client.map("identity", [])) == []
+
+
+def test_map_raises_the_first_error_unless_told_otherwise(client: Client) -> None:
+    """And can be left early."""
+    inputs = [{"x": array(1.0)}, {"x": array(-1.0)}, {"x": array(2.0)}]
+    results = client.map("picky", inputs)
+    assert next(results).outputs["y"].tolist() == [[2.0]]
+    with pytest.raises(ModelFaultError):
+        next(results)
+    with pytest.raises(InvalidInputError, match="window"):
+        next(client.map("picky", inputs, window=0))
+
+
+# -- plain Celery -----------------------------------------------------------------------------------
+
+
+def test_a_plain_celery_producer(plain: Celery) -> None:
+    """`send_task` and `AsyncResult.get`: JSON lists in, JSON lists out."""
+    sent = send(plain, model_name="identity", inputs=[fp32(1, 2, 3.5)])
+    answer = sent.get(timeout=TIMEOUT_S)
+    assert sent.state == "SUCCESS"
+    assert answer["model_name"] == "identity"
+    assert answer["outputs"] == [{"name": "output_fp32", "datatype": "FP32", "shape": [1, 3], "data": [1, 2, 3.5]}]
+
+
+def test_a_plain_producer_may_send_bytes_and_name_the_models_queue(plain: Celery) -> None:
+    """Raw in, raw out; NaN can only travel so."""
+    x = np.array([[1, np.nan]], dtype=np.float32)
+    raw = base64.b64encode(x.tobytes()).decode()
+    tensor = {"name": "input_fp32", "datatype": "FP32", "shape": [1, 2], "raw": raw}
+    answer = send(plain, "inference.identity", model_name="identity", inputs=[tensor]).get(timeout=TIMEOUT_S)
+    assert answer["outputs"][0]["raw"] == raw
+
+
+def test_celery_still_answers(plain: Celery) -> None:
+    """The worker is a real Celery worker: ping, registered tasks, queues."""
+    (answer,) = plain.control.ping(timeout=5)
+    (name,) = answer
+    assert plain.control.inspect(timeout=5).registered()[name] == ["samphire.infer"]
+    assert [queue["name"] for queue in plain.control.inspect(timeout=5).active_queues()[name]] == ["samphire.control"]
+
+
+def test_task_events_reach_a_monitor(plain: Celery, client: Client) -> None:
+    """received, started, succeeded and failed, with arguments that hold no numbers of the tensors."""
+    seen: list[dict[str, Any]] = []
+    with plain.connection() as connection:
+        receiver = plain.events.Receiver(connection, handlers={"*": seen.append})
+        with receiver.consumer_context():
+            while not seen:  # a heartbeat: from now on nothing is missed
+                for _ in receiver.itercapture(limit=1, timeout=1):
+                    pass
+            task = client.submit("identity", {"input_fp32": array(1.0)})
+            task.result(TIMEOUT_S)
+            failed = client.submit("picky", {"x": array(-1.0)})
+            with pytest.raises(ModelFaultError):
+                failed.result(TIMEOUT_S)
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline and "task-failed" not in {event["type"] for event in seen}:
+                for _ in receiver.itercapture(limit=1, timeout=1):
+                    pass
+    kinds = [event["type"] for event in seen if event.get("uuid") == task.id]
+    assert kinds == ["task-received", "task-started", "task-succeeded"]
+    (received,) = [event for event in seen if event.get("uuid") == task.id and event["type"] == "task-received"]
+    assert received["name"] == "samphire.infer"
+    assert received["kwargs"] == "identity: input_fp32 FP32[1, 1]"
+    (failure,) = [event for event in seen if event.get("uuid") == failed.id and event["type"] == "task-failed"]
+    assert "negative" in failure["exception"]
+
+
+# -- bad input --------------------------------------------------------------------------------------
+
+
+def fails(app: Celery, expected: str, text: str, **kwargs: Any) -> None:
+    sent = send(app, **kwargs)
+    with pytest.raises(Exception, match=text) as caught:
+        sent.get(timeout=TIMEOUT_S)
+    assert type(caught.value).__name__ == expected
+    with Client(str(app.conf.broker_url)) as client, pytest.raises(SamphireError, match=text) as again:
+        client.task(sent.id).result(TIMEOUT_S)
+    assert type(again.value).__name__ == expected
+
+
+@pytest.mark.parametrize(
+    ("expected", "text", "kwargs"),
+    [
+        ("UnknownModelError", "no model 'nosuch'", {"model_name": "nosuch", "inputs": []}),
+        ("InvalidInputError", "expected a model name", {"model_name": "../digits", "inputs": []}),
+        ("InvalidInputError", "expected a tenant name", {"model_name": "digits", "inputs": [], "tenant": "a@b"}),
+        ("UnknownModelError", "versions 1, 2", {"model_name": "digits", "inputs": [], "model_version": "9"}),
+        ("InvalidInputError", "missing 'image'", {"model_name": "digits", "inputs": []}),
+        ("InvalidInputError", "at least one input", {"model_name": "identity", "inputs": []}),
+        ("InvalidInputError", "has the inputs .*given 'nope'", {"model_name": "identity", "inputs": [fp32(1, name="nope")]}),
+        ("InvalidInputError", "expected FP32, given INT32", {"model_name": "identity", "inputs": [fp32(1, datatype="INT32")]}),
+        ("InvalidInputError", "given twice", {"model_name": "identity", "inputs": [fp32(1), fp32(2)]}),
+        ("InvalidInputError", r"expected shape \[rows, -1\]", {"model_name": "identity", "inputs": [fp32(1, shape=[1])]}),
+        ("InvalidInputError", "at least 1 row", {"model_name": "identity", "inputs": [fp32(shape=[0, 4])]}),
+        ("InvalidInputError", "at most 64 rows", {"model_name": "identity", "inputs": [fp32(*[0] * 65, shape=[65, 1])]}),
+        ("InvalidInputError", "4 elements, given 3", {"model_name": "identity", "inputs": [fp32(1, 2, 3, shape=[1, 4])]}),
+        ("InvalidInputError", "shape .* takes 4000000 bytes", {"model_name": "identity", "inputs": [fp32(1, shape=[1, 10**6])]}),
+        ("InvalidInputError", "exactly one of data, raw and ref", {"model_name": "identity", "inputs": [fp32(1, data=None)]}),
+        ("InvalidInputError", "exactly one of", {"model_name": "identity", "inputs": [fp32(1, raw="AACAPw==")]}),
+        ("InvalidInputError", "not base64", {"model_name": "identity", "inputs": [fp32(1, data=None, raw="####")]}),
+        ("InvalidInputError", "takes 4 bytes, given 3", {"model_name": "identity", "inputs": [fp32(1, data=None, raw="AACA")]}),
+        ("InvalidInputError", "unknown field", {"model_name": "identity", "inputs": [fp32(1)], "surprise": 1}),
+        ("InvalidInputError", "contract version 1, given 2", {"model_name": "identity", "inputs": [fp32(1)], "contract": 2}),
+        ("InvalidInputError", "asked for 'nope'", {"model_name": "identity", "inputs": [fp32(1)], "outputs": [{"name": "nope"}]}),
+        ("InvalidInputError", "parameter 'x'", {"model_name": "identity", "inputs": [fp32(1)], "parameters": {"x": [1]}}),
+        ("InvalidInputError", "parameter 'x'", {"model_name": "identity", "inputs": [fp32(1)], "parameters": {"x": 2**70}}),
+        ("ModelFaultError", "negative", {"model_name": "picky", "inputs": [fp32(-1, name="x")]}),
+    ],
+)  # fmt: skip
+def test_bad_requests_of_plain_producers(
+    plain: Celery, stack: Up, expected: str, text: str, kwargs: dict[str, Any]
+) -> None:
+    """A clear error to whoever waits, of the same class for Celery and the SDK; the worker goes on."""
+    fails(plain, expected, text, **kwargs)
+    assert send(plain, model_name="identity", inputs=[fp32(1)]).get(timeout=TIMEOUT_S)
+
+
+def put_blob(stack: Up, data: bytes, **changed: Any) -> dict[str, Any]:
+    key = f"{keys.BLOB_PREFIX}{hashlib.sha256(data).hexdigest()[:8]}:0"
+    with stack.redis() as redis:
+        redis.set(key, data, ex=60)
+    return {"key": key, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} | changed
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ("have sha256", {"sha256": "0" * 64}),
+        ("expected 5 bytes behind .*, found 4", {"size": 5}),
+        ("has expired or never was", {"key": f"{keys.BLOB_PREFIX}none:0"}),
+        ("expected a ref to a key", {"key": "celery-task-meta-secret"}),
+        ("size of at least 0", {"size": -1}),
+    ],
+)
+def test_claim_checks_that_do_not_hold(plain: Celery, stack: Up, text: str, changed: dict[str, Any]) -> None:
+    """Gone, altered, lying, or pointing at what is none of the producer's business."""
+    ref = put_blob(stack, b"\0\0\x80\x3f", **changed)
+    fails(plain, "InvalidInputError", text, model_name="identity", inputs=[fp32(1, data=None, ref=ref)])
+
+
+def test_a_claim_check_over_the_limit_is_refused_unread(plain: Celery, stack: Up) -> None:
+    """A 100 MB tensor, as the request says, is never fetched."""
+    ref = put_blob(stack, b"\0\0\x80\x3f", size=100_000_000)
+    tensor = fp32(1, shape=[1, 25_000_000], data=None, ref=ref)
+    fails(plain, "PayloadTooLargeError", "at most 33554432 bytes", model_name="identity", inputs=[tensor])
+
+
+def test_a_tensor_of_100_mb_is_refused_by_the_sdk(client: Client, stack: Up) -> None:
+    """At submit, with nothing queued."""
+    with pytest.raises(PayloadTooLargeError, match="'input_fp32' alone has 100000000"):
+        client.submit("identity", {"input_fp32": np.zeros((1, 25_000_000), np.float32)})
+
+
+def dead_letter(stack: Up, message: bytes) -> dict[bytes, bytes]:
+    """The letter with exactly these bytes."""
+
+    def find() -> dict[bytes, bytes] | None:
+        with stack.redis() as redis:
+            for letter in redis.zrange(keys.DEAD, 0, -1, desc=True):
+                if redis.hget(keys.DEAD_PREFIX + letter.decode(), "message") == message:
+                    found: dict[bytes, bytes] = redis.hgetall(keys.DEAD_PREFIX + letter.decode())
+                    return found
+        return None
+
+    found: dict[bytes, bytes] = eventually(find, 20, "the dead letter")
+    return found
+
+
+def message(task_id: str = "", task: str = "samphire.infer", body: str = "", **headers: Any) -> bytes:
+    task_id = task_id or os.urandom(8).hex()
+    whole = {
+        "body": body or '[[], {"model_name": "identity", "inputs": []}, {}]',
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"id": task_id, "task": task, **headers},
+        "properties": {"correlation_id": task_id},
+    }
+    return json.dumps(whole).encode()
+
+
+@pytest.mark.parametrize("queue", ["inference", "inference.identity", "inference.picky@someone"])
+@pytest.mark.parametrize(
+    ("raw", "error"),
+    [
+        (b"\x00\xff not a message", b"InvalidInputError"),
+        (b"[" * 20_000, b"InvalidInputError"),
+        (message(task="other.task"), b"given 'other.task'"),
+        (message(body="[" * 20_000), b"not an inference request"),
+        (message(body='[[], {"model_name": "identity", "inputs": []}, {"chain": [{}]}]'), b"not supported"),
+        (message(eta="2030-01-01T00:00:00"), b"not supported"),
+    ],
+)
+def test_what_cannot_be_served_becomes_a_dead_letter(
+    stack: Up, client: Client, queue: str, raw: bytes, error: bytes
+) -> None:
+    """With its bytes as they were and the reason; the worker goes on."""
+    raw += b" " * (1 + len(queue))  # the same bytes once a queue
+    with stack.redis() as redis:
+        redis.lpush(queue, raw)
+    letter = dead_letter(stack, raw)
+    assert letter[b"reason"] == b"invalid_input"
+    assert letter[b"queue"] == queue.encode()
+    assert error in letter[b"error"]
+    client.submit("identity", {"input_fp32": array(1.0)}).result(TIMEOUT_S)
+
+
+def test_a_message_of_100_mb_becomes_a_dead_letter_and_its_producer_is_told(stack: Up, client: Client) -> None:
+    """Its id is read from its end; its bytes stay on the broker."""
+    raw = message("too-large", body="[" + " " * 100_000_000)
+    with stack.redis() as redis:
+        redis.lpush("inference.identity", raw)
+        with pytest.raises(PayloadTooLargeError, match="at most 4194304 bytes, given 100000"):
+            client.task("too-large").result(60)
+        assert redis.hstrlen("dead:too-large", "message") == len(raw)
+        redis.delete("dead:too-large")
+    client.submit("identity", {"input_fp32": array(1.0)}).result(TIMEOUT_S)
+
+
+def test_a_full_queue_is_refused_at_submit(stack: Up) -> None:
+    """The client's own limit, before anything is queued."""
+    with Client(stack.broker_url, queue_limit=10, tenant="full") as client, stack.redis() as redis:
+        redis.lpush("inference.unheard-of@full", *["x"] * 10)
+        with pytest.raises(SamphireError, match="its limit is 10"):
+            # More than any lane takes away in between.
+            for _ in client.map("identity", ({"input_fp32": array(1.0)} for _ in range(5000)), window=5000):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("no/model", {}), "expected a model name"),
+        (("identity", [1, 2]), "expected inputs as a mapping"),
+        (("identity", {"x": np.array([1j])}), "given complex128"),
+        (("identity", {"x": np.array([object()])}), "expected str or bytes elements"),
+    ],
+)
+def test_the_sdk_refuses_what_can_never_work(client: Client, arguments: tuple[Any, ...], text: str) -> None:
+    """At submit."""
+    with pytest.raises(InvalidInputError, match=text):
+        client.submit(*arguments)
+
+
+def test_the_sdk_refuses_an_unknown_priority(client: Client) -> None:
+    """By name, with the names that there are."""
+    with pytest.raises(InvalidInputError, match="high, normal, low, given 'urgent'"):
+        client.submit("identity", {"input_fp32": array(1.0)}, priority="urgent")  # type: ignore[arg-type]

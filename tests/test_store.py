@@ -1,0 +1,541 @@
+"""The scripts, on a real server: every transition, every fence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import redis
+
+from samphire import keys
+from samphire.direct import DirectConnection
+from samphire.errors import BrokerMemoryFullError, BrokerUnavailableError, QueueFullError
+from samphire.publisher import Publisher
+from samphire_broker.settings import Settings
+from samphire_broker.store import Claimed, DeadLetter, LeaseLostError, Settlement, Store, Turn, WorkerInfo
+from tests.proxy import cutting_proxy
+from tests.stacks import Valkey
+
+QUEUE = "inference.m"
+LISTS = [keys.queue_list(QUEUE, step) for step in keys.PRIORITY_STEPS]
+TURNS = [Turn(key, share, 0) for key, share in zip(LISTS, [8, 4, 2, 1], strict=True)]
+
+
+class Worker:
+    """A store with a lease and a named connection."""
+
+    def __init__(self, url: str, name: str, **settings: object) -> None:
+        self.settings = Settings(broker_url=url, **settings)  # type: ignore[arg-type]
+        self.store = Store(self.settings, name)
+        self.info = WorkerInfo(name, f"{name}@host", 1)
+        self.named = DirectConnection(url, name=keys.CONNECTION_PREFIX + name)
+
+    async def beat(self) -> int:
+        return await self.store.beat(self.info, self.named)
+
+    async def claim(self, most: int = 200, max_bytes: int = 10**9, room: int = 200) -> list[Claimed]:
+        return await self.store.claim(TURNS, [room], most, max_bytes)
+
+    async def start(self, claims: list[Claimed]) -> list[int]:
+        return await self.store.start([(claim.field, claim.message.decode()) for claim in claims], self.info)
+
+    async def settle(self, claim: Claimed, meta: str = '{"status":"SUCCESS"}') -> int:
+        task_id = claim.message.decode()
+        settlement = Settlement(claim.field, task_id, "succeeded", meta, "events:c")
+        return (await self.store.settle([settlement]))[0]
+
+
+@asynccontextmanager
+async def worker(valkey: Valkey, name: str = "w1", **settings: object) -> AsyncIterator[Worker]:
+    made = Worker(valkey.url, name, **settings)
+    await made.beat()
+    try:
+        yield made
+    finally:
+        await made.named.close()
+        await made.store.close()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(test())  # type: ignore[arg-type]
+
+
+def push(valkey: Valkey, *names: str, priority: int = 0) -> None:
+    for name in names:
+        valkey.client.lpush(keys.queue_list(QUEUE, priority), name)
+
+
+def status(valkey: Valkey, task_id: str) -> str | None:
+    raw = valkey.client.get(keys.meta_key(task_id))
+    return json.loads(raw)["status"] if raw else None
+
+
+def everywhere(valkey: Valkey) -> list[str]:
+    """Every message, wherever it is: queued, in flight, dead."""
+    client = valkey.client
+    found = [message for key in LISTS for message in client.lrange(key, 0, -1)]
+    for key in client.scan_iter("worker:*:inflight"):
+        found += client.hvals(key)
+    found += [client.hget(keys.DEAD_PREFIX + letter.decode(), "message") for letter in client.zrange(keys.DEAD, 0, -1)]
+    return sorted(message.decode() for message in found)
+
+
+def test_claims_move_the_oldest_first(valkey: Valkey) -> None:
+    """What is claimed has left its list and lies in the in-flight hash."""
+
+    async def test() -> None:
+        push(valkey, "a", "b", "c")
+        async with worker(valkey) as w:
+            claimed = await w.claim(2)
+        assert [claim.message for claim in claimed] == [b"a", b"b"]
+        assert valkey.client.lrange(QUEUE, 0, -1) == [b"c"]
+        inflight = valkey.client.hgetall("worker:w1:inflight")
+        assert inflight == {claim.field.encode(): claim.message for claim in claimed}
+        assert {claim.list_key for claim in claimed} == {QUEUE}
+
+    run(test)
+
+
+def test_priorities_share_a_claim_and_none_starves(valkey: Valkey) -> None:
+    """Each priority gets its share first; what one leaves, the others take."""
+
+    async def test() -> None:
+        for priority in keys.PRIORITY_STEPS:
+            push(valkey, *(f"{priority}-{i}" for i in range(50)), priority=priority)
+        async with worker(valkey) as w:
+            first = [claim.message.decode()[0] for claim in await w.claim(15)]
+            assert {name: first.count(name) for name in "0369"} == {"0": 8, "3": 4, "6": 2, "9": 1}
+            rest = [claim.message.decode()[0] for claim in await w.claim(185)]
+        assert {name: rest.count(name) for name in "0369"} == {"0": 42, "3": 46, "6": 48, "9": 49}
+
+    run(test)
+
+
+def test_a_claim_is_bounded_in_bytes(valkey: Valkey) -> None:
+    """A claim stops once it holds enough, but always takes one message."""
+
+    async def test() -> None:
+        push(valkey, *(str(i) * 1000 for i in range(10)))
+        async with worker(valkey) as w:
+            assert len(await w.claim(10, max_bytes=2500)) == 3
+            assert len(await w.claim(10, max_bytes=1)) == 1
+
+    run(test)
+
+
+def test_a_claim_is_bounded_by_group(valkey: Valkey) -> None:
+    """The lists of one group give no more together than its room; others may fill the claim."""
+
+    async def test() -> None:
+        push(valkey, *"abcdef")
+        push(valkey, *"ghi", priority=6)
+        valkey.client.lpush("inference.n", *"xyz")
+        async with worker(valkey) as w:
+            turns = [*TURNS, Turn("inference.n", 1, 1)]
+            claimed = [c.message.decode() for c in await w.store.claim(turns, [4, 9], 100, 10**9)]
+        assert sorted(claimed) == ["a", "b", "c", "d", "x", "y", "z"]
+
+    run(test)
+
+
+def test_of_an_oversize_message_only_the_end_is_returned(valkey: Valkey) -> None:
+    """The whole of it stays on the broker."""
+
+    async def test() -> None:
+        push(valkey, "x" * 200_000 + "end")
+        async with worker(valkey, max_message_bytes=100_000) as w:
+            (claim,) = await w.claim()
+            assert claim.size == 200_003
+            assert len(claim.message) == 16384
+            assert claim.message.endswith(b"end")
+            (adopted,) = await w.store.adopt(set())
+            assert adopted.size == claim.size
+        assert valkey.client.hstrlen("worker:w1:inflight", claim.field) == 200_003
+
+    run(test)
+
+
+def test_a_key_that_is_no_list_gives_nothing_and_harms_nothing(valkey: Valkey) -> None:
+    """A hostile key in a queue's place does not stop the claim of the others."""
+
+    async def test() -> None:
+        push(valkey, "a", priority=3)
+        valkey.client.set(QUEUE, "not a list")
+        async with worker(valkey) as w:
+            assert [claim.message for claim in await w.claim()] == [b"a"]
+
+    run(test)
+
+
+def test_without_a_lease_nothing_is_claimed(valkey: Valkey) -> None:
+    """A worker that was away too long must beat first."""
+
+    async def test() -> None:
+        push(valkey, "a")
+        async with worker(valkey) as w:
+            valkey.client.delete("worker:w1")
+            with pytest.raises(LeaseLostError):
+                await w.claim()
+            assert valkey.client.llen(QUEUE) == 1
+            assert await w.beat() == 1
+            assert len(await w.claim()) == 1
+
+    run(test)
+
+
+def test_start_and_settle(valkey: Valkey) -> None:
+    """A task is running, then done: acknowledged, stored, published, in the stream; all at once."""
+
+    async def test() -> None:
+        push(valkey, "a")
+        pubsub = valkey.client.pubsub()
+        pubsub.subscribe(keys.meta_key("a"))
+        async with worker(valkey) as w:
+            (claim,) = await w.claim()
+            assert status(valkey, "a") is None
+            assert await w.start([claim]) == [0]
+            assert status(valkey, "a") == "STARTED"
+            assert await w.settle(claim) == 1
+        assert status(valkey, "a") == "SUCCESS"
+        assert 0 < valkey.client.ttl(keys.meta_key("a")) <= 3600
+        assert everywhere(valkey) == []
+        assert not valkey.client.exists("worker:w1:inflight", "worker:w1:started")
+        ((_, fields),) = valkey.client.xrange("events:c")
+        assert fields == {b"succeeded": b"a", b"result": b'{"status":"SUCCESS"}'}
+        messages = [pubsub.get_message(timeout=1) for _ in range(2)]
+        assert messages[1] is not None and messages[1]["data"] == b'{"status":"SUCCESS"}'
+        pubsub.close()
+
+    run(test)
+
+
+def test_a_settlement_counts_once(valkey: Valkey) -> None:
+    """Repeated after a lost reply it changes nothing and says so."""
+
+    async def test() -> None:
+        push(valkey, "a")
+        async with worker(valkey) as w:
+            (claim,) = await w.claim()
+            await w.start([claim])
+            assert await w.settle(claim) == 1
+            assert await w.settle(claim, '{"status":"FAILURE"}') == 0
+        assert status(valkey, "a") == "SUCCESS"
+        assert valkey.client.xlen("events:c") == 1
+
+    run(test)
+
+
+def test_a_stream_key_of_another_type_does_not_stop_a_settlement(valkey: Valkey) -> None:
+    """Types are checked before the first write."""
+
+    async def test() -> None:
+        push(valkey, "a")
+        valkey.client.set("events:c", "not a stream")
+        async with worker(valkey) as w:
+            (claim,) = await w.claim()
+            await w.start([claim])
+            assert await w.settle(claim) == 1
+        assert status(valkey, "a") == "SUCCESS"
+
+    run(test)
+
+
+def test_a_duplicate_of_an_ended_task_is_dropped(valkey: Valkey) -> None:
+    """A terminal state is written once."""
+
+    async def test() -> None:
+        push(valkey, "a", "a", "b")
+        async with worker(valkey) as w:
+            first, second, other = await w.claim()
+            await w.start([first])
+            await w.settle(first)
+            assert await w.start([second, other]) == [-2, 0]
+        assert status(valkey, "a") == "SUCCESS"
+        assert everywhere(valkey) == ["b"]
+
+    run(test)
+
+
+def test_a_failed_task_becomes_a_dead_letter(valkey: Valkey) -> None:
+    """With the original bytes, the reason and where it came from."""
+
+    async def test() -> None:
+        push(valkey, "a", priority=6)
+        async with worker(valkey) as w:
+            (claim,) = await w.claim()
+            letter = DeadLetter(
+                claim.field, "a", "a", '{"status":"FAILURE"}', "events:c", "m", "invalid_input", "Error: bad", 2
+            )
+            assert await w.store.fail([letter]) == [1]
+            assert await w.store.fail([letter]) == [0]
+        assert status(valkey, "a") == "FAILURE"
+        kept = valkey.client.hgetall("dead:a")
+        assert kept.pop(b"died_at")
+        assert kept == {
+            b"message": b"a",
+            b"queue": QUEUE.encode(),
+            b"task_id": b"a",
+            b"model": b"m",
+            b"reason": b"invalid_input",
+            b"error": b"Error: bad",
+            b"attempts": b"2",
+            b"worker": b"w1",
+        }
+        assert valkey.client.ttl("dead:a") > 0
+        assert [fields for _, fields in valkey.client.xrange("events:c")] == [{b"failed": b"a"}]
+
+    run(test)
+
+
+def test_released_claims_return_in_order(valkey: Valkey) -> None:
+    """To the head of their lists, and as if they had never been started."""
+
+    async def test() -> None:
+        push(valkey, "a", "b", "c")
+        async with worker(valkey) as w:
+            claims = await w.claim(2)
+            await w.start(claims[:1])
+            assert await w.store.release([claim.field for claim in claims]) == 2
+            assert status(valkey, "a") is None
+            assert [claim.message for claim in await w.claim()] == [b"a", b"b", b"c"]
+
+    run(test)
+
+
+def test_routed_claims_go_to_their_queue(valkey: Valkey) -> None:
+    """Without an attempt, in order, and the lanes are woken."""
+
+    async def test() -> None:
+        push(valkey, "a", "b")
+        pubsub = valkey.client.pubsub()
+        pubsub.subscribe(keys.WAKE_CHANNEL)
+        async with worker(valkey) as w:
+            claims = await w.claim()
+            moves = [(claim.field, "inference.n", "inference.n") for claim in claims]
+            assert await w.store.route(moves) == 2
+            assert await w.store.route(moves) == 0
+            assert await w.store.known_queues() == {"inference.n"}
+        assert valkey.client.lrange("inference.n", 0, -1) == [b"b", b"a"]
+        assert [pubsub.get_message(timeout=1) for _ in range(2)][1]["data"] == b"inference.n"  # type: ignore[index]
+        pubsub.close()
+
+    run(test)
+
+
+def test_a_lost_workers_claims_return_and_only_started_ones_count(valkey: Valkey) -> None:
+    """The late settlement of the lost worker is fenced off."""
+
+    async def test() -> None:
+        push(valkey, "a", "b", "c")
+        async with worker(valkey) as lost, worker(valkey, "w2") as other:
+            claims = await lost.claim()
+            await lost.start(claims[:1])
+            beat = (await other.store.others())["w1"]
+            assert (await other.store.reap("w1", None)).moved == -1  # its lease still holds
+            assert await other.store.reap("w1", beat) == (3, 1, 0)
+            assert await lost.settle(claims[0]) == 0
+            assert await lost.store.fail(
+                [DeadLetter(claims[1].field, "b", "b", "{}", "", "m", "model_fault", "", 0)]
+            ) == [0]
+            again = await other.claim()
+            assert [claim.message for claim in again] == [b"a", b"b", b"c"]
+            assert other.store.suspects
+            assert await other.start(again) == [1, 0, 0]
+            assert await other.store.others() == {}
+        assert everywhere(valkey) == ["a", "b", "c"]
+
+    run(test)
+
+
+def test_a_worker_that_beats_is_not_reaped(valkey: Valkey) -> None:
+    """A heartbeat between the look and the reap saves it."""
+
+    async def test() -> None:
+        push(valkey, "a")
+        async with worker(valkey) as living, worker(valkey, "w2") as other:
+            await living.claim()
+            seen = (await other.store.others())["w1"]
+            await living.beat()
+            assert (await other.store.reap("w1", seen)).moved == -1
+        assert valkey.client.hlen("worker:w1:inflight") == 1
+
+    run(test)
+
+
+def test_the_others_see_who_is_connected(valkey: Valkey) -> None:
+    """By the name of the heartbeat's connection."""
+
+    async def test() -> None:
+        async with worker(valkey) as one, worker(valkey, "w2") as other:
+            assert await other.store.connected() == {"w1", "w2"}
+            await one.named.close()
+            await asyncio.sleep(0.1)
+            assert await other.store.connected() == {"w2"}
+
+    run(test)
+
+
+def test_a_lost_reply_of_a_claim_loses_nothing(valkey: Valkey) -> None:
+    """The reply is cut; nothing is claimed twice, and what was moved is adopted."""
+
+    async def test() -> None:
+        push(valkey, "a", "b", "c")
+        async with cutting_proxy(valkey.url) as proxy:
+            w = Worker(proxy.url, "w1")
+            await w.beat()
+            known = await w.claim(1)
+            proxy.cut_next = True
+            with pytest.raises(BrokerUnavailableError):
+                await w.claim(1)
+            assert proxy.cuts == 1
+            assert valkey.client.hlen("worker:w1:inflight") == 2  # the script ran, and once only
+            found = await w.store.adopt({claim.field for claim in known})
+            assert [claim.message for claim in found] == [b"b"]
+            assert everywhere(valkey) == ["a", "b", "c"]
+            await w.store.close()
+            await w.named.close()
+
+    run(test)
+
+
+def test_a_lost_reply_of_a_settlement_is_repeated_without_harm(valkey: Valkey) -> None:
+    """The second time it is not ours any more; the result stands once."""
+
+    async def test() -> None:
+        push(valkey, "warm", "a")
+        async with cutting_proxy(valkey.url) as proxy:
+            w = Worker(proxy.url, "w1")
+            await w.beat()
+            warm, claim = await w.claim()
+            await w.start([warm, claim])
+            assert await w.settle(warm) == 1  # the server knows the script now
+            proxy.cut_next = True
+            with pytest.raises(BrokerUnavailableError):
+                await w.settle(claim)
+            assert proxy.cuts == 1
+            assert await w.settle(claim) == 0
+            assert status(valkey, "a") == "SUCCESS"
+            assert valkey.client.xlen("events:c") == 2
+            await w.store.close()
+            await w.named.close()
+
+    run(test)
+
+
+def test_work_is_finished_when_memory_is_full(valkey: Valkey) -> None:
+    """Claim, start, settle and fail go through at out-of-memory: they are what frees it."""
+
+    async def test() -> None:
+        push(valkey, "a", "b")
+        valkey.client.config_set("maxmemory", "1mb")
+        with pytest.raises(redis.exceptions.OutOfMemoryError):
+            valkey.client.set("more", "x" * 100)
+        async with Probe(valkey) as w:
+            one, two = await w.claim()
+            assert await w.start([one, two]) == [0, 0]
+            assert await w.settle(one) == 1
+            letter = DeadLetter(two.field, "b", "b", '{"status":"FAILURE"}', "", "m", "r", "e", 0)
+            assert await w.store.fail([letter]) == [1]
+        assert (status(valkey, "a"), status(valkey, "b")) == ("SUCCESS", "FAILURE")
+
+    run(test)
+
+
+class Probe(Worker):
+    """A worker whose lease was there before the memory was full."""
+
+    def __init__(self, valkey: Valkey) -> None:
+        super().__init__(valkey.url, "w1")
+        valkey.client.config_set("maxmemory", "0")
+        valkey.client.set("worker:w1", 1)
+        valkey.client.config_set("maxmemory", "1mb")
+
+    async def __aenter__(self) -> Worker:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.store.close()
+
+
+# -- submit ---------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_refuses_and_says_so(valkey: Valkey) -> None:
+    """The limit counts all priorities; nothing of what is refused is written."""
+
+    async def test() -> None:
+        push(valkey, "a", "b", priority=9)
+        publisher = Publisher(valkey.url, queue_limit=3, blob_ttl_s=60)
+        await publisher.publish(QUEUE, 0, [b"c"], [])
+        with pytest.raises(QueueFullError, match=r"holds 3 messages; its limit is 3") as caught:
+            await publisher.publish(QUEUE, 0, [b"d"], [("sub:blob:d:0", b"data")])
+        assert caught.value.retryable and caught.value.retry_after_s
+        assert everywhere(valkey) == ["a", "b", "c"]
+        assert not valkey.client.exists("sub:blob:d:0")
+        await publisher.close()
+
+    run(test)
+
+
+def test_submits_that_are_too_many_together_each_have_their_chance(valkey: Valkey) -> None:
+    """Those that fit are queued although they travelled with those that do not."""
+
+    async def test() -> None:
+        publisher = Publisher(valkey.url, queue_limit=3, blob_ttl_s=60)
+        submits = [publisher.publish(QUEUE, 3, [str(i).encode()], []) for i in range(5)]
+        results = await asyncio.gather(*submits, return_exceptions=True)
+        assert [type(result) for result in results] == [type(None)] * 3 + [QueueFullError] * 2
+        assert everywhere(valkey) == ["0", "1", "2"]
+        await publisher.close()
+
+    run(test)
+
+
+def test_a_full_broker_refuses_before_it_is_full(valkey: Valkey) -> None:
+    """At 80 % of the memory, with a clear error."""
+
+    async def test() -> None:
+        used = int(valkey.client.info("memory")["used_memory"])
+        valkey.client.config_set("maxmemory", str(int(used * 1.1)))
+        publisher = Publisher(valkey.url, queue_limit=0, blob_ttl_s=60)
+        with pytest.raises(BrokerMemoryFullError, match="refused above 80 %"):
+            await publisher.publish(QUEUE, 0, [b"a"], [])
+        assert everywhere(valkey) == []
+        await publisher.close()
+
+    run(test)
+
+
+def test_a_submit_writes_messages_and_claim_checks_and_wakes(valkey: Valkey) -> None:
+    """Order is kept, claim checks expire, only an empty queue wakes."""
+
+    async def test() -> None:
+        pubsub = valkey.client.pubsub(ignore_subscribe_messages=True)
+        pubsub.subscribe(keys.WAKE_CHANNEL)
+        publisher = Publisher(valkey.url, queue_limit=0, blob_ttl_s=60)
+        await publisher.publish(QUEUE, 3, [str(i).encode() for i in range(2500)], [("sub:blob:1:0", b"data")])
+        await publisher.publish(QUEUE, 6, [b"again"], [])
+        oldest_first = valkey.client.lrange(keys.queue_list(QUEUE, 3), 0, -1)[::-1]
+        assert oldest_first == [str(i).encode() for i in range(2500)]
+        assert 0 < valkey.client.ttl("sub:blob:1:0") <= 60
+        assert valkey.client.smembers(keys.QUEUES) == {QUEUE.encode()}
+        woken = [message for _ in range(4) if (message := pubsub.get_message(timeout=0.2))]
+        assert len(woken) == 1
+        pubsub.close()
+        await publisher.close()
+
+    run(test)
+
+
+def test_a_broker_that_is_away_is_named(valkey: Valkey) -> None:
+    """A refused connection is `BrokerUnavailableError`, not redis-py's error."""
+
+    async def test() -> None:
+        publisher = Publisher("redis://127.0.0.1:1/0", queue_limit=0, blob_ttl_s=60)
+        with pytest.raises(BrokerUnavailableError, match="the broker is away"):
+            await publisher.publish(QUEUE, 0, [b"a"], [])
+
+    run(test)
