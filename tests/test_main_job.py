@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import os
-import time
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -320,19 +320,19 @@ def test_task_events_reach_a_monitor(plain: Celery, client: Client) -> None:
     seen: list[dict[str, Any]] = []
     with plain.connection() as connection:
         receiver = plain.events.Receiver(connection, handlers={"*": seen.append})
-        with receiver.consumer_context():
-            while not seen:  # a heartbeat: from now on nothing is missed
-                for _ in receiver.itercapture(limit=1, timeout=1):
-                    pass
+        monitor = threading.Thread(target=receiver.capture, kwargs={"limit": None, "timeout": None})
+        monitor.start()
+        try:
+            eventually(lambda: seen, 30, "a heartbeat: from now on nothing is missed")
             task = client.submit("identity", {"input_fp32": array(1.0)})
             task.result(TIMEOUT_S)
             failed = client.submit("picky", {"x": array(-1.0)})
             with pytest.raises(ModelFaultError):
                 failed.result(TIMEOUT_S)
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline and "task-failed" not in {event["type"] for event in seen}:
-                for _ in receiver.itercapture(limit=1, timeout=1):
-                    pass
+            eventually(lambda: "task-failed" in {event["type"] for event in seen}, 30, "task-failed")
+        finally:
+            receiver.should_stop = True
+            monitor.join(30)
     kinds = [event["type"] for event in seen if event.get("uuid") == task.id]
     assert kinds == ["task-received", "task-started", "task-succeeded"]
     (received,) = [event for event in seen if event.get("uuid") == task.id and event["type"] == "task-received"]

@@ -1,0 +1,352 @@
+"""`samphire up`: what it starts, how it ends, what it survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import redis
+
+from samphire import Client, SamphireError, keys
+from samphire_broker.embedded.ports import LOOPBACK, choose_port
+from samphire_broker.embedded.triton import SHARED_MEMORY
+from tests.stacks import SAMPHIRE, Up, clean_environment, eventually, running_stack, running_valkey, start_up, stop
+
+X = np.ones((1, 4), np.float32)
+TIMEOUT_S = 60
+
+
+def infer(broker_url: str) -> None:
+    with Client(broker_url) as client:
+        output = client.submit("identity", {"input_fp32": X}).result(TIMEOUT_S).outputs["output_fp32"]
+    np.testing.assert_array_equal(output, X)
+
+
+def shared_memory(up: Up) -> set[str]:
+    command = " ".join(psutil.Process(up.ready["pids"]["triton"]).cmdline())
+    prefix = command.partition("shm-region-prefix-name=")[2].partition("-python")[0]
+    assert prefix.startswith("samphire-")
+    return {path.name for path in SHARED_MEMORY.glob(f"{prefix}-*")}
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    return not [process for process in processes if process.is_running() and process.status() != "zombie"]
+
+
+def kill(pid: int) -> None:
+    """kill -9, and proof that it was no longer there afterwards."""
+    process = psutil.Process(pid)
+    process.kill()
+    eventually(lambda: all_gone([process]), 10, f"the end of {pid}")
+
+
+def test_the_ready_file_says_what_scripts_need(stack: Up) -> None:
+    """Addresses, and process ids that are those of the parts."""
+    ready = stack.ready
+    assert ready["broker_url"].startswith("redis://127.0.0.1:")
+    assert set(ready["pids"]) == {"broker", "triton", "worker"}
+    names = {part: psutil.Process(ready["pids"][part]).name() for part in ("broker", "triton")}
+    assert names == {"broker": "valkey-server", "triton": "tritonserver"}
+    assert all("samphire_workers.app" in psutil.Process(pid).cmdline() for pid in ready["pids"]["worker"])
+    for address in (ready["triton_grpc"], ready["triton_http"]):
+        host, _, port = address.rpartition(":")
+        assert host == LOOPBACK and int(port)
+
+
+def test_everything_listens_on_loopback_only(stack: Up) -> None:
+    """Nothing of the stack is reached from outside."""
+    listening = [
+        connection.laddr.ip
+        for process in stack.children()
+        for connection in process.net_connections("inet")
+        if connection.status == "LISTEN"
+    ]
+    assert len(listening) >= 4
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {LOOPBACK}
+
+
+def test_the_broker_is_durable_and_bounded(stack: Up) -> None:
+    """Append-only file on, nothing evicted, memory limited."""
+    with stack.redis() as client:
+        settings = client.config_get("appendonly", "maxmemory", "maxmemory-policy")
+    assert settings["appendonly"] == "yes"
+    assert settings["maxmemory-policy"] == "noeviction"
+    assert int(settings["maxmemory"]) > 0
+
+
+def test_the_shipped_models_are_not_written_to(stack: Up, repository: Path) -> None:
+    """Triton serves a copy in the data directory."""
+    command = " ".join(psutil.Process(stack.ready["pids"]["triton"]).cmdline())
+    assert f"--model-repository={stack.data_dir / 'model_repository'}" in command
+    assert "--model-control-mode=explicit" in command
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
+    """Neither a process nor shared memory, not even after kill -9 of `samphire up`."""
+    with running_stack(tmp_path) as up:
+        children, regions = up.children(), shared_memory(up)
+        assert len(children) >= 4 and regions
+        stop(up, number)
+        assert up.process.returncode == (-9 if number == signal.SIGKILL else 0)
+        eventually(lambda: all_gone(children), 20, "the end of all children")
+        eventually(lambda: not regions & {path.name for path in SHARED_MEMORY.iterdir()}, 20, "clean shared memory")
+
+
+def test_ctrl_c_while_parts_start(tmp_path: Path) -> None:
+    """Stops what had started."""
+    up = start_up(tmp_path)
+    try:
+        eventually(lambda: len(up.children()) >= 2, 30, "the first parts")
+        children = up.children()
+        stop(up, signal.SIGINT)
+        assert up.process.returncode == 0
+        eventually(lambda: all_gone(children), 20, "the end of all children")
+        assert not up.ready_file.exists()
+    finally:
+        stop(up, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("part", ["broker", "triton", "worker"])
+def test_a_part_that_dies_is_restarted(tmp_path: Path, part: str) -> None:
+    """The ready file names the new process, the models are back, and work goes on."""
+    with running_stack(tmp_path, "--workers", "2" if part == "worker" else "1") as up:
+        infer(up.broker_url)
+        before = up.ready["pids"]
+        victim = before[part][0] if part == "worker" else before[part]
+        kill(victim)
+        eventually(lambda: up.ready["pids"] != before, 60, "another process id in the ready file")
+        infer(up.broker_url)
+        with Client(up.broker_url) as client:
+            for version in (1, 2):
+                image = np.zeros((1, 8, 8), np.float32)
+                result = client.submit("digits", {"image": image}, version=version).result(TIMEOUT_S)
+                assert result.model_version == str(version)
+
+
+def test_queued_tasks_survive_a_restart_of_the_stack(tmp_path: Path) -> None:
+    """The data directory is all that it takes."""
+    port = choose_port(0, "")
+    with running_stack(tmp_path / "first", "--broker-port", str(port), data_dir=tmp_path / "data") as up:
+        for pid in up.ready["pids"]["worker"]:
+            os.kill(pid, signal.SIGSTOP)  # so that they stay queued
+        with Client(up.broker_url) as client:
+            ids = [client.submit("identity", {"input_fp32": X + i}).id for i in range(50)]
+            assert client.task(ids[-1]).status() == "queued"
+        stop(up, signal.SIGKILL)
+    second = running_stack(tmp_path / "second", "--broker-port", str(port), data_dir=tmp_path / "data")
+    with second as up, Client(up.broker_url) as client:
+        for i, task_id in enumerate(ids):
+            output = client.task(task_id).result(TIMEOUT_S).outputs["output_fp32"]
+            np.testing.assert_array_equal(output, X + i)
+
+
+def run_up(tmp_path: Path, *options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [SAMPHIRE, "up", "--data-dir", str(tmp_path / "data"), *options]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env={**clean_environment(), **(env or {})}
+    )
+
+
+def test_a_taken_port_names_the_flag(tmp_path: Path, stack: Up) -> None:
+    """And starts nothing."""
+    taken = stack.broker_url.rpartition(":")[2].partition("/")[0]
+    ended = run_up(tmp_path, "--broker-port", taken)
+    assert ended.returncode == 1
+    assert f"port {taken} on 127.0.0.1 is taken" in ended.stderr
+    assert "--broker-port" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_second_stack_in_the_same_folder_is_refused(stack: Up) -> None:
+    """Two brokers on one append-only file would destroy it."""
+    ended = subprocess.run(
+        [SAMPHIRE, "up", "--data-dir", str(stack.data_dir)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=clean_environment(),
+    )
+    assert ended.returncode == 1
+    assert "another stack runs in" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--broker-port", "70000"], "0<=x<=65535"),
+        (["--workers", "0"], "1<=x<=64"),
+        (["--broker-memory", "much"], "expected a size such as 512mb"),
+        (["--broker-fsync", "never"], "'everysec', 'always'"),
+        (["--model-repository", "/nowhere"], "does not exist"),
+    ],
+)
+def test_bad_options_are_named(tmp_path: Path, options: list[str], text: str) -> None:
+    """As click does, with exit code 2."""
+    ended = run_up(tmp_path, *options)
+    assert ended.returncode == 2
+    assert text in ended.stderr
+
+
+def test_environment_replaces_parts(tmp_path: Path, stack: Up) -> None:
+    """With both replaced only a worker is started, and it serves."""
+    env = {"SAMPHIRE_TRITON_URLS": stack.triton_grpc}
+    with running_valkey(tmp_path / "valkey") as valkey:
+        env["SAMPHIRE_BROKER_URL"] = valkey.url
+        with running_stack(tmp_path, env=env) as up:
+            assert up.ready["broker_url"] == valkey.url
+            assert up.ready["pids"]["broker"] is None
+            assert up.ready["pids"]["triton"] is None
+            infer(valkey.url)
+
+
+# -- faults: each proves that it happened -----------------------------------------------------------
+
+
+def test_a_killed_workers_tasks_are_done_by_another(tmp_path: Path, repository: Path) -> None:
+    """kill -9 in the middle of it: every task is answered, none is lost."""
+    with running_stack(tmp_path, "--workers", "2", "--model-repository", str(repository)) as up:
+        with Client(up.broker_url) as client:
+            tasks = [client.submit("slow", {"seconds": np.array([[0.4]], np.float32)}) for _ in range(40)]
+            victim = eventually(lambda: holder(up), 20, "a worker that holds started tasks")
+            kill(victim)
+            assert victim in {int(worker["pid"]) for worker in infos(up)}, "its lease was still there: it was lost"
+            for task in tasks:
+                assert task.result(TIMEOUT_S).outputs["slept"].shape == (1, 1)
+        with up.redis() as client_:
+            assert client_.zcard(keys.DEAD) == 0
+
+
+def infos(up: Up) -> list[dict[str, object]]:
+    with up.redis() as client:
+        found = [client.get(f"worker:{worker.decode()}:info") for worker in client.smembers(keys.WORKERS)]
+    return [json.loads(info) for info in found if info]
+
+
+def holder(up: Up) -> int:
+    with up.redis() as client:
+        for worker in client.smembers(keys.WORKERS):
+            info = client.get(f"worker:{worker.decode()}:info")
+            if info and client.hlen(f"worker:{worker.decode()}:started"):
+                return int(json.loads(info)["pid"])
+    return 0
+
+
+def test_a_task_that_takes_workers_down_is_dead_lettered_and_its_neighbours_are_not(tmp_path: Path) -> None:
+    """Its attempts are counted over crashes; the budget ends it."""
+    with running_stack(tmp_path) as up:
+        (pid,) = up.ready["pids"]["worker"]
+        os.kill(pid, signal.SIGSTOP)
+        with Client(up.broker_url) as client, up.redis() as server:
+            poison = client.submit("identity", {"input_fp32": X})
+            good = client.submit("identity", {"input_fp32": X})
+            server.hset(f"task:{poison.id}", "attempts", 3)  # as three reaps would have left it
+            server.set(keys.SUSPECTS, 1)
+            os.kill(pid, signal.SIGCONT)
+            with pytest.raises(SamphireError, match="3 workers were lost"):
+                poison.result(TIMEOUT_S)
+            good.result(TIMEOUT_S)
+            assert server.hget(f"dead:{poison.id}", "reason") == b"worker_crash"
+
+
+def test_while_triton_is_away_nothing_is_burned(tmp_path: Path) -> None:
+    """Tasks wait in their queue and are answered when it is back; no letter, no attempt."""
+    with running_stack(tmp_path) as up:
+        infer(up.broker_url)
+        with Client(up.broker_url) as client, up.redis() as server:
+            kill(up.ready["pids"]["triton"])
+            with pytest.raises(redis.exceptions.ConnectionError):
+                redis.Redis(port=int(up.triton_grpc.rpartition(":")[2])).ping()
+            tasks = [client.submit("identity", {"input_fp32": X + i}) for i in range(200)]
+            for i, task in enumerate(tasks):
+                np.testing.assert_array_equal(task.result(TIMEOUT_S).outputs["output_fp32"], X + i)
+            assert server.zcard(keys.DEAD) == 0
+            assert not list(server.scan_iter("task:*"))
+
+
+def test_a_broker_restart_under_load_loses_nothing_that_was_accepted(tmp_path: Path) -> None:
+    """The worker and the client reconnect by themselves; every accepted task is answered."""
+    with running_stack(tmp_path) as up:
+        before = up.ready["pids"]
+        accepted, refused = [], 0
+        stopping = threading.Event()
+        with Client(up.broker_url) as client:
+
+            def submit() -> None:
+                nonlocal refused
+                while not stopping.is_set():
+                    try:
+                        accepted.append(client.submit("identity", {"input_fp32": X}))
+                    except SamphireError:
+                        refused += 1
+                        time.sleep(0.05)
+
+            submitter = threading.Thread(target=submit)
+            submitter.start()
+            eventually(lambda: len(accepted) > 200, 30, "some tasks")
+            kill(before["broker"])
+            eventually(lambda: up.ready["pids"]["broker"] != before["broker"], 60, "another broker")
+            count = len(accepted)
+            eventually(lambda: len(accepted) > count + 200, 30, "more tasks")
+            stopping.set()
+            submitter.join(30)
+            assert refused, "the outage was noticed"
+            for task in accepted:
+                task.result(TIMEOUT_S)
+        assert up.ready["pids"]["worker"] == before["worker"], "the worker was not restarted"
+
+
+def test_a_warm_shutdown_finishes_what_is_held(tmp_path: Path, repository: Path) -> None:
+    """SIGTERM under load: what was started is settled before the worker ends; the rest stays queued."""
+    with running_stack(tmp_path, "--model-repository", str(repository)) as up:
+        with Client(up.broker_url) as client, up.redis() as server:
+            tasks = [client.submit("slow", {"seconds": np.array([[0.3]], np.float32)}) for _ in range(60)]
+            pid = eventually(lambda: holder(up), 20, "a worker that holds started tasks")
+            worker = psutil.Process(pid)
+            worker.terminate()
+            eventually(lambda: all_gone([worker]), 60, "the end of the worker")
+            assert not list(server.scan_iter("worker:*:inflight"))
+            states = [task.status() for task in tasks]
+            assert "succeeded" in states and set(states) <= {"succeeded", "queued", "running"}
+            for task in tasks:  # the next worker
+                task.result(TIMEOUT_S)
+        assert "reaped" not in up.worker_log()
+
+
+def test_a_workers_memory_is_bounded_whatever_is_queued(tmp_path: Path) -> None:
+    """50,000 small tasks, 100 of 600 KB, and messages near the limit: under 300 MB."""
+    with running_stack(tmp_path) as up:
+        worker = psutil.Process(up.ready["pids"]["worker"][0])
+        most = 0
+
+        def watch() -> None:
+            nonlocal most
+            while not done.is_set():
+                most = max(most, worker.memory_info().rss)
+                time.sleep(0.05)
+
+        done = threading.Event()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            with Client(up.broker_url) as client, up.redis() as server:
+                list(client.map("identity", ({"input_fp32": X} for _ in range(50_000)), window=50_000))
+                large = np.zeros((1, 150_000), np.float32)
+                list(client.map("identity", ({"input_fp32": large} for _ in range(100)), window=100))
+                raw = b'{"body": "' + b"[" * 4_000_000 + b'", "headers": {"id": "1", "task": "samphire.infer"}}'
+                for _ in range(40):
+                    server.lpush("inference.identity", raw)
+                eventually(lambda: server.zcard(keys.DEAD) >= 40, 60, "40 dead letters")
+        finally:
+            done.set()
+            watcher.join()
+        assert most < 300 * 2**20, f"{most / 2**20:.0f} MB"
