@@ -419,7 +419,7 @@ def test_a_claim_check_over_the_limit_is_refused_unread(plain: Celery, stack: Up
     """A 100 MB tensor, as the request says, is never fetched."""
     ref = put_blob(stack, b"\0\0\x80\x3f", size=100_000_000)
     tensor = fp32(1, shape=[1, 25_000_000], data=None, ref=ref)
-    fails(plain, "PayloadTooLargeError", "at most 33554432 bytes", model_name="identity", inputs=[tensor])
+    fails(plain, "PayloadTooLargeError", "at most 16777216 bytes", model_name="identity", inputs=[tensor])
 
 
 def test_a_tensor_of_100_mb_is_refused_by_the_sdk(client: Client, stack: Up) -> None:

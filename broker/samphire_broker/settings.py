@@ -53,13 +53,13 @@ class Settings(BaseSettings):
     inflight_max: int = Field(default=512, ge=1)
     """Most tasks that one worker holds between claim and settlement."""
 
-    inflight_max_bytes: int = Field(default=48 * 2**20, ge=2**20)
+    inflight_max_bytes: int = Field(default=24 * 2**20, ge=2**20)
     """Most bytes of tensors and messages that one worker holds."""
 
     max_message_bytes: int = Field(default=4 * 2**20, ge=1024)
     """Largest message, compressed or not, that is read from a queue; larger tensors travel as claim checks."""
 
-    max_request_bytes: int = Field(default=32 * 2**20, ge=1024)
+    max_request_bytes: int = Field(default=16 * 2**20, ge=1024)
     """Largest sum of a request's tensors, claim checks included."""
 
     inline_output_bytes: int = Field(default=8 * 2**10, ge=0)

@@ -32,6 +32,8 @@ def worker_spec(data_dir: Path, number: int, broker_url: str, triton_urls: str) 
         env={
             "SAMPHIRE_BROKER_URL": broker_url,
             "SAMPHIRE_TRITON_URLS": triton_urls,
+            # glibc keeps freed memory in an arena a thread; few arenas give more of it back.
+            "MALLOC_ARENA_MAX": "2",
             "PYTHONWARNINGS": "ignore::celery.platforms.SecurityWarning",
         },
         log_file=data_dir / "logs" / f"{name}.log",

@@ -75,7 +75,7 @@ class AsyncClient:
         tenant: str = "",
         queue_limit: int = 1_000_000,
         inline_limit_bytes: int = 8 * 2**10,
-        max_request_bytes: int = 32 * 2**20,
+        max_request_bytes: int = 16 * 2**20,
         blob_ttl_s: int = 86_400,
     ) -> None:
         check_tenant(tenant)

@@ -14,7 +14,7 @@ from samphire.validation import ModelSignature
 from samphire_workers.lane.request import Request
 from samphire_workers.triton import Tensor
 
-BATCH_MAX_BYTES = 8 * 2**20
+BATCH_MAX_BYTES = 4 * 2**20
 """A micro-batch grows no further than this; a single request may be larger."""
 
 

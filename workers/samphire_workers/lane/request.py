@@ -36,6 +36,7 @@ from samphire_broker.store import Claimed, Store
 HASH_IN_THREAD_BYTES = 256 * 2**10
 """Above this, hashing leaves the event loop: hashlib releases the interpreter's lock."""
 
+KEEP_MESSAGE_BYTES = 16 * 2**10
 FORMS_MAX = 1024
 FORM_MAX_CHARACTERS = 64 * 2**10
 
@@ -125,6 +126,9 @@ def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError
                 f"expected the task {INFER_TASK} on an inference queue, given {envelope.headers.task[:200]!r}"
             )
         body = decode_body(envelope, settings.max_message_bytes)
+        if claim.size > KEEP_MESSAGE_BYTES:  # decoded: the bytes are only in the way
+            request.claim = claim._replace(message=b"")
+            envelope.body = ""
         _check_supported(envelope, body)
         infer = body[1]
         if infer.contract != CONTRACT_VERSION:
