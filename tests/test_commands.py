@@ -1,0 +1,91 @@
+"""What a new user runs first: the demo, the training script, the benchmark."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kombu.entity import Queue
+
+from samphire_broker.queues import inference_queue, intake
+from samphire_workers.app import app
+from tests.stacks import SAMPHIRE, clean_environment
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str, timeout_s: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT, env=clean_environment()
+    )
+
+
+def test_the_demo_shows_the_main_job() -> None:
+    """Accuracy on held-out images, drawings, plain Celery and an error; then nothing is left running."""
+    ended = run(SAMPHIRE, "demo", timeout_s=120)
+    assert ended.returncode == 0, ended.stderr
+    accuracy = re.search(r"^accuracy: (0\.\d+)$", ended.stdout, re.MULTILINE)
+    assert accuracy and float(accuracy[1]) >= 0.97
+    for expected in (
+        r"^requests/s: [\d,]+",
+        r"^p50: [\d.]+ ms",
+        "says . .*is .",
+        "plain Celery: ",
+        "InvalidInputError",
+    ):
+        assert re.search(expected, ended.stdout, re.MULTILINE), expected
+    assert "ready" in ended.stderr
+
+
+def test_the_digits_model_is_trained_by_its_script(tmp_path: Path) -> None:
+    """Both versions reach 97 % on held-out images, or the script fails."""
+    ended = run(sys.executable, "-m", "samphire_workers.training.digits", str(tmp_path), timeout_s=250)
+    assert ended.returncode == 0, ended.stderr
+    accuracies = re.findall(r"accuracy (0\.\d+)", ended.stdout)
+    assert len(accuracies) == 2 and min(map(float, accuracies)) >= 0.97
+    for version in ("1", "2"):
+        trained = tmp_path / "digits" / version / "model.onnx"
+        shipped = ROOT / "model_repository" / "digits" / version / "model.onnx"
+        assert trained.stat().st_size == pytest.approx(shipped.stat().st_size, rel=0.05)
+
+
+def test_the_benchmark_runs_and_writes_its_report(tmp_path: Path) -> None:
+    """A twentieth of the work: every ratio is there; how large they are is not for a test."""
+    ended = run(sys.executable, "-m", "benchmarks", "--quick", "--results", str(tmp_path), timeout_s=280)
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads((tmp_path / "latest.json").read_text())
+    expected = {
+        "drain_vs_direct",
+        "drain_vs_celery",
+        "end_to_end_vs_celery",
+        "p50_over_direct_ms",
+        "p99_over_direct_ms",
+        "publish_per_s",
+        "publish_vs_send_task",
+        "claim_cost_1m_vs_1k",
+    }
+    assert expected <= set(report["ratios"])
+    assert all(isinstance(value, float) for value in report["ratios"].values())
+    assert (tmp_path / "latest.png").stat().st_size > 0
+
+
+def test_queues_are_declared_for_celery_applications() -> None:
+    """Each with an exchange of its own name; the stock consumer has none of them."""
+    for queue in (intake(), inference_queue("digits"), inference_queue("digits", "acme")):
+        assert isinstance(queue, Queue)
+        assert queue.name == queue.exchange.name == queue.routing_key
+    assert [queue.name for queue in app.conf.task_queues] == ["samphire.control"]
+    assert app.conf.task_default_queue == "celery"
+    assert app.conf.accept_content == ["json"]
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_help_is_there(command: str) -> None:
+    """With the flags of the ports."""
+    ended = run(SAMPHIRE, command, "--help", timeout_s=60)
+    assert ended.returncode == 0
+    assert "--triton-grpc-port" in ended.stdout
