@@ -235,21 +235,24 @@ def samphire(stack: BenchStack, scale: float) -> Figures:
 
 
 def latency(stack: BenchStack, scale: float) -> Figures:
-    """One request at a time, interleaved: straight to Triton, and through Samphire."""
+    """One request at a time, in blocks that take turns: straight to Triton, and through Samphire."""
 
     async def run() -> Figures:
         straight: list[float] = []
         queued: list[float] = []
         async with InferenceServerClient(stack.triton_grpc) as triton, AsyncClient(stack.broker_url) as client:
-            for i in range(int(4000 * scale) + 100):
-                began = time.perf_counter()
-                await _infer(triton, ROW)
-                between = time.perf_counter()
+
+            async def through_samphire() -> None:
                 task = await client.submit("identity", {"input_fp32": ROW})
                 await task.result(timeout_s=30)
-                if i >= 100:
-                    straight.append((between - began) * 1000)
-                    queued.append((time.perf_counter() - between) * 1000)
+
+            for _ in range(10):
+                for times, request in ((straight, lambda: _infer(triton, ROW)), (queued, through_samphire)):
+                    for i in range(int(500 * scale) + 20):
+                        began = time.perf_counter()
+                        await request()
+                        if i >= 20:
+                            times.append((time.perf_counter() - began) * 1000)
         return {
             "direct_p50_ms": statistics.median(straight),
             "direct_p99_ms": percentile(straight, 0.99),

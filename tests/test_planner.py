@@ -53,6 +53,15 @@ def test_skipped_models_are_left_out() -> None:
     assert planner.plan(10, {"a", "b"}).turns == []
 
 
+def test_a_plan_for_named_queues_has_no_others() -> None:
+    """Also for a queue that was not known yet."""
+    planner = QueuePlanner({})
+    planner.add(["inference.a", "inference.b"])
+    plan = planner.plan(10, set(), {"inference.b", "inference.new"})
+    assert {keys.split_list(turn.list_key)[0] for turn in plan.turns} == {"inference.b", "inference.new"}
+    assert planner.plan(10, {"b"}, {"inference.b"}).turns == []
+
+
 def test_many_queues_are_all_looked_into_within_the_stated_rounds() -> None:
     """A claim looks into a bounded number of queues; every queue has its turn."""
     planner = QueuePlanner({})

@@ -32,7 +32,7 @@ class QueuePlanner:
         self._weights = weights
         self._queues: list[str] = []
         self._turn = 0
-        self._plans: dict[tuple[int, int, frozenset[str]], Plan] = {}
+        self._plans: dict[tuple[int, int, frozenset[str], frozenset[str]], Plan] = {}
 
     @property
     def rounds(self) -> int:
@@ -47,14 +47,15 @@ class QueuePlanner:
             self._plans.clear()
         return new
 
-    def plan(self, messages: int, skip_models: Collection[str]) -> Plan:
-        """Divide a claim of `messages`; the next call begins with the next queue."""
-        usable = [queue for queue in self._queues if keys.parse_queue(queue)[0] not in skip_models]
+    def plan(self, messages: int, skip_models: Collection[str], only: Collection[str] = ()) -> Plan:
+        """Divide a claim of `messages`, among some queues if they are named; the next call begins with the next."""
+        queues = sorted(only) if only else self._queues
+        usable = [queue for queue in queues if keys.parse_queue(queue)[0] not in skip_models]
         if not usable:
             return Plan([], [])
         start = self._turn % len(usable)
         self._turn += QUEUES_A_PLAN if len(usable) > QUEUES_A_PLAN else 1
-        known = (start, messages, frozenset(skip_models))
+        known = (start, messages, frozenset(skip_models), frozenset(only))
         plan = self._plans.get(known)
         if plan is None:
             if len(self._plans) >= PLANS_KEPT:

@@ -7,6 +7,7 @@ consumer, which the lane does not depend on.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import threading
@@ -66,6 +67,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._lane.stop()
 
     def _run(self) -> None:
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: it need not be looked through again and again
         with asyncio.Runner() as runner:
             self._loop = runner.get_loop()
             try:

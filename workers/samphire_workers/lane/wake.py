@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 
 from samphire import keys
+from samphire.connection import key_text
 from samphire.direct import DirectConnection
 from samphire.errors import BrokerUnavailableError, SamphireError
 
@@ -33,15 +34,20 @@ class QueueWatch:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._watched: set[str] = set()
+        self._named: set[str] = set()
         self._closed = False
 
-    def wake(self) -> None:
-        """There may be something to do."""
+    def wake(self, queue: str | None = None) -> None:
+        """There may be something to do, in this queue if it is known."""
+        if queue is not None:
+            self._named.add(queue)
         self._wake.set()
 
-    def clear(self) -> None:
-        """Forget earlier wake-ups: to be called before looking, so that none is lost."""
+    def clear(self) -> set[str]:
+        """Forget earlier wake-ups and return the queues that they named; before looking, so that none is lost."""
         self._wake.clear()
+        named, self._named = self._named, set()
+        return named
 
     def close(self) -> None:
         """End the background tasks; redis-py may swallow a cancellation, so they also look at this."""
@@ -63,8 +69,9 @@ class QueueWatch:
                 await connection.execute("SUBSCRIBE", keys.WAKE_CHANNEL)
                 self.wake()  # whatever was published before is found in the queues
                 while not self._closed:
-                    if await connection.read(BLOCK_S) is not None:
-                        self.wake()
+                    message = await connection.read(BLOCK_S)
+                    if message is not None and message[0] == b"message":
+                        self.wake(key_text(message[2]))
             except BrokerUnavailableError:
                 await asyncio.sleep(RETRY_S)
             finally:
@@ -89,7 +96,7 @@ class QueueWatch:
                     await asyncio.sleep(RETRY_S)
                 elif await connection.execute(*command, timeout_s=3 * BLOCK_S) is not None:
                     self._idle.clear()
-                    self.wake()
+                    self.wake(queue)
             except SamphireError as error:  # away, or a key of that name is no list
                 logger.warning("queue %s cannot be watched: %s", queue, error, extra={"action": "watch_failed"})
                 await asyncio.sleep(RETRY_S)
