@@ -35,6 +35,8 @@ def test_losing_the_broker_is_transient() -> None:
         assert isinstance(translate(error), errors.BrokerUnavailableError)
         assert translate(error).retryable
     assert isinstance(translate(redis.exceptions.OutOfMemoryError("x")), errors.BrokerMemoryFullError)
+    for text in ("READONLY You can't write", "MISCONF disk full", "BUSY a script", "NOREPLICAS x"):
+        assert translate(redis.exceptions.ResponseError(text)).retryable
 
 
 def test_every_grpc_status_is_translated() -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from celery.result import AsyncResult
 from samphire import (
     AsyncClient,
     Client,
+    ClientClosedError,
     InvalidInputError,
     ModelFaultError,
     PayloadTooLargeError,
@@ -191,7 +193,8 @@ def test_a_task_is_seen_running_and_done(client: Client) -> None:
         task.result(timeout_s=0.05)
     assert task.result(TIMEOUT_S).outputs["slept"].tolist() == [[1.0]]
     assert task.status() == "succeeded"
-    assert task.result(TIMEOUT_S).task_id == task.id
+    for _ in range(3):
+        assert task.result(timeout_s=2).task_id == task.id
 
 
 def test_priorities_overtake(client: Client) -> None:
@@ -284,6 +287,39 @@ def test_map_raises_the_first_error_unless_told_otherwise(client: Client) -> Non
         next(results)
     with pytest.raises(InvalidInputError, match="window"):
         next(client.map("picky", inputs, window=0))
+
+
+def test_a_client_that_is_closed_leaves_nobody_waiting(stack: Up) -> None:
+    """Another thread that waits for a result is told."""
+    client = Client(stack.broker_url)
+    errors: list[SamphireError] = []
+
+    def wait() -> None:
+        try:
+            client.task("nobody knows this").result()
+        except SamphireError as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.3)
+    client.close()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert [type(error) for error in errors] == [ClientClosedError]
+    client.close()
+    with pytest.raises(ClientClosedError):
+        client.submit("identity", {"input_fp32": array(1.0)})
+
+
+def test_a_client_used_inside_its_own_map_is_an_error_and_no_deadlock(client: Client) -> None:
+    """The source of `map` is read on the client's thread."""
+
+    def source() -> Iterator[dict[str, np.ndarray]]:
+        yield client.submit("identity", {"input_fp32": array(1.0)}).result().outputs  # type: ignore[misc]
+
+    with pytest.raises(SamphireError, match="within its own thread"):
+        list(client.map("identity", source()))
 
 
 # -- plain Celery -----------------------------------------------------------------------------------
@@ -407,6 +443,7 @@ def put_blob(stack: Up, data: bytes, **changed: Any) -> dict[str, Any]:
         ("has expired or never was", {"key": f"{keys.BLOB_PREFIX}none:0"}),
         ("expected a ref to a key", {"key": "celery-task-meta-secret"}),
         ("size of at least 0", {"size": -1}),
+        ("below 2", {"size": 10**30}),
     ],
 )
 def test_claim_checks_that_do_not_hold(plain: Celery, stack: Up, text: str, changed: dict[str, Any]) -> None:
@@ -479,6 +516,56 @@ def test_what_cannot_be_served_becomes_a_dead_letter(
     assert letter[b"queue"] == queue.encode()
     assert error in letter[b"error"]
     client.submit("identity", {"input_fp32": array(1.0)}).result(TIMEOUT_S)
+
+
+NESTED = "[" * 600 + "]" * 600
+HUGE = "9" * 4000
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        '"data": [1e999], "shape": [1, 1]',
+        f'"data": [{HUGE}{HUGE}], "shape": [1, 1]',
+        f'"data": {NESTED}, "shape": [1, 1]',
+        f'"data": [1], "shape": [1, {HUGE}{HUGE}]',
+        f'"raw": "AACAPw==", "shape": [{HUGE}, {HUGE}]',
+        f'"ref": {{"key": "sub:blob:x", "size": {HUGE}{HUGE}, "sha256": ""}}, "shape": [1, 1]',
+        '"data": {"a": 1}, "shape": [1, 1]',
+        '"data": null, "shape": [1, 1]',
+    ],
+)
+def test_no_message_wedges_the_lane(stack: Up, client: Client, tensor: str) -> None:
+    """Numbers and nestings that make Python itself stumble fail their own task, and no other."""
+    task_id = os.urandom(8).hex()
+    tensor = f'{{"name": "input_fp32", "datatype": "FP32", {tensor}}}'
+    body = (
+        f'[[], {{"model_name": "identity", "inputs": [{tensor}, {tensor.replace("input_fp32", "input_fp64")}]}}, {{}}]'
+    )
+    with stack.redis() as redis:
+        redis.lpush("inference.identity", message(task_id, body=body))
+    neighbours = [client.submit("identity", {"input_fp32": array(float(i))}) for i in range(20)]
+    with pytest.raises(InvalidInputError):
+        client.task(task_id).result(TIMEOUT_S)
+    for i, task in enumerate(neighbours):
+        assert task.result(TIMEOUT_S).outputs["output_fp32"].tolist() == [[float(i)]]
+    assert "the lane failed" not in stack.worker_log()
+
+
+def test_hostile_names_and_wake_ups_harm_nothing(stack: Up, client: Client) -> None:
+    """Names that are no queues are ignored, and no other application's list is touched."""
+    with stack.redis() as redis:
+        redis.sadd(keys.QUEUES, b"\xff\xfe", "celery", "inference.x\x06\x16y")
+        redis.lpush("celery", "somebody else's")
+        redis.lpush(b"inference.m\x06\x16x", "x")
+        for payload in (b"\xff", b"celery", b"inference.m\x06\x16x", b"", b"inference.nosuch"):
+            redis.publish(keys.WAKE_CHANNEL, payload)
+        time.sleep(2.5)  # more than one look at the names
+        client.submit("identity", {"input_fp32": array(1.0)}).result(TIMEOUT_S)
+        assert redis.lrange("celery", 0, -1) == [b"somebody else's"]
+        redis.delete("celery", b"inference.m\x06\x16x")
+        redis.srem(keys.QUEUES, b"\xff\xfe", "celery", "inference.x\x06\x16y")
+    assert "the lane failed" not in stack.worker_log()
 
 
 def test_a_message_of_100_mb_becomes_a_dead_letter_and_its_producer_is_told(stack: Up, client: Client) -> None:

@@ -12,7 +12,7 @@ import redis
 
 from samphire import keys
 from samphire.direct import DirectConnection
-from samphire.errors import BrokerMemoryFullError, BrokerUnavailableError, QueueFullError
+from samphire.errors import BrokerMemoryFullError, BrokerUnavailableError, ClientClosedError, QueueFullError
 from samphire.publisher import Publisher
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, DeadLetter, LeaseLostError, Settlement, Store, Turn, WorkerInfo
@@ -259,6 +259,56 @@ def test_a_duplicate_of_an_ended_task_is_dropped(valkey: Valkey) -> None:
     run(test)
 
 
+def test_two_duplicates_under_way_end_once(valkey: Valkey) -> None:
+    """Whoever is second, whatever it says, writes nothing; nor does a release take the result away."""
+
+    async def test() -> None:
+        push(valkey, "a", "a", "a", "a")
+        async with worker(valkey) as w:
+            one, two, three, four = await w.claim()
+            assert await w.start([one, two, three, four]) == [0, 0, 0, 0]
+            both = [
+                Settlement(c.field, "a", "succeeded", f'{{"status":"SUCCESS","n":{n}}}', "events:c")
+                for n, c in enumerate((one, two))
+            ]
+            assert await w.store.settle(both) == [1, 1]
+            letter = DeadLetter(three.field, "a", "a", '{"status":"FAILURE"}', "events:c", "m", "r", "e", 0)
+            assert await w.store.fail([letter]) == [1]
+            assert await w.store.release([four.field]) == 1
+        assert json.loads(valkey.client.get(keys.meta_key("a")))["n"] == 0
+        assert valkey.client.xlen("events:c") == 1
+        assert valkey.client.hlen("worker:w1:inflight") == 0
+
+    run(test)
+
+
+def test_a_settlement_whose_start_was_lost_still_counts(valkey: Valkey) -> None:
+    """The claim decides: a result is never thrown away with its message."""
+
+    async def test() -> None:
+        push(valkey, "a")
+        async with worker(valkey) as w:
+            (claim,) = await w.claim()
+            assert await w.settle(claim) == 1
+        assert status(valkey, "a") == "SUCCESS"
+
+    run(test)
+
+
+def test_names_that_are_no_queues_are_not_served(valkey: Valkey) -> None:
+    """Whoever can write to the broker can write any name."""
+
+    async def test() -> None:
+        valkey.client.sadd(keys.QUEUES, b"\xff\xfe", "celery", "inference.a@b@c", "inference.", "inference.good@t")
+        for key in (b"inference.m\x06\x16x", b"inference.\xff", "inference.plain\x06\x163"):
+            valkey.client.lpush(key, "x")
+        async with worker(valkey) as w:
+            assert await w.store.known_queues() == {"inference.good@t"}
+            assert (await w.store.find_queues(0))[1] == {"inference.m", "inference.plain"}
+
+    run(test)
+
+
 def test_a_failed_task_becomes_a_dead_letter(valkey: Valkey) -> None:
     """With the original bytes, the reason and where it came from."""
 
@@ -445,18 +495,17 @@ def test_work_is_finished_when_memory_is_full(valkey: Valkey) -> None:
 
 
 class Probe(Worker):
-    """A worker whose lease was there before the memory was full."""
+    """A worker that comes while the memory is full."""
 
     def __init__(self, valkey: Valkey) -> None:
         super().__init__(valkey.url, "w1")
-        valkey.client.config_set("maxmemory", "0")
-        valkey.client.set("worker:w1", 1)
-        valkey.client.config_set("maxmemory", "1mb")
 
     async def __aenter__(self) -> Worker:
+        assert await self.beat() == 1
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.named.close()
         await self.store.close()
 
 
@@ -526,6 +575,26 @@ def test_a_submit_writes_messages_and_claim_checks_and_wakes(valkey: Valkey) -> 
         assert len(woken) == 1
         pubsub.close()
         await publisher.close()
+
+    run(test)
+
+
+def test_closing_tells_those_who_still_submit(valkey: Valkey) -> None:
+    """No future is left unresolved."""
+
+    async def test() -> None:
+        publisher = Publisher(valkey.url, queue_limit=0, blob_ttl_s=60)
+        await publisher.publish(QUEUE, 0, [b"a"], [])
+        valkey.client.client_pause(2000, all=True)
+        submits = [asyncio.create_task(publisher.publish(QUEUE, 0, [str(i).encode()], [])) for i in range(5)]
+        await asyncio.sleep(0.1)
+        submits[0].cancel()
+        await asyncio.sleep(0.1)
+        await publisher.close()
+        results = await asyncio.gather(*submits, return_exceptions=True)
+        assert [type(result) for result in results[1:]] == [ClientClosedError] * 4
+        with pytest.raises(ClientClosedError):
+            await publisher.publish(QUEUE, 0, [b"b"], [])
 
     run(test)
 

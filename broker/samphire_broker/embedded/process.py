@@ -88,7 +88,12 @@ class Part:
                 {ready, ended}, timeout=spec.ready_timeout_s, return_when=asyncio.FIRST_COMPLETED
             )
             if ready in done:
-                ready.result()
+                try:
+                    ready.result()
+                except PartError:
+                    raise
+                except Exception as error:
+                    raise PartError(f"{spec.name} is not ready: {error}") from error
                 return
             reason = (
                 f"ended with exit code {ended.result()}"

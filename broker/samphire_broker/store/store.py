@@ -22,7 +22,7 @@ from samphire.direct import Argument, DirectConnection, Script, read_blob
 from samphire.errors import ProtocolError, SamphireError
 from samphire_broker.settings import Settings
 
-STREAM_MAX_LENGTH = 10_000
+STREAM_MAX_LENGTH = 1_000
 """Entries, each of a settled batch; a client that misses some finds its results all the same."""
 INLINE_RESULT_BYTES = 1024
 STREAM_TTL_S = 3600
@@ -190,6 +190,7 @@ class Store:
 
     async def adopt(self, known: set[str]) -> list[Claimed]:
         """Return what lies in the in-flight hash and is not in `known`: claims whose reply was lost."""
+        self.suspects = True  # it is not known whether there are
         fields = [key_text(field) for field in await self._rest.execute("HKEYS", self._inflight)]
         lost = sorted((field for field in fields if field not in known), key=lambda field: int(field.split(":", 1)[0]))
         found: list[Claimed] = []
@@ -271,13 +272,14 @@ class Store:
 
     async def known_queues(self) -> set[str]:
         """Queues that the SDK has submitted to."""
-        return {key_text(name) for name in await self._rest.execute("SMEMBERS", keys.QUEUES)}
+        names = await self._rest.execute("SMEMBERS", keys.QUEUES)
+        return {queue for name in names if (queue := keys.known_form(name))}
 
     async def find_queues(self, cursor: int) -> tuple[int, set[str]]:
         """One bounded step of a scan for queues that plain producers made; returns the next cursor."""
         pattern = f"{keys.INTAKE}.*"
         following, found = await self._rest.execute("SCAN", cursor, "MATCH", pattern, "COUNT", 1000, "TYPE", "list")
-        return int(following), {keys.split_list(key_text(key))[0] for key in found}
+        return int(following), {queue for key in found if (queue := keys.known_form(key))}
 
     async def read_blob(self, key: str, size: int) -> bytes | None:
         """Bytes of a claim check, at most one more than `size`; None when it has expired."""

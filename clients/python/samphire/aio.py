@@ -9,7 +9,6 @@ import os
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
-from itertools import islice
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -23,9 +22,10 @@ from samphire.publisher import Publisher
 from samphire.results import InferResult, Status
 from samphire.tensors import array_to_bytes
 from samphire.validation import check_request_size
-from samphire.waiter import Waiter
+from samphire.waiter import Look, Waiter
 
 MAP_CHUNK = 256
+MAP_CHUNK_BYTES = 4 * 2**20
 
 Inputs = Mapping[str, Any]
 """Input name to an array, or to anything that numpy makes one of."""
@@ -36,7 +36,7 @@ class AsyncTask:
 
     def __init__(self, client: AsyncClient, task_id: str, *, own: bool) -> None:
         self._client = client
-        self._own = own
+        self._look: Look = "once" if own else "often"
         self.id = task_id
 
     def __repr__(self) -> str:
@@ -53,7 +53,10 @@ class AsyncTask:
             ResultTimeoutError: it did not come within `timeout_s`; the task goes on.
             SamphireError: what the task ended with.
         """
-        return await self._client._result(self.id, timeout_s, own=self._own)
+        look = self._look
+        if look == "once":
+            self._look = "now"  # its end may have been told to the first who asked
+        return await self._client._result(self.id, timeout_s, look)
 
 
 class AsyncClient:
@@ -204,11 +207,18 @@ class AsyncClient:
         try:
             while True:
                 while not exhausted and len(waiting) < window:
-                    chunk = list(islice(source, min(MAP_CHUNK, window - len(waiting))))
-                    exhausted = not chunk
-                    if exhausted:
+                    encoded: list[tuple[str, bytes, list[tuple[str, bytes]]]] = []
+                    nbytes = 0
+                    most = min(MAP_CHUNK, window - len(waiting))
+                    while len(encoded) < most and nbytes < MAP_CHUNK_BYTES and not exhausted:
+                        inputs = next(source, None)
+                        if inputs is None:
+                            exhausted = True
+                            break
+                        encoded.append(encode(inputs))
+                        nbytes += len(encoded[-1][1]) + sum(len(data) for _, data in encoded[-1][2])
+                    if not encoded:
                         break
-                    encoded = [encode(inputs) for inputs in chunk]
                     waiting.extend((task_id, self._waiter.expect(task_id, "never")) for task_id, _, _ in encoded)
                     await self._publisher.publish(
                         queue,
@@ -253,8 +263,8 @@ class AsyncClient:
         )
         return _Encoder(template, _step(priority), self._stream, self._inline_limit_bytes, self._max_request_bytes)
 
-    async def _result(self, task_id: str, timeout_s: float | None, *, own: bool) -> InferResult:
-        future = self._waiter.expect(task_id, "once" if own else "often")
+    async def _result(self, task_id: str, timeout_s: float | None, look: Look) -> InferResult:
+        future = self._waiter.expect(task_id, look)
         try:
             done, _ = await asyncio.wait([future], timeout=timeout_s)
         finally:

@@ -14,6 +14,7 @@ from redis.exceptions import (
     ConnectionError,  # noqa: A004 - redis-py's name for it
     NoPermissionError,
     OutOfMemoryError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
     TimeoutError,  # noqa: A004
@@ -28,6 +29,9 @@ from samphire.errors import (
 )
 
 DEFAULT_BROKER_URL = "redis://localhost:6379/0"
+_AWAY = ("READONLY", "MISCONF", "BUSY", "NOREPLICAS", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
+"""Beginnings of errors that pass: a replica, a full disk, a slow script, a start."""
+
 CONNECT_TIMEOUT_S = 5.0
 
 
@@ -76,6 +80,8 @@ def translate(error: RedisError | OSError) -> SamphireError:
         return BrokerUnavailableError(f"the broker is away: {error}", retry_after_s=1.0)
     if isinstance(error, ResponseError) and "OOM " in str(error):
         return BrokerMemoryFullError(f"the broker refused a write: {error}", retry_after_s=5.0)
+    if (isinstance(error, ResponseError) and str(error).startswith(_AWAY)) or isinstance(error, ReadOnlyError):
+        return BrokerUnavailableError(f"the broker cannot write now: {error}", retry_after_s=1.0)
     return ProtocolError(f"the broker answered with an error: {type(error).__name__}: {error}")
 
 

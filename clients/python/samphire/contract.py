@@ -46,14 +46,12 @@ class InputTensor(Struct, omit_defaults=True, forbid_unknown_fields=True):
     raw: str | UnsetType = UNSET
     """Base64 of little-endian bytes."""
     ref: Ref | UnsetType = UNSET
-    parameters: dict[str, Any] = {}
 
 
 class RequestedOutput(Struct, omit_defaults=True, forbid_unknown_fields=True):
     """An output to return; without any, all of the model's outputs are."""
 
     name: str
-    parameters: dict[str, Any] = {}
 
 
 class InferRequest(Struct, omit_defaults=True, forbid_unknown_fields=True):

@@ -35,6 +35,7 @@ as a prefix named in their first lines; Redis Cluster is not supported.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 SCHEMA_VERSION = 1
@@ -58,6 +59,7 @@ PRIORITY_STEPS = (0, 3, 6, 9)
 """kombu's `priority_steps` on Redis; 0 is served first."""
 
 _SEPARATOR = "\x06\x16"
+_QUEUE_NAME = re.compile(r"inference(\.[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}(@[A-Za-z0-9][A-Za-z0-9_.-]{0,63})?)?")
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
@@ -66,6 +68,14 @@ PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
 def queue_name(model: str, tenant: str = "") -> str:
     """Name of the queue of a model, or of one tenant's tasks for it."""
     return f"{INTAKE}.{model}@{tenant}" if tenant else f"{INTAKE}.{model}"
+
+
+def known_form(name: bytes | str) -> str | None:
+    """The queue that a name from the broker means, or None: whoever can write there can write any bytes."""
+    if isinstance(name, bytes):
+        name = name.decode("ascii", errors="replace")
+    queue = name.partition(_SEPARATOR)[0]
+    return queue if _QUEUE_NAME.fullmatch(queue) else None
 
 
 def parse_queue(queue: str) -> tuple[str, str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from itertools import chain
 from typing import NamedTuple
 
 from samphire import keys
 from samphire.direct import Argument, DirectConnection, Script
-from samphire.errors import BrokerMemoryFullError, QueueFullError, SamphireError
+from samphire.errors import BrokerMemoryFullError, ClientClosedError, QueueFullError, SamphireError
 
 BATCH_MESSAGES = 512
 BATCH_BYTES = 4 * 2**20
@@ -47,10 +47,18 @@ class Publisher:
         self._blob_ttl_s = blob_ttl_s
         self._waiting: deque[Outgoing] = deque()
         self._flusher: asyncio.Task[None] | None = None
+        self._busy = False
+        self._closed = False
         self._memory_checked = 0.0
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; submits under way get `ClientClosedError`."""
+        self._closed = True
+        if self._flusher is not None:
+            self._flusher.cancel()
+            await asyncio.gather(self._flusher, return_exceptions=True)
+        _fail(self._waiting, ClientClosedError())
+        self._waiting.clear()
         await self._connection.close()
 
     async def publish(self, queue: str, priority: int, messages: list[bytes], blobs: list[tuple[str, bytes]]) -> None:
@@ -60,38 +68,50 @@ class Publisher:
             QueueFullError: the queue's limit is reached; nothing was queued.
             BrokerMemoryFullError: 80 % of the broker's memory is used; nothing was queued.
             BrokerUnavailableError: no answer; the messages may or may not be queued.
+            ClientClosedError: the client was closed; the messages may or may not be queued.
         """
+        if self._closed:
+            raise ClientClosedError
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Outgoing(queue, priority, messages, blobs, accepted))
-        if self._flusher is None or self._flusher.done():
-            self._flusher = asyncio.create_task(self._flush())
-        await accepted
-
-    async def _flush(self) -> None:
-        while self._waiting:
-            batch = self._take()
-            try:
-                await self._send(batch)
-            except SamphireError as error:
-                if len(batch) > 1 and isinstance(error, QueueFullError):
-                    # Together they were too many: each has its own chance.
-                    for outgoing in batch:
-                        await self._send_alone(outgoing)
-                    continue
-                _settle(batch, error)
-            except BaseException as error:
-                _settle(batch, error if isinstance(error, Exception) else None)
-                raise
-            else:
-                _settle(batch, None)
-
-    async def _send_alone(self, outgoing: Outgoing) -> None:
+        outgoing = Outgoing(queue, priority, messages, blobs, accepted)
+        if self._busy:  # joins the next batch
+            self._waiting.append(outgoing)
+            await accepted
+            return
+        self._busy = True
         try:
             await self._send([outgoing])
+        finally:
+            self._busy = bool(self._waiting) and not self._closed
+            if self._busy:
+                self._flusher = asyncio.create_task(self._flush())
+
+    async def _flush(self) -> None:
+        """Send what has come together, a batch after the other; cancelled only by `close`."""
+        batch: list[Outgoing] = []
+        try:
+            while self._waiting:
+                batch = self._take()
+                await self._send_together(batch)
+        finally:
+            self._busy = False
+            _fail(batch, ClientClosedError())
+
+    async def _send_together(self, batch: list[Outgoing]) -> None:
+        try:
+            await self._send(batch)
+        except QueueFullError as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            for outgoing in batch:  # together they were too many: each has its own chance
+                await self._send_together([outgoing])
         except SamphireError as error:
-            _settle([outgoing], error)
+            _fail(batch, error)
         else:
-            _settle([outgoing], None)
+            for outgoing in batch:
+                if not outgoing.accepted.done():
+                    outgoing.accepted.set_result(None)
 
     def _take(self) -> list[Outgoing]:
         """Remove what fits into one call: submits to the same list, in their order."""
@@ -145,11 +165,7 @@ class Publisher:
             )
 
 
-def _settle(batch: Sequence[Outgoing], error: Exception | None) -> None:
+def _fail(batch: Iterable[Outgoing], error: SamphireError) -> None:
     for outgoing in batch:
-        if outgoing.accepted.done():
-            continue
-        if error is None:
-            outgoing.accepted.set_result(None)
-        else:
+        if not outgoing.accepted.done():
             outgoing.accepted.set_exception(error)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
@@ -23,25 +25,54 @@ class _LoopThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="samphire-client", daemon=True)
         self._thread.start()
+        self._open = True
+        self._lock = threading.Lock()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run to the end and return the result; an interrupt cancels the coroutine."""
-        if self._loop.is_closed():
+        """Run to the end and return the result; an interrupt cancels the coroutine.
+
+        Raises:
+            ClientClosedError: the client is closed, or was while this waited.
+            SamphireError: called from the client's own thread, which would wait for itself.
+        """
+        if threading.current_thread() is self._thread:
             coroutine.close()
-            raise ClientClosedError
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            raise SamphireError("the client was used from within its own thread (inside a map's batches)")
+        with self._lock:
+            if not self._open:
+                coroutine.close()
+                raise ClientClosedError
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
+        except CancelledError:
+            raise ClientClosedError from None
         except BaseException:
             future.cancel()
             raise
 
-    def close(self) -> None:
-        """Stop the loop and end the thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+    def close(self, last: Coroutine[Any, Any, None] | None = None) -> None:
+        """Run `last`, cancel whatever else is under way, end the thread; a second call does nothing."""
+        with self._lock:
+            if not self._open:
+                if last is not None:
+                    last.close()
+                return
+            self._open = False
+        asyncio.run_coroutine_threadsafe(self._finish(last), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _finish(self, last: Coroutine[Any, Any, None] | None) -> None:
+        try:
+            if last is not None:
+                await last
+        finally:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
 
 
 class Task:
@@ -95,11 +126,7 @@ class Client:
 
     def close(self) -> None:
         """See `AsyncClient.close`; a second call does nothing."""
-        try:
-            self._loop.run(self._client.close())
-        except ClientClosedError:
-            return
-        self._loop.close()
+        self._loop.close(self._client.close())
 
     def submit(
         self,
@@ -147,7 +174,8 @@ class Client:
                         raise result
                     yield result
         finally:
-            self._loop.run(chunks.aclose())  # type: ignore[attr-defined]
+            with contextlib.suppress(ClientClosedError):
+                self._loop.run(chunks.aclose())  # type: ignore[attr-defined]
 
     def task(self, task_id: str) -> Task:
         """See `AsyncClient.task`."""

@@ -15,7 +15,7 @@ from typing import Literal
 
 from samphire import keys
 from samphire.direct import DirectConnection, read_blob
-from samphire.errors import BrokerUnavailableError, ClientClosedError, SamphireError
+from samphire.errors import BrokerUnavailableError, ClientClosedError, ProtocolError, SamphireError
 from samphire.results import TERMINAL, InferResult, Status, decode_meta, result_of, status_of
 
 BLOCK_MS = 5000
@@ -27,7 +27,7 @@ RETRY_S = 0.25
 PASSED_MAX = 50_000
 """Ids of ended tasks that are kept in mind; with more, every wait begins with a look."""
 
-Look = Literal["never", "once", "often"]
+Look = Literal["never", "once", "now", "often"]
 
 
 class Waiter:
@@ -51,13 +51,16 @@ class Waiter:
         """The future of a task's result, one for all who wait for it; do not cancel it, but `forget`.
 
         `look` at the stored result: "never" for a task that is submitted after this call (the stream will
-        tell), "once" for one of this client's that may have ended already, "often" for one of others.
+        tell), "once" for one of this client's that may have ended already, "now" for one that was awaited before,
+        "often" for one of others.
         """
         if self._closed:
             raise ClientClosedError
         if not self._tasks:
             loops = (self._read(), self._look(), self._sweep())
             self._tasks = [asyncio.create_task(loop) for loop in loops]
+            for task in self._tasks:
+                task.add_done_callback(self._noticed)
         self._claims[task_id] += 1
         future = self._futures.get(task_id)
         if future is None:
@@ -65,7 +68,7 @@ class Waiter:
         if look == "often":
             self._foreign.add(task_id)
             self._look_now.set()
-        elif look == "once" and (task_id in self._passed or len(self._passed) >= PASSED_MAX):
+        elif look == "now" or (look == "once" and (task_id in self._passed or len(self._passed) >= PASSED_MAX)):
             self._unseen.add(task_id)
             self._look_now.set()
         return future
@@ -95,6 +98,12 @@ class Waiter:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # who does not wait any more need not be told
+
+    def _noticed(self, task: asyncio.Task[None]) -> None:
+        """A loop has ended; unless that is wanted, those who wait must know."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail_all(ProtocolError(f"waiting for results failed: {error!r}"))
+            self._closed = True
 
     async def status(self, task_id: str) -> Status:
         """The state that is stored for a task."""

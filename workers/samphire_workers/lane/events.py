@@ -37,6 +37,9 @@ class TaskEvents(Protocol):
     def succeeded(self, request: Request) -> None:
         """A task has its answer."""
 
+    def dropped(self, request: Request) -> None:
+        """A task is not this worker's any more."""
+
     def failed(self, request: Request, error: SamphireError) -> None:
         """A task ends as a dead letter."""
 
@@ -71,6 +74,10 @@ class CeleryEvents:
         began = self._shown.pop(request.claim.field, None)
         if began is not None:
             self._add("task-succeeded", request, result="", runtime=time.monotonic() - began)
+
+    def dropped(self, request: Request) -> None:
+        """A task is not this worker's any more."""
+        self._shown.pop(request.claim.field, None)
 
     def failed(self, request: Request, error: SamphireError) -> None:
         """A task ends as a dead letter: always shown."""

@@ -22,6 +22,7 @@ from samphire.contract import Ref
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerUnavailableError,
+    EndpointTimeoutError,
     EndpointUnavailableError,
     InvalidInputError,
     ModelFaultError,
@@ -58,6 +59,9 @@ IDLE_CHECK_S = 1.0
 
 LOOK_EVERYWHERE_S = 0.05
 """A lane that is woken for one queue again and again looks into all of them after this long."""
+
+ADOPT_S = 5.0
+"""A claim that the broker carried out after its caller had given up is found after this long."""
 
 BROKER_RETRY_S = 0.25
 
@@ -130,6 +134,7 @@ class Lane:
 
     async def _claim_loop(self, group: asyncio.TaskGroup) -> None:
         adopt = True  # an earlier lane of this worker may have left claims
+        adopted_at = 0.0
         short_rounds = 0
         while not self._stopping:
             named = self._watch.clear()  # before looking, so that no wake-up is lost
@@ -137,9 +142,9 @@ class Lane:
                 await self._watch.wait(IDLE_CHECK_S)
                 continue
             try:
-                if adopt:
+                if adopt or time.monotonic() - adopted_at > ADOPT_S:
                     claimed = await self._store.adopt(set(self._held))
-                    adopt = False
+                    adopt, adopted_at, self._more = False, time.monotonic(), True
                 else:
                     claimed = await self._claim(named)
             except (BrokerUnavailableError, LeaseLostError) as error:
@@ -171,7 +176,8 @@ class Lane:
         room = min(self._settings.claim_max, self._settings.inflight_max - len(self._held))
         room_bytes = self._settings.inflight_max_bytes // 2 - self._held_bytes
         self._more = False
-        self._held_up = bool(busy) or room <= 0 or room_bytes <= 0
+        held_up = bool(busy) or room <= 0 or room_bytes <= 0
+        self._held_up = held_up or (bool(named) and self._held_up)  # of the queues not named it still holds
         plan = self._planner.plan(room, busy | self._catalogue.away, named)
         if room <= 0 or room_bytes <= 0 or not plan.turns:
             return []
@@ -194,12 +200,13 @@ class Lane:
             try:
                 queues = await self._store.known_queues()
                 cursor, found = await self._store.find_queues(cursor)
-            except BrokerUnavailableError:
+            except SamphireError as error:
+                logger.warning("queues were not looked up: %s", error, extra={"action": "discovery_failed"})
                 queues, found = set(), set()
-            usable = {queue for queue in queues | found if queue.startswith(f"{keys.INTAKE}.")}
-            for queue in self._planner.add(usable | self._catalogue.queues):
-                self._watch.add(queue, group, self._may_claim)
+            if self._planner.add(queues | found | self._catalogue.queues):
                 self._watch.wake()
+            for queue in self._planner.queues:
+                self._watch.add(queue, group, self._may_claim)
             await asyncio.sleep(IDLE_CHECK_S)
 
     def _spawn(self, group: asyncio.TaskGroup, work: Coroutine[None, None, None]) -> None:
@@ -249,7 +256,7 @@ class Lane:
     def _fits(self, checker: Checker, request: Request) -> bool:
         try:
             checker.check(request)
-        except SamphireError:
+        except Exception:  # noqa: BLE001 - it is checked again, with time to say what is wrong
             return False
         return True
 
@@ -271,6 +278,8 @@ class Lane:
 
     async def _release(self, requests: Sequence[Request]) -> None:
         fields = [request.claim.field for request in requests]
+        for request in requests:
+            self._events.dropped(request)
         await self._persist(lambda: self._store.release(fields))
         self._let_go(fields)
 
@@ -303,8 +312,8 @@ class Lane:
                 except UnknownModelError:  # a version that was loaded a moment ago
                     checker = await self._catalogue.checker(model, fresh=True)
                     checker.check(request)
-            except SamphireError as error:
-                self._fail(request, error)
+            except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+                self._fail(request, _our_error(error))
             else:
                 valid.append(request)
         self._dispatch(group, model, valid, checker)
@@ -356,8 +365,8 @@ class Lane:
                 if has_refs(request):
                     fetched = await self._persist(lambda r=request: fetch(r, self._store))  # type: ignore[misc]
                 load(request, fetched)
-            except SamphireError as error:
-                self._fail(request, error)
+            except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+                self._fail(request, _our_error(error))
             else:
                 loaded.append(request)
         return loaded
@@ -374,6 +383,7 @@ class Lane:
                 # Not ours any more, or a duplicate of a task that has ended: there is nothing to write.
                 logger.info("task %s dropped (%d)", request.task_id, verdict, extra={"action": "dropped"})
                 dropped.append(request.claim.field)
+                self._events.dropped(request)
                 continue
             request.attempts = verdict
             if verdict >= self._settings.max_attempts:
@@ -406,8 +416,9 @@ class Lane:
             self._catalogue.forget(model)
             logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
             await self._release(batch)
-        elif len(batch) == 1:
-            self._fail(batch[0], error)
+        elif len(batch) == 1 or isinstance(error, EndpointTimeoutError):
+            for request in batch:  # a time-out is nobody's content, and asking again piles up
+                self._fail(request, error)
         else:  # somebody's content: find out whose
             middle = len(batch) // 2
             await self._infer(model, batch[:middle])
@@ -448,11 +459,27 @@ class Lane:
                 refs = await self._persist(
                     lambda r=request, o=outputs: outcome.store_large(r, o, self._store, self._settings)  # type: ignore[misc]
                 )
-            self._settler.add(outcome.success(request, outputs, refs, done))
+            try:
+                settlement = outcome.success(request, outputs, refs, done)
+            except Exception as error:  # noqa: BLE001 - an answer that cannot be written is this task's alone
+                self._fail(request, ModelFaultError(f"the answer cannot be read: {_our_error(error)}"))
+                continue
+            self._settler.add(settlement)
             self._events.succeeded(request)
             request.tensors = []
 
     def _fail(self, request: Request, error: SamphireError) -> None:
         logger.info("task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"})
         self._settler.add(outcome.failure(request, error))
-        self._events.failed(request, error)
+        try:
+            self._events.failed(request, error)
+        except Exception:
+            logger.exception("no event for task %s", request.task_id, extra={"action": "event_failed"})
+
+
+def _our_error(error: Exception) -> SamphireError:
+    """The error as one of ours: what a message made our code stumble over is that message's fault."""
+    if isinstance(error, SamphireError):
+        return error
+    logger.error("unexpected error", exc_info=error, extra={"action": "unexpected"})
+    return InvalidInputError(f"the request cannot be processed: {type(error).__name__}: {str(error)[:500]}")

@@ -47,6 +47,11 @@ class QueuePlanner:
             self._plans.clear()
         return new
 
+    @property
+    def queues(self) -> list[str]:
+        """The queues that are served, sorted."""
+        return self._queues
+
     def plan(self, messages: int, skip_models: Collection[str], only: Collection[str] = ()) -> Plan:
         """Divide a claim of `messages`, among some queues if they are named; the next call begins with the next."""
         queues = sorted(only) if only else self._queues

@@ -224,8 +224,8 @@ def _size(tensor: InputTensor) -> int:
             raise InvalidInputError(
                 f"input {tensor.name!r}: expected a ref to a key {keys.BLOB_PREFIX}…, given {tensor.ref.key[:200]!r}"
             )
-        if tensor.ref.size < 0:
-            raise InvalidInputError(f"input {tensor.name!r}: expected a size of at least 0, given {tensor.ref.size}")
+        if not 0 <= tensor.ref.size < 2**63:
+            raise InvalidInputError(f"input {tensor.name!r}: expected a size of at least 0 and below 2**63")
         return tensor.ref.size
     claimed = element_count(tensor.shape) * ITEM_SIZES.get(tensor.datatype, 0)
     text = len(tensor.raw) if isinstance(tensor.raw, str) else len(bytes(tensor.data))  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._lane: Lane | None = None
+        self._registered: asyncio.Event | None = None
         self._stopping = False
 
     def start(self, parent: Any) -> None:
@@ -63,6 +64,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
     terminate = stop
 
     def _stop_lane(self) -> None:
+        if self._registered is not None:
+            self._registered.set()  # a broker that is away must not hold up the end
         if self._lane is not None:
             self._lane.stop()
 
@@ -83,7 +86,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         store = Store(settings, info.id)
         try:
             async with asyncio.TaskGroup() as group:
-                registered = asyncio.Event()
+                registered = self._registered = asyncio.Event()
                 vital = [
                     group.create_task(keep_lease(store, settings, info, registered)),
                     group.create_task(reap_others(store, settings)),

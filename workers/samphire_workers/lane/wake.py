@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable
 
 from samphire import keys
-from samphire.connection import key_text
 from samphire.direct import DirectConnection
 from samphire.errors import BrokerUnavailableError, SamphireError
 
@@ -35,23 +34,33 @@ class QueueWatch:
         self._idle = asyncio.Event()
         self._watched: set[str] = set()
         self._named: set[str] = set()
+        self._anywhere = False
+        self._peeks: list[asyncio.Task[None]] = []
         self._closed = False
 
     def wake(self, queue: str | None = None) -> None:
         """There may be something to do, in this queue if it is known."""
-        if queue is not None:
+        if queue is None:
+            self._anywhere = True
+        else:
             self._named.add(queue)
         self._wake.set()
 
     def clear(self) -> set[str]:
-        """Forget earlier wake-ups and return the queues that they named; before looking, so that none is lost."""
+        """Forget earlier wake-ups, before looking, so that none is lost.
+
+        Returns the queues that they named; none if one of them named none: then it may be anywhere.
+        """
         self._wake.clear()
-        named, self._named = self._named, set()
+        named = set() if self._anywhere else self._named
+        self._named, self._anywhere = set(), False
         return named
 
     def close(self) -> None:
         """End the background tasks; redis-py may swallow a cancellation, so they also look at this."""
         self._closed = True
+        for peek in self._peeks:
+            peek.cancel()
 
     async def wait(self, timeout_s: float) -> None:
         """Return when woken, or after `timeout_s`."""
@@ -71,7 +80,7 @@ class QueueWatch:
                 while not self._closed:
                     message = await connection.read(BLOCK_S)
                     if message is not None and message[0] == b"message":
-                        self.wake(key_text(message[2]))
+                        self.wake(keys.known_form(message[2]))
             except BrokerUnavailableError:
                 await asyncio.sleep(RETRY_S)
             finally:
@@ -84,19 +93,22 @@ class QueueWatch:
         """
         if queue not in self._watched and len(self._watched) < WATCHED_QUEUES:
             self._watched.add(queue)
-            group.create_task(self._peek(queue, may_claim))
+            self._peeks.append(group.create_task(self._peek(queue, may_claim)))
 
     async def _peek(self, queue: str, may_claim: Callable[[str], bool]) -> None:
         connection = DirectConnection(self._url)
         command = ("BLMOVE", queue, queue, "RIGHT", "RIGHT", BLOCK_S)
-        while not self._closed:
-            try:
-                await self._idle.wait()
-                if not may_claim(queue):
+        try:
+            while not self._closed:
+                try:
+                    await self._idle.wait()
+                    if not may_claim(queue):
+                        await asyncio.sleep(RETRY_S)
+                    elif await connection.execute(*command, timeout_s=3 * BLOCK_S) is not None:
+                        self._idle.clear()
+                        self.wake(queue)
+                except SamphireError as error:  # away, or a key of that name is no list
+                    logger.warning("queue %s cannot be watched: %s", queue, error, extra={"action": "watch_failed"})
                     await asyncio.sleep(RETRY_S)
-                elif await connection.execute(*command, timeout_s=3 * BLOCK_S) is not None:
-                    self._idle.clear()
-                    self.wake(queue)
-            except SamphireError as error:  # away, or a key of that name is no list
-                logger.warning("queue %s cannot be watched: %s", queue, error, extra={"action": "watch_failed"})
-                await asyncio.sleep(RETRY_S)
+        finally:
+            await connection.close()

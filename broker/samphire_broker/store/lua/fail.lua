@@ -33,7 +33,10 @@ for n = 1, #letters do
       'died_at', string.format('%.6f', now))
     redis.call('EXPIRE', key, ARGV[6])
     redis.call('ZADD', KEYS[3], now, letter)
-    if id ~= '' then
+    local old = id ~= '' and redis.call('GET', ARGV[1] .. id)
+    local state = old and string.match(old, '"status": ?"(%u+)"')
+    -- A letter is kept in any case, but the terminal state of a task is written once.
+    if id ~= '' and state ~= 'SUCCESS' and state ~= 'FAILURE' and state ~= 'REVOKED' then
       redis.call('SET', ARGV[1] .. id, meta, 'EX', ARGV[2])
       redis.call('PUBLISH', ARGV[1] .. id, meta)
       if usable[stream] then

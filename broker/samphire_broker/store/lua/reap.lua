@@ -21,8 +21,13 @@ for i = 1, math.min(#fields, 1000) do
   local field = fields[i]
   local id = redis.call('HGET', KEYS[4], field)
   local message = redis.call('HGET', KEYS[3], field)
+  local list = string.match(field, '^%d+:(.*)$')
+  local kind = redis.call('TYPE', list).ok
+  if kind ~= 'list' and kind ~= 'none' then -- a push to a key of another type would lose the message
+    list = list .. ':returned'
+  end
   redis.call('HDEL', KEYS[3], field)
-  redis.call('RPUSH', string.match(field, '^%d+:(.*)$'), message)
+  redis.call('RPUSH', list, message)
   if id then
     -- Only what had started may have been the cause: it counts as an attempt.
     local key = ARGV[4] .. id
@@ -30,7 +35,10 @@ for i = 1, math.min(#fields, 1000) do
     redis.call('HINCRBY', key, 'attempts', 1)
     redis.call('EXPIRE', key, ARGV[5])
     redis.call('SET', KEYS[6], '1', 'EX', ARGV[5])
-    redis.call('DEL', ARGV[3] .. id)
+    local meta = redis.call('GET', ARGV[3] .. id)
+    if meta and string.match(meta, '"status": ?"(%u+)"') == 'STARTED' then
+      redis.call('DEL', ARGV[3] .. id)
+    end
     started = started + 1
   end
   moved = moved + 1

@@ -6,13 +6,18 @@ local moved = 0
 for i = #ARGV, 2, -1 do -- the last claimed goes back first, so the order is kept
   local field = ARGV[i]
   local message = redis.call('HGET', KEYS[1], field)
-  if message then
+  local list = string.match(field, '^%d+:(.*)$')
+  local kind = redis.call('TYPE', list).ok -- a push to a key of another type would lose the message
+  if message and (kind == 'list' or kind == 'none') then
     local id = redis.call('HGET', KEYS[2], field)
     redis.call('HDEL', KEYS[1], field)
-    redis.call('RPUSH', string.match(field, '^%d+:(.*)$'), message)
+    redis.call('RPUSH', list, message)
     if id then
       redis.call('HDEL', KEYS[2], field)
-      redis.call('DEL', ARGV[1] .. id)
+      local meta = redis.call('GET', ARGV[1] .. id)
+      if meta and string.match(meta, '"status": ?"(%u+)"') == 'STARTED' then
+        redis.call('DEL', ARGV[1] .. id)
+      end
     end
     moved = moved + 1
   end

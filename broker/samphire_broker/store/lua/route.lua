@@ -6,7 +6,8 @@ local moved = 0
 for i = 2, #ARGV, 3 do
   local field, queue, list = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local message = redis.call('HGET', KEYS[1], field)
-  if message then
+  local kind = redis.call('TYPE', list).ok -- a push to a key of another type would lose the message
+  if message and (kind == 'list' or kind == 'none') then
     redis.call('HDEL', KEYS[1], field)
     redis.call('SADD', KEYS[2], queue)
     if redis.call('LPUSH', list, message) == 1 then
