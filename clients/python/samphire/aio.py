@@ -266,12 +266,15 @@ class AsyncClient:
     async def _result(self, task_id: str, timeout_s: float | None, look: Look) -> InferResult:
         future = self._waiter.expect(task_id, look)
         try:
-            done, _ = await asyncio.wait([future], timeout=timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(future)  # others may wait for the same
+        except TimeoutError as error:
+            if future.done():
+                raise  # the task's own error
+            message = f"task {task_id} has no result after {timeout_s} s; it goes on"
+            raise ResultTimeoutError(message) from error
         finally:
             self._waiter.forget([task_id])
-        if not done:
-            raise ResultTimeoutError(f"task {task_id} has no result after {timeout_s} s; it goes on")
-        return future.result()
 
 
 class _Encoder:

@@ -36,6 +36,7 @@ as a prefix named in their first lines; Redis Cluster is not supported.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Literal
 
 SCHEMA_VERSION = 1
@@ -87,6 +88,12 @@ def parse_queue(queue: str) -> tuple[str, str]:
 def queue_list(queue: str, priority: int) -> str:
     """Key of the list that holds a queue's messages of one kombu priority step."""
     return f"{queue}{_SEPARATOR}{priority}" if priority else queue
+
+
+@lru_cache(maxsize=1024)
+def queue_lists(queue: str) -> tuple[str, ...]:
+    """Keys of all lists of a queue, in the order of their priorities."""
+    return tuple(queue_list(queue, priority) for priority in PRIORITY_STEPS)
 
 
 def split_list(key: str) -> tuple[str, int]:

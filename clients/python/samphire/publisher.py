@@ -135,7 +135,6 @@ class Publisher:
         check_memory = now - self._memory_checked > MEMORY_CHECK_INTERVAL_S
         if check_memory:
             self._memory_checked = now
-        lists = [keys.queue_list(queue, step) for step in keys.PRIORITY_STEPS]
         args: list[Argument] = [
             queue,
             self._queue_limit,
@@ -148,7 +147,7 @@ class Publisher:
         ]
         reply = await self._connection.call(
             self._script,
-            [keys.queue_list(queue, priority), *lists, keys.QUEUES],
+            [keys.queue_list(queue, priority), *keys.queue_lists(queue), keys.QUEUES],
             args,
         )
         if reply[0] == b"full":

@@ -185,7 +185,9 @@ class Lane:
         claimed = await self._store.claim(plan.turns, rooms, room, room_bytes)
         # Fewer than there was room for: the queues that were looked into are empty now, or have had their part.
         self._more = len(claimed) == room
-        self._held_up |= min(rooms) < room or sum(len(claim.message) for claim in claimed) >= room_bytes
+        given = Counter(home_of(claim.list_key)[0] for claim in claimed)
+        full = any(given[model] >= part for model, part in zip(plan.models, rooms, strict=True))
+        self._held_up |= full or sum(len(claim.message) for claim in claimed) >= room_bytes
         return claimed
 
     def _may_claim(self, queue: str) -> bool:
