@@ -43,9 +43,9 @@ def run(quick: bool) -> dict[str, Any]:
             if fsync == "everysec":
                 for name, value in measure.direct(stack, scale).items():
                     note(name, value)
-                for name, value in measure.plain_celery(stack, scale).items():
-                    note(name, value)
                 for name, value in measure.latency(stack, scale).items():
+                    note(name, value)
+                for name, value in measure.plain_celery(stack, scale).items():
                     note(name, value)
                 for name, value in measure.large_tensors(stack, scale).items():
                     note(name, value)
