@@ -224,6 +224,8 @@ class Lane:
 
     def _let_go(self, fields: Sequence[str]) -> None:
         for field in fields:
+            if field not in self._held:
+                continue
             model, nbytes = self._held.pop(field)
             self._held_bytes -= nbytes
             self._pace.let_go(model)
