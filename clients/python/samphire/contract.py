@@ -20,8 +20,6 @@ from samphire.errors import InvalidInputError
 
 CONTRACT_VERSION = 1
 INFER_TASK = "samphire.infer"
-STREAM_HEADER = "samphire_stream"
-"""Message header with the key of the client's event stream."""
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 _TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -116,6 +114,7 @@ class Headers(Struct, forbid_unknown_fields=False):
     parent_id: str | None = None
     compression: str | None = None
     samphire_stream: str = ""
+    """Key of the event stream of the client that waits."""
 
 
 class Properties(Struct):

@@ -50,36 +50,17 @@ class DirectConnection:
         names = list(keys)
         command = ("EVALSHA", script.sha, len(names), *names, *args)
         try:
-            return await self._execute(command, COMMAND_TIMEOUT_S)
+            return await self.execute(*command)
         except NoScriptError:  # it did not run
             await self.execute("SCRIPT", "LOAD", script.text)
             return await self.execute(*command)
 
     async def execute(self, *command: Argument, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:
-        """Run a command and return its reply; raises as `call` does."""
-        return await self._execute(command, timeout_s)
+        """Run a command and return its reply; raises as `call` does.
 
-    async def read(self, timeout_s: float) -> Any:
-        """Return the next reply of a connection that has subscribed; None after `timeout_s` without one."""
-        connection = self._connection
-        if connection is None:
-            raise BrokerUnavailableError("the broker is away: not connected")
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await connection.read_response(disconnect_on_error=False)
-        except TimeoutError:
-            return None
-        except (RedisError, OSError) as error:
-            await self.close()
-            raise BrokerUnavailableError(f"the broker is away: {error}", retry_after_s=1.0) from error
-
-    async def close(self) -> None:
-        """Close the connection; the next command opens it again."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.disconnect(nowait=True)
-
-    async def _execute(self, command: tuple[Argument, ...], timeout_s: float) -> Any:
+        Raises:
+            NoScriptError: the server does not know the script; it did not run.
+        """
         async with self._lock:
             try:
                 async with asyncio.timeout(timeout_s):
@@ -101,6 +82,26 @@ class DirectConnection:
                 # Cancelled: the reply will still come, and must not be taken for the next command's.
                 await self.close()
                 raise
+
+    async def read(self, timeout_s: float) -> Any:
+        """Return the next reply of a connection that has subscribed; None after `timeout_s` without one."""
+        connection = self._connection
+        if connection is None:
+            raise BrokerUnavailableError("the broker is away: not connected")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await connection.read_response(disconnect_on_error=False)
+        except TimeoutError:
+            return None
+        except (RedisError, OSError) as error:
+            await self.close()
+            raise BrokerUnavailableError(f"the broker is away: {error}", retry_after_s=1.0) from error
+
+    async def close(self) -> None:
+        """Close the connection; the next command opens it again."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
 
 
 async def read_blob(connection: DirectConnection, key: str, size: int) -> bytes | None:

@@ -39,8 +39,6 @@ import re
 from functools import lru_cache
 from typing import Literal
 
-SCHEMA_VERSION = 1
-
 INTAKE = "inference"
 QUEUES = "sub:queues"
 WAKE_CHANNEL = "sub:wake"

@@ -64,9 +64,9 @@ class Catalogue:
             self._checkers.pop(model, None)
             self.away.discard(model)
             raise
-        known = self._checkers.get(model)
-        same = known is not None and known[0].signature == signature
-        checker = known[0] if known and same else Checker(signature, self._max_request_bytes)
+        checker, _ = self._checkers.get(model, (None, 0.0))
+        if checker is None or checker.signature != signature:  # else what it has checked already still holds
+            checker = Checker(signature, self._max_request_bytes)
         self._checkers[model] = (checker, time.monotonic())
         self.away.discard(model)
         return checker

@@ -36,17 +36,20 @@ async def reap_others(store: Store, settings: Settings) -> None:
     """Return the in-flight messages of lost workers to their queues, for ever.
 
     A worker is lost when its lease has lapsed, or when its named connection was missing at two looks in
-    a row and its lease has not beaten in between. Within one lease of a broker restart connections tell
-    nothing, since all of them are gone.
+    a row and its lease has not beaten in between. Within one lease of a broker restart neither tells
+    anything: all connections are gone, and leases may have lapsed while nobody could beat.
     """
     missing: dict[str, int] = {}
     while True:
         await asyncio.sleep(REAP_INTERVAL_S)
         try:
             others = await store.others()
+            if others and await store.uptime_s() <= settings.lease_s:
+                missing = {}
+                continue
             lapsed = [worker_id for worker_id, beat in others.items() if beat is None]
             gone: dict[str, int] = {}
-            if len(lapsed) < len(others) and await store.uptime_s() > settings.lease_s:
+            if len(lapsed) < len(others):
                 connected = await store.connected()
                 gone = {
                     worker_id: beat
