@@ -349,4 +349,5 @@ def test_a_workers_memory_is_bounded_whatever_is_queued(tmp_path: Path) -> None:
         finally:
             done.set()
             watcher.join()
+        print(f"most {most / 2**20:.0f} MB")
         assert most < 300 * 2**20, f"{most / 2**20:.0f} MB"

@@ -183,6 +183,7 @@ class Endpoint:
         for tensor in tensors:
             request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
             request.raw_input_contents.append(tensor.data)
+        del tensors  # the request has copies: large ones need not be held twice
         for name in outputs:
             request.outputs.add(name=name)
         if parameters:

@@ -32,8 +32,11 @@ def worker_spec(data_dir: Path, number: int, broker_url: str, triton_urls: str) 
         env={
             "SAMPHIRE_BROKER_URL": broker_url,
             "SAMPHIRE_TRITON_URLS": triton_urls,
-            # glibc keeps freed memory in an arena a thread; few arenas give more of it back.
+            # glibc keeps freed memory: in an arena a thread, and in the heap where it once saw a large buffer
+            # freed. Few arenas and a fixed threshold give the buffers of large tensors back at once.
             "MALLOC_ARENA_MAX": "2",
+            "MALLOC_MMAP_THRESHOLD_": str(2**20),
+            "MALLOC_TRIM_THRESHOLD_": str(2**20),
             "PYTHONWARNINGS": "ignore::celery.platforms.SecurityWarning",
         },
         log_file=data_dir / "logs" / f"{name}.log",

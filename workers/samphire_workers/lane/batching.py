@@ -42,9 +42,10 @@ def merge(batch: Sequence[Request]) -> list[Tensor]:
     """The tensors of a micro-batch: each input's rows, one request after the other."""
     first = batch[0]
     if len(batch) == 1:
+        loaded, first.tensors = first.tensors, []  # alone it is asked once: nobody else needs them
         return [
             Tensor(tensor.name, tensor.datatype, tensor.shape, data)
-            for tensor, data in zip(first.request.inputs, first.tensors, strict=True)
+            for tensor, data in zip(first.request.inputs, loaded, strict=True)
         ]
     rows = sum(request.rows for request in batch)
     return [
