@@ -39,7 +39,13 @@ def bench_stack(fsync: str) -> Iterator[BenchStack]:
         ready_file = Path(folder) / "ready.json"
         command = [str(Path(sys.executable).parent / "samphire"), "up", "--data-dir", f"{folder}/data"]
         command += ["--ready-file", str(ready_file), "--broker-fsync", fsync, "--broker-memory", "8gb"]
-        for flag in ("--broker-port", "--triton-grpc-port", "--triton-http-port", "--triton-metrics-port"):
+        for flag in (
+            "--broker-port",
+            "--triton-grpc-port",
+            "--triton-http-port",
+            "--triton-metrics-port",
+            "--flower-port",
+        ):
             command += [flag, "0"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SAMPHIRE_")}
         with (Path(folder) / "output").open("wb") as output:

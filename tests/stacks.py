@@ -24,7 +24,7 @@ from samphire_broker.settings import shipped_model_repository
 
 SAMPHIRE = str(Path(sys.executable).parent / "samphire")
 TEST_MODELS = Path(__file__).parent / "models"
-PORT_FLAGS = ("--broker-port", "--triton-grpc-port", "--triton-http-port", "--triton-metrics-port")
+PORT_FLAGS = ("--broker-port", "--triton-grpc-port", "--triton-http-port", "--triton-metrics-port", "--flower-port")
 
 
 def clean_environment() -> dict[str, str]:

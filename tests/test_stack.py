@@ -51,11 +51,12 @@ def test_the_ready_file_says_what_scripts_need(stack: Up) -> None:
     """Addresses, and process ids that are those of the parts."""
     ready = stack.ready
     assert ready["broker_url"].startswith("redis://127.0.0.1:")
-    assert set(ready["pids"]) == {"broker", "triton", "worker"}
+    assert set(ready["pids"]) == {"broker", "triton", "worker", "flower"}
     names = {part: psutil.Process(ready["pids"][part]).name() for part in ("broker", "triton")}
     assert names == {"broker": "valkey-server", "triton": "tritonserver"}
     assert all("samphire_workers.app" in psutil.Process(pid).cmdline() for pid in ready["pids"]["worker"])
-    for address in (ready["triton_grpc"], ready["triton_http"]):
+    assert "flower" in psutil.Process(ready["pids"]["flower"]).cmdline()
+    for address in (ready["triton_grpc"], ready["triton_http"], ready["flower_url"].removeprefix("http://")):
         host, _, port = address.rpartition(":")
         assert host == LOOPBACK and int(port)
 
@@ -68,7 +69,7 @@ def test_everything_listens_on_loopback_only(stack: Up) -> None:
         for connection in process.net_connections("inet")
         if connection.status == "LISTEN"
     ]
-    assert len(listening) >= 4
+    assert len(listening) >= 5
     assert {ip.removeprefix("::ffff:") for ip in listening} == {LOOPBACK}
 
 
@@ -93,7 +94,7 @@ def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
     """Neither a process nor shared memory, not even after kill -9 of `samphire up`."""
     with running_stack(tmp_path) as up:
         children, regions = up.children(), shared_memory(up)
-        assert len(children) >= 4 and regions
+        assert len(children) >= 5 and regions
         stop(up, number)
         assert up.process.returncode == (-9 if number == signal.SIGKILL else 0)
         eventually(lambda: all_gone(children), 20, "the end of all children")
@@ -114,7 +115,7 @@ def test_ctrl_c_while_parts_start(tmp_path: Path) -> None:
         stop(up, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("part", ["broker", "triton", "worker"])
+@pytest.mark.parametrize("part", ["broker", "triton", "worker", "flower"])
 def test_a_part_that_dies_is_restarted(tmp_path: Path, part: str) -> None:
     """The ready file names the new process, the models are back, and work goes on."""
     with running_stack(tmp_path, "--workers", "2" if part == "worker" else "1") as up:
@@ -197,7 +198,7 @@ def test_bad_options_are_named(tmp_path: Path, options: list[str], text: str) ->
 
 
 def test_environment_replaces_parts(tmp_path: Path, stack: Up) -> None:
-    """With both replaced only a worker is started, and it serves."""
+    """With both replaced only a worker and Flower are started, and the worker serves."""
     env = {"SAMPHIRE_TRITON_URLS": stack.triton_grpc}
     with running_valkey(tmp_path / "valkey") as valkey:
         env["SAMPHIRE_BROKER_URL"] = valkey.url

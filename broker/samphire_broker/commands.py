@@ -63,6 +63,7 @@ def stack_options(default_ports: bool) -> Callable[[Callable[..., None]], Callab
             port("--triton-grpc-port", 8001, "Port of Triton's gRPC endpoint"),
             port("--triton-http-port", 8000, "Port of Triton's HTTP endpoint"),
             port("--triton-metrics-port", 8002, "Port of Triton's metrics"),
+            port("--flower-port", 5555, "Port of Flower"),
             click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True),
             click.option(
                 "--broker-memory",

@@ -13,6 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from samphire_broker.embedded.flower import (
+    FLOWER_USER,
+    PASSWORD_VARIABLE,
+    flower_spec,
+    given_password,
+    kept_password,
+)
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.embedded.process import Part, PartError, PartSpec
 from samphire_broker.embedded.triton import seed_model_repository, triton_spec
@@ -31,6 +38,7 @@ class StackOptions:
     triton_grpc_port: int = 8001
     triton_http_port: int = 8000
     triton_metrics_port: int = 8002
+    flower_port: int = 5555
     broker_memory_bytes: int = 4 * 2**30
     broker_fsync: FsyncPolicy = "everysec"
     model_repository: Path | None = None
@@ -50,16 +58,20 @@ class Stack:
         self._broker: Part | None = None
         self._triton: Part | None = None
         self._workers: list[Part] = []
+        self._flower: Part | None = None
         self._keepers: list[asyncio.Task[None]] = []
         self._lock: Any = None
         self.broker_url = options.external_broker_url or ""
         self.triton_grpc = (options.external_triton_urls or "").split(",")[0]
         self.triton_http: str | None = None
+        self.flower_url = ""
+        self.flower_password_file: Path | None = None
+        """None: the password is that of the environment."""
 
     @property
     def parts(self) -> list[Part]:
         """The parts that the stack runs, in the order of their start."""
-        return [part for part in (self._broker, self._triton, *self._workers) if part is not None]
+        return [part for part in (self._broker, self._triton, *self._workers, self._flower) if part is not None]
 
     async def __aenter__(self) -> Self:
         try:
@@ -103,11 +115,23 @@ class Stack:
             specs.append(spec)
         return specs
 
+    def _make_flower_spec(self) -> PartSpec:
+        data_dir = self._options.data_dir
+        port = choose_port(self._options.flower_port, "--flower-port")
+        password = given_password()
+        if password is None:
+            self.flower_password_file = data_dir / "flower-password"
+            password = kept_password(self.flower_password_file)
+        spec = flower_spec(data_dir, port, self.broker_url, password)
+        self.flower_url = spec.address
+        return spec
+
     async def _start(self) -> None:
         options = self._options
         options.data_dir.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         specs = self._make_specs()
+        self._flower = Part(self._make_flower_spec())
         parts = [Part(spec) for spec in specs]
         for part in parts:
             if part.spec.name == "broker":
@@ -119,11 +143,13 @@ class Stack:
         self._workers = [
             Part(worker_spec(options.data_dir, n + 1, self.broker_url, triton_urls)) for n in range(options.workers)
         ]
-        await self._start_together(self._workers)
+        await self._start_together([*self._workers, self._flower])
         self._keepers = [asyncio.create_task(part.keep_running(self._on_change)) for part in self.parts]
         self._write_ready_file()
         for part in self.parts:
             self._say(f"  {part.spec.name:<8} {part.spec.address:<32} log: {part.spec.log_file}")
+        where = f"in {self.flower_password_file}" if self.flower_password_file else f"that of {PASSWORD_VARIABLE}"
+        self._say(f"  flower's user is {FLOWER_USER}, the password is {where}")
 
     async def _start_together(self, parts: list[Part]) -> None:
         async def start(part: Part) -> None:
@@ -160,10 +186,14 @@ class Stack:
             "broker_url": self.broker_url,
             "triton_grpc": self.triton_grpc,
             "triton_http": self.triton_http,
+            "flower_url": self.flower_url,
+            "flower_user": FLOWER_USER,
+            "flower_password_file": str(self.flower_password_file) if self.flower_password_file else None,
             "pids": {
                 "broker": self._broker.pid if self._broker else None,
                 "triton": self._triton.pid if self._triton else None,
                 "worker": [worker.pid for worker in self._workers],
+                "flower": self._flower.pid if self._flower else None,
             },
         }
         draft = path.with_name(path.name + ".part")
@@ -179,7 +209,7 @@ class Stack:
         if self.parts:
             self._progress("stopping")
         await asyncio.gather(*(worker.stop() for worker in self._workers))
-        for part in (self._triton, self._broker):
+        for part in (self._flower, self._triton, self._broker):
             if part is not None:
                 await part.stop()
         if self._lock is not None:
