@@ -5,10 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo up test check bench digits clean
+# Commands that tests need beside Python, each with the Debian package that has it.
+SYSTEM_COMMANDS := chromium:chromium
+
+.PHONY: help demo up test check bench digits screenshots system-packages clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
 
 demo: $(VENV)/.embedded  ## set up, then classify real digits with a stack of its own (ARGS=--keep)
 	$(BIN)/samphire demo $(ARGS)
@@ -16,7 +19,7 @@ demo: $(VENV)/.embedded  ## set up, then classify real digits with a stack of it
 up: $(VENV)/.embedded  ## run the stack on this machine until Ctrl-C
 	$(BIN)/samphire up $(ARGS)
 
-test: $(VENV)/.dev  ## run the tests, against real servers (ARGS="-k lane")
+test: $(VENV)/.dev system-packages  ## run the tests, against real servers (ARGS="-k lane")
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev  ## formatting, lints, types, import rules
@@ -30,6 +33,23 @@ bench: $(VENV)/.dev  ## measure Samphire beside a straight client and a plain Ce
 
 digits: $(VENV)/.dev  ## train the shipped digits model again
 	$(BIN)/python -m samphire_workers.training.digits model_repository
+
+screenshots: $(VENV)/.dev system-packages  ## take the pictures of Flower in docs/ again
+	SAMPHIRE_SCREENSHOTS=docs $(BIN)/python -m pytest tests/test_flower.py -k browser
+
+# Root installs what is missing; anyone else is told, and the tests that need it are skipped.
+system-packages:
+	@missing=; for pair in $(SYSTEM_COMMANDS); do \
+	  command -v "$${pair%%:*}" > /dev/null || missing="$$missing $${pair##*:}"; \
+	done; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  echo "installing$$missing"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing \
+	    > /dev/null; \
+	else \
+	  echo "not installed, some tests need them:$$missing"; \
+	fi
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

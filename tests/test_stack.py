@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -17,7 +18,17 @@ import pytest
 from samphire import Client, SamphireError, keys
 from samphire_broker.embedded.ports import LOOPBACK, choose_port
 from samphire_broker.embedded.triton import SHARED_MEMORY
-from tests.stacks import SAMPHIRE, Up, clean_environment, eventually, running_stack, running_valkey, start_up, stop
+from tests.stacks import (
+    PORT_FLAGS,
+    SAMPHIRE,
+    Up,
+    clean_environment,
+    eventually,
+    running_stack,
+    running_valkey,
+    start_up,
+    stop,
+)
 
 X = np.ones((1, 4), np.float32)
 TIMEOUT_S = 60
@@ -156,13 +167,16 @@ def run_up(tmp_path: Path, *options: str, env: dict[str, str] | None = None) -> 
     )
 
 
-def test_a_taken_port_names_the_flag(tmp_path: Path, stack: Up) -> None:
+@pytest.mark.parametrize(("flag", "address"), [("--broker-port", "broker_url"), ("--flower-port", "flower_url")])
+def test_a_taken_port_names_the_flag(tmp_path: Path, stack: Up, flag: str, address: str) -> None:
     """And starts nothing."""
-    taken = stack.broker_url.rpartition(":")[2].partition("/")[0]
-    ended = run_up(tmp_path, "--broker-port", taken)
+    taken = str(urlsplit(stack.ready[address]).port)
+    free = [option for other in PORT_FLAGS if other != flag for option in (other, "0")]
+    ended = run_up(tmp_path, flag, taken, *free)
     assert ended.returncode == 1
     assert f"port {taken} on 127.0.0.1 is taken" in ended.stderr
-    assert "--broker-port" in ended.stderr
+    assert flag in ended.stderr
+    assert "starting" not in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -86,6 +86,7 @@ def flower_spec(data_dir: Path, port: int, broker_url: str, password: str) -> Pa
             "FLOWER_BASIC_AUTH": credentials,
             "FLOWER_MAX_TASKS": str(MAX_TASKS),
             "FLOWER_PERSISTENT": "false",
+            "FLOWER_TASKS_COLUMNS": "name,kwargs,uuid,state,received,runtime,worker",
         },
         log_file=data_dir / "logs" / "flower.log",
         address=f"http://{LOOPBACK}:{port}",
