@@ -17,8 +17,8 @@ from kombu import Connection
 from kombu.compression import compress
 
 from samphire import keys
-from samphire.contract import InferRequest, InputTensor
-from samphire.envelope import decode_body, decode_envelope, describe, encode_message, new_task_id
+from samphire.contract import INFER_TASK, InferRequest, InputTensor
+from samphire.envelope import decode_body, decode_envelope, describe, encode_task, new_task_id
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 from samphire_broker.queues import inference_queue, intake
 from tests.stacks import Valkey
@@ -30,7 +30,7 @@ def test_kombu_reads_what_the_sdk_writes(valkey: Valkey) -> None:
     """A stock kombu consumer gets task, id and arguments out of an SDK message."""
     task_id = new_task_id()
     queue = inference_queue("digits", "acme")
-    message = encode_message(task_id, REQUEST, queue.name, 0, "events:1")
+    message = encode_task(INFER_TASK, task_id, REQUEST, queue.name, 0, headers={"samphire_stream": "events:1"})
     valkey.client.lpush(queue.name, message)
     with Connection(valkey.url) as connection:
         received = connection.SimpleQueue(queue).get(timeout=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -15,7 +16,7 @@ from samphire.direct import DirectConnection
 from samphire.errors import BrokerMemoryFullError, BrokerUnavailableError, ClientClosedError, QueueFullError
 from samphire.publisher import Publisher
 from samphire_broker.settings import Settings
-from samphire_broker.store import Claimed, DeadLetter, LeaseLostError, Settlement, Store, Turn, WorkerInfo
+from samphire_broker.store import Claimed, LeaseLostError, Letter, OtherEnd, Settlement, Store, Turn, WorkerInfo
 from tests.proxy import cutting_proxy
 from tests.stacks import Valkey
 
@@ -46,6 +47,12 @@ class Worker:
         task_id = claim.message.decode()
         settlement = Settlement(claim.field, task_id, "succeeded", meta, "events:c")
         return (await self.store.settle([settlement]))[0]
+
+
+def failed(claim: Claimed, task_id: str, letter: Letter | None = None, stream: str = "") -> Settlement:
+    """The settlement of a failure."""
+    letter = letter or Letter(task_id, "m", "r", "e", 0)
+    return Settlement(claim.field, task_id, "failed", '{"status":"FAILURE"}', stream, letter=letter)
 
 
 @asynccontextmanager
@@ -79,6 +86,7 @@ def everywhere(valkey: Valkey) -> list[str]:
     found = [message for key in LISTS for message in client.lrange(key, 0, -1)]
     for key in client.scan_iter("worker:*:inflight"):
         found += client.hvals(key)
+    found += [value.partition(b" ")[2] for value in client.hvals(keys.SCHEDULED_MESSAGES)]
     found += [client.hget(keys.DEAD_PREFIX + letter.decode(), "message") for letter in client.zrange(keys.DEAD, 0, -1)]
     return sorted(message.decode() for message in found)
 
@@ -272,8 +280,8 @@ def test_two_duplicates_under_way_end_once(valkey: Valkey) -> None:
                 for n, c in enumerate((one, two))
             ]
             assert await w.store.settle(both) == [1, 1]
-            letter = DeadLetter(three.field, "a", "a", '{"status":"FAILURE"}', "events:c", "m", "r", "e", 0)
-            assert await w.store.fail([letter]) == [1]
+            letter = failed(three, "a", stream="events:c")
+            assert await w.store.settle([letter]) == [1]
             assert await w.store.release([four.field]) == 1
         assert json.loads(valkey.client.get(keys.meta_key("a")))["n"] == 0
         assert valkey.client.xlen("events:c") == 1
@@ -316,11 +324,9 @@ def test_a_failed_task_becomes_a_dead_letter(valkey: Valkey) -> None:
         push(valkey, "a", priority=6)
         async with worker(valkey) as w:
             (claim,) = await w.claim()
-            letter = DeadLetter(
-                claim.field, "a", "a", '{"status":"FAILURE"}', "events:c", "m", "invalid_input", "Error: bad", 2
-            )
-            assert await w.store.fail([letter]) == [1]
-            assert await w.store.fail([letter]) == [0]
+            letter = failed(claim, "a", Letter("a", "m", "invalid_input", "Error: bad", 2), stream="events:c")
+            assert await w.store.settle([letter]) == [1]
+            assert await w.store.settle([letter]) == [0]
         assert status(valkey, "a") == "FAILURE"
         kept = valkey.client.hgetall("dead:a")
         assert kept.pop(b"died_at")
@@ -335,7 +341,119 @@ def test_a_failed_task_becomes_a_dead_letter(valkey: Valkey) -> None:
             b"worker": b"w1",
         }
         assert valkey.client.ttl("dead:a") > 0
-        assert [fields for _, fields in valkey.client.xrange("events:c")] == [{b"failed": b"a"}]
+        event = {b"failed": b"a", b"result": b'{"status":"FAILURE"}'}  # settled alone, and small
+        assert [fields for _, fields in valkey.client.xrange("events:c")] == [event]
+
+    run(test)
+
+
+def test_next_steps_and_the_ends_of_others_are_committed_with_the_end(valkey: Valkey) -> None:
+    """A lost claim commits none of them; a key of another type loses no message; an end stands once."""
+
+    async def test() -> None:
+        push(valkey, "a", "b")
+        valkey.client.set("inference.text", "no list")
+        valkey.client.set(keys.meta_key("ended"), '{"status":"SUCCESS"}')
+        async with worker(valkey) as w, worker(valkey, "w2") as other:
+            one, two = await w.claim()
+            step = Settlement(
+                one.field,
+                "a",
+                "succeeded",
+                '{"status":"SUCCESS"}',
+                "events:c",
+                pushes=(("inference.n", "first"), ("inference.n", "second"), ("inference.text", "third")),
+                others=(
+                    OtherEnd("later", "failed", '{"status":"FAILURE"}', "events:d"),
+                    OtherEnd("ended", "failed", '{"status":"FAILURE"}', "events:d"),
+                ),
+            )
+            assert await other.store.settle([step]) == [0]
+            assert not valkey.client.exists("inference.n")
+            assert await w.store.settle([step]) == [1]
+            assert await w.store.settle([step._replace(field=two.field)]) == [1]  # a duplicate owes nothing more
+        assert valkey.client.lrange("inference.n", 0, -1) == [b"second", b"first"]
+        assert valkey.client.lrange("inference.text:returned", 0, -1) == [b"third"]
+        assert (status(valkey, "later"), status(valkey, "ended")) == ("FAILURE", "SUCCESS")
+        assert [fields for _, fields in valkey.client.xrange("events:d")] == [{b"failed": b"later"}]
+
+    run(test)
+
+
+def test_a_result_to_be_ignored_leaves_nothing(valkey: Valkey) -> None:
+    """Not even the running state."""
+
+    async def test() -> None:
+        push(valkey, "a")
+        async with worker(valkey) as w:
+            (claim,) = await w.claim()
+            await w.start([claim])
+            assert status(valkey, "a") == "STARTED"
+            assert await w.settle(claim, "") == 1
+        assert status(valkey, "a") is None
+
+    run(test)
+
+
+def test_scheduled_tasks_wait_for_their_time(valkey: Valkey) -> None:
+    """Out of the worker's hands; the earliest stands first when they return; a lost claim schedules nothing."""
+
+    async def test() -> None:
+        push(valkey, "a", "b", "c")
+        async with worker(valkey) as w, worker(valkey, "w2") as other:
+            claims = await w.claim()
+            now = time.time()
+            due = [now - 1, now - 2, now + 60]
+            tasks = [(claim.field, claim.message.decode(), at) for claim, at in zip(claims, due, strict=True)]
+            assert await other.store.schedule(tasks) == 0
+            assert await w.store.schedule(tasks) == 3
+            assert await w.store.schedule(tasks) == 0
+            assert valkey.client.hlen("worker:w1:inflight") == 0
+            assert everywhere(valkey) == ["a", "b", "c"]
+            assert await w.store.return_due() == 2
+            assert [claim.message for claim in await other.claim()] == [b"b", b"a"]
+            assert await w.store.return_due() == 0
+        assert valkey.client.zrange(keys.SCHEDULED, 0, -1) == [b"c"]
+
+    run(test)
+
+
+META = '{"status":"REVOKED","task_id":"","result":{}}'
+
+
+def test_what_has_not_started_can_be_cancelled(valkey: Valkey) -> None:
+    """Queued and scheduled end at once; started and ended ones say what they are; the message is dropped later."""
+
+    async def test() -> None:
+        push(valkey, "queued", "running", "done", "later")
+        async with worker(valkey) as w:
+            claims = {claim.message.decode(): claim for claim in await w.claim()}
+            await w.start([claims["running"], claims["done"]])
+            await w.settle(claims["done"])
+            await w.store.schedule([(claims["later"].field, "later", time.time() + 60)])
+            await w.store.release([claims["queued"].field])
+            valkey.client.rpush(keys.CANCELS, "events:c queued", " running", "no-space", "events:c done")
+            assert await w.store.cancel(META, ["later", "queued"]) == {
+                "queued": "REVOKED",  # asked for twice
+                "running": "STARTED",
+                "done": "SUCCESS",
+                "later": "cancelled",
+            }
+            assert valkey.client.exists(keys.CANCELS, keys.SCHEDULED, keys.SCHEDULED_MESSAGES) == 0
+            assert [status(valkey, name) for name in ("queued", "later")] == ["REVOKED", "REVOKED"]
+            assert json.loads(valkey.client.get(keys.meta_key("later")))["task_id"] == "later"
+            assert [fields for _, fields in valkey.client.xrange("events:c")][-1] == {b"cancelled": b"queued"}
+            assert everywhere(valkey) == ["later", "queued", "running"]
+            valkey.client.delete(keys.meta_key("later"))  # its result has expired, the mark has not
+            dropped = await w.claim()
+            assert w.store.suspects
+            assert await w.start(dropped) == [-3, -3]
+            ends = [Settlement(claim.field, claim.message.decode(), "cancelled", META, "") for claim in dropped]
+            assert await w.store.settle(ends) == [1, 1]
+            assert everywhere(valkey) == ["running"]
+            assert not valkey.client.exists(keys.CANCELLED)
+            assert await w.claim() == []
+            assert not w.store.suspects
 
     run(test)
 
@@ -387,9 +505,7 @@ def test_a_lost_workers_claims_return_and_only_started_ones_count(valkey: Valkey
             assert (await other.store.reap("w1", None)).moved == -1  # its lease still holds
             assert await other.store.reap("w1", beat) == (3, 1, 0)
             assert await lost.settle(claims[0]) == 0
-            assert await lost.store.fail(
-                [DeadLetter(claims[1].field, "b", "b", "{}", "", "m", "model_fault", "", 0)]
-            ) == [0]
+            assert await lost.store.settle([failed(claims[1], "b")]) == [0]
             again = await other.claim()
             assert [claim.message for claim in again] == [b"a", b"b", b"c"]
             assert other.store.suspects
@@ -487,8 +603,8 @@ def test_work_is_finished_when_memory_is_full(valkey: Valkey) -> None:
             one, two = await w.claim()
             assert await w.start([one, two]) == [0, 0]
             assert await w.settle(one) == 1
-            letter = DeadLetter(two.field, "b", "b", '{"status":"FAILURE"}', "", "m", "r", "e", 0)
-            assert await w.store.fail([letter]) == [1]
+            letter = failed(two, "b")
+            assert await w.store.settle([letter]) == [1]
         assert (status(valkey, "a"), status(valkey, "b")) == ("SUCCESS", "FAILURE")
 
     run(test)

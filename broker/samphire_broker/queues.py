@@ -7,6 +7,7 @@ from kombu.entity import Exchange, Queue
 from samphire import keys
 
 CONTROL_QUEUE = "samphire.control"
+TRAINING = "training"
 
 
 def control() -> Queue:
@@ -22,6 +23,16 @@ def inference_queue(model: str, tenant: str = "") -> Queue:
 def intake() -> Queue:
     """The queue for producers that do not know models: lanes move its tasks on to the model's queue."""
     return _named(keys.INTAKE)
+
+
+def refuse_queue(queue: str) -> str | None:
+    """Why a stock consumer must not consume from a queue; None where it may."""
+    if queue == keys.INTAKE or queue.startswith(f"{keys.INTAKE}.") or queue == TRAINING:
+        return (
+            f"the queue {queue!r} belongs to Samphire's lanes, which serve it in every worker of samphire_workers: "
+            f"the stock consumer loses messages when it is killed. Leave out -Q, or name other queues"
+        )
+    return None
 
 
 def _named(name: str) -> Queue:

@@ -13,6 +13,7 @@ from celery import Celery
 from samphire.contract import INFER_TASK
 from samphire_broker.queues import control, intake
 from samphire_broker.settings import Settings
+from samphire_workers.lane import control as control_commands
 from samphire_workers.lane.step import LaneStep
 
 _settings = Settings()
@@ -38,9 +39,10 @@ app.conf.update(
     },
 )
 app.steps["worker"].add(LaneStep)
+assert control_commands  # importing it is what takes effect
 
 
-@app.task(name=INFER_TASK)  # type: ignore[untyped-decorator]
+@app.task(name=INFER_TASK, shared=False)  # type: ignore[untyped-decorator]
 def infer(*_args: Any, **_kwargs: Any) -> NoReturn:
     """Registered under its name for producers and `inspect`; the lane serves it, never this body."""
     raise RuntimeError(f"{INFER_TASK} reached the stock consumer: send it to an inference queue")

@@ -157,10 +157,11 @@ class Endpoint:
             decoupled=config.model_transaction_policy.decoupled,
         )
 
-    async def models(self) -> set[str]:
-        """Names of the models in the server's repository, ready or not; none if that is not to be known."""
+    async def models(self, *, ready: bool = False) -> set[str]:
+        """Names of the models in the server's repository, or of those that are ready; none if it does not tell."""
+        request = service_pb2.RepositoryIndexRequest(ready=ready)
         try:
-            index = await self._call("RepositoryIndex", service_pb2.RepositoryIndexRequest(), CONTROL_TIMEOUT_S)
+            index = await self._call("RepositoryIndex", request, CONTROL_TIMEOUT_S)
         except EndpointUnavailableError as error:
             if "restricted" not in str(error):
                 raise

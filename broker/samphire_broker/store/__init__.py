@@ -2,8 +2,9 @@
 
 from samphire_broker.store.store import (
     Claimed,
-    DeadLetter,
     LeaseLostError,
+    Letter,
+    OtherEnd,
     Reaped,
     Settlement,
     Store,
@@ -11,4 +12,14 @@ from samphire_broker.store.store import (
     WorkerInfo,
 )
 
-__all__ = ["Claimed", "DeadLetter", "LeaseLostError", "Reaped", "Settlement", "Store", "Turn", "WorkerInfo"]
+__all__ = [
+    "Claimed",
+    "LeaseLostError",
+    "Letter",
+    "OtherEnd",
+    "Reaped",
+    "Settlement",
+    "Store",
+    "Turn",
+    "WorkerInfo",
+]

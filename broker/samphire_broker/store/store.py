@@ -8,7 +8,7 @@ by the in-flight field and may be repeated.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NamedTuple
@@ -26,6 +26,10 @@ STREAM_MAX_LENGTH = 1_000
 """Entries, each of a settled batch; a client that misses some finds its results all the same."""
 INLINE_RESULT_BYTES = 1024
 STREAM_TTL_S = 3600
+CANCELLED_TTL_S = 7 * 86_400
+CANCELS_MAX = 500
+DUE_MAX = 500
+CATALOGUE_TTL_S = 60
 BATCH_MAX = 1000
 """Most tasks that one call of a script takes."""
 
@@ -61,30 +65,41 @@ class Claimed(NamedTuple):
         return self.field.partition(":")[2]
 
 
-class Settlement(NamedTuple):
-    """The end of a task that is no failure."""
+class Letter(NamedTuple):
+    """The dead letter that a failure leaves."""
 
-    field: str
-    task_id: str
-    state: str
-    meta: str
-    stream: str
-    blobs: tuple[str, ...] = ()
-    """Claim checks to delete."""
-
-
-class DeadLetter(NamedTuple):
-    """The end of a task, or of an unreadable message, that failed."""
-
-    field: str
     letter_id: str
-    task_id: str
-    meta: str
-    stream: str
     model: str
     reason: str
     error: str
     attempts: int
+
+
+class OtherEnd(NamedTuple):
+    """The end of another task that this one's end brings about: the steps after a failed one."""
+
+    task_id: str
+    state: str
+    meta: str
+    stream: str
+
+
+class Settlement(NamedTuple):
+    """The end of a task, or of a message that cannot be read, and all that is committed with it."""
+
+    field: str
+    task_id: str
+    """Empty where it cannot be read."""
+    state: str
+    meta: str
+    """Result as Celery stores it, JSON; empty for a task whose result is to be ignored."""
+    stream: str
+    blobs: tuple[str, ...] = ()
+    """Claim checks to delete."""
+    pushes: tuple[tuple[str, str], ...] = ()
+    """Next steps: (list, message); text, since Lua's MessagePack knows no bytes."""
+    others: tuple[OtherEnd, ...] = ()
+    letter: Letter | tuple[()] = ()
 
 
 class Reaped(NamedTuple):
@@ -129,8 +144,8 @@ class Store:
         self._started = f"{self._lease}:started"
         self._next_number = 1
         self.suspects = True
-        """Whether some task was started by a worker that was lost, as of the last claim."""
-        names = ("beat", "claim", "start", "settle", "fail", "release", "route", "reap")
+        """Whether some task was started by a worker that was lost, or was cancelled, as of the last claim."""
+        names = ("beat", "claim", "start", "settle", "release", "route", "reap", "schedule", "due", "cancel")
         self._scripts = {name: _script(name) for name in names}
 
     async def close(self) -> None:
@@ -175,7 +190,7 @@ class Store:
             args += (turn.share, turn.group + 1)  # Lua counts from 1
         args += rooms
         lists = [turn.list_key for turn in turns]
-        key_names = [self._lease, self._inflight, keys.SUSPECTS, *lists]
+        key_names = [self._lease, self._inflight, keys.SUSPECTS, keys.CANCELLED, *lists]
         try:
             reply = await self._run("claim", key_names, args, self._claims)
         except ProtocolError as error:
@@ -206,23 +221,53 @@ class Store:
         """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
         args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, info.hostname, info.pid]
         args.append(_pack(tasks))
-        verdicts: list[int] = await self._run("start", [self._inflight, self._started], args, self._starts)
+        key_names = [self._inflight, self._started, keys.CANCELLED]
+        verdicts: list[int] = await self._run("start", key_names, args, self._starts)
         return verdicts
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
         """End tasks, at most `BATCH_MAX`; 1 for each that was still ours, 0 for each that was not."""
         args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
-        args += [INLINE_RESULT_BYTES, _pack(settlements)]
-        ours: list[int] = await self._run("settle", [self._inflight, self._started], args, self._endings)
+        args += [INLINE_RESULT_BYTES, keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
+        args.append(_pack(settlements))
+        key_names = [self._inflight, self._started, keys.DEAD, keys.CANCELLED]
+        ours: list[int] = await self._run("settle", key_names, args, self._endings)
         return ours
 
-    async def fail(self, letters: Sequence[DeadLetter]) -> list[int]:
-        """End tasks as dead letters, at most `BATCH_MAX`; 1 for each that was still ours."""
+    async def schedule(self, tasks: Sequence[tuple[str, str, float]]) -> int:
+        """Put claims (field, task id, time in s since 1970) aside until their time; how many were still ours."""
+        args = [part for task in tasks for part in task]
+        key_names = [self._inflight, self._started, keys.SCHEDULED, keys.SCHEDULED_MESSAGES]
+        return int(await self._run("schedule", key_names, args))
+
+    async def return_due(self) -> int:
+        """Return scheduled tasks whose time has come to their queues, at most `DUE_MAX`; how many."""
+        return int(await self._run("due", [keys.SCHEDULED, keys.SCHEDULED_MESSAGES], [keys.WAKE_CHANNEL, DUE_MAX]))
+
+    async def cancel(self, meta: str, task_ids: Sequence[str] = ()) -> dict[str, str]:
+        """End tasks that have not started: those that clients ask for, at most `CANCELS_MAX`, and `task_ids`.
+
+        Args:
+            meta: the result to store, with an empty task id.
+            task_ids: tasks that nobody but the stored result tells about.
+
+        Returns:
+            "cancelled" by task id, or Celery's state of a task that is past cancelling.
+        """
         args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
-        args += [keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
-        args.append(_pack(letters))
-        ours: list[int] = await self._run("fail", [self._inflight, self._started, keys.DEAD], args, self._endings)
-        return ours
+        args += [CANCELLED_TTL_S, meta, keys.WAKE_CHANNEL, CANCELS_MAX]
+        args += [f" {task_id}" for task_id in task_ids]
+        key_names = [keys.CANCELS, keys.CANCELLED, keys.SCHEDULED, keys.SCHEDULED_MESSAGES]
+        reply = [key_text(value) for value in await self._run("cancel", key_names, args)]
+        return dict(zip(reply[::2], reply[1::2], strict=True))
+
+    async def publish_catalogue(self, signatures: Mapping[str, bytes], gone: Collection[str]) -> None:
+        """Tell clients what the models take, and which are gone; what no worker renews expires."""
+        if gone:
+            await self._rest.execute("HDEL", keys.CATALOGUE, *gone)
+        if signatures:
+            await self._rest.execute("HSET", keys.CATALOGUE, *(part for item in signatures.items() for part in item))
+            await self._rest.execute("EXPIRE", keys.CATALOGUE, CATALOGUE_TTL_S)
 
     async def release(self, fields: Sequence[str]) -> int:
         """Hand claims back to the heads of their lists; returns how many were still ours."""

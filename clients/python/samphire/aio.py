@@ -14,8 +14,16 @@ from typing import Any, Literal, Self, overload
 
 from samphire import keys
 from samphire.connection import DEFAULT_BROKER_URL, redact
-from samphire.contract import InferRequest, InputTensor, Ref, RequestedOutput, check_model_name, check_tenant
-from samphire.envelope import encode_message, new_task_id
+from samphire.contract import (
+    INFER_TASK,
+    InferRequest,
+    InputTensor,
+    Ref,
+    RequestedOutput,
+    check_model_name,
+    check_tenant,
+)
+from samphire.envelope import describe, encode_task, new_task_id
 from samphire.errors import ClientClosedError, InvalidInputError, ResultTimeoutError, SamphireError
 from samphire.keys import Priority
 from samphire.publisher import Publisher
@@ -311,7 +319,15 @@ class _Encoder:
         check_request_size(sizes, self._request_limit)
         request = self._template
         request.inputs = tensors
-        message = encode_message(task_id, request, self._queue, self._priority, self._stream)
+        message = encode_task(
+            INFER_TASK,
+            task_id,
+            request,
+            self._queue,
+            self._priority,
+            kwargsrepr=describe(request),
+            headers={"samphire_stream": self._stream},
+        )
         return task_id, message, blobs
 
 

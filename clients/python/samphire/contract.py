@@ -20,6 +20,8 @@ from samphire.errors import InvalidInputError
 
 CONTRACT_VERSION = 1
 INFER_TASK = "samphire.infer"
+CHORD_PART_TASK = "samphire.chord_part"
+"""What a worker sends itself when a task of a chord has ended; no producer needs it."""
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 _TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -34,16 +36,21 @@ class Ref(Struct, forbid_unknown_fields=True):
 
 
 class InputTensor(Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """One input; exactly one of `data`, `raw` and `ref` holds the values."""
+    """One input; exactly one of `data`, `raw`, `ref` and `from` says where the values are."""
 
     name: str
-    datatype: str
-    shape: list[int]
+    datatype: str = ""
+    shape: list[int] = []
+    """Datatype and shape go without saying where `from` is given."""
     data: Raw | UnsetType = UNSET
     """JSON values, flat or nested, row-major; kept undecoded until the tensor is needed."""
     raw: str | UnsetType = UNSET
     """Base64 of little-endian bytes."""
     ref: Ref | UnsetType = UNSET
+    from_: str | UnsetType = msgspec.field(name="from", default=UNSET)
+    """Name of an output of the task before this one in a chain, whose result is the first argument."""
+    part: int | UnsetType = UNSET
+    """With `from` after a group: whose output of the group's; without it all are joined along the first dimension."""
 
 
 class RequestedOutput(Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -110,11 +117,17 @@ class Headers(Struct, forbid_unknown_fields=False):
     task: str
     eta: str | None = None
     expires: str | float | None = None
+    timelimit: tuple[float | None, float | None] | None = None
+    """Hard and soft limit in s."""
+    ignore_result: bool | None = None
+    retries: int | None = None
     root_id: str | None = None
     parent_id: str | None = None
     compression: str | None = None
     samphire_stream: str = ""
     """Key of the event stream of the client that waits."""
+    samphire_deadline: float | None = None
+    """When the answer is of no use any more, in s since 1970."""
 
 
 class Properties(Struct):
@@ -141,9 +154,25 @@ class Canvas(Struct):
     chain: list[Any] | None = None
     chord: Any = None
 
+    def __bool__(self) -> bool:
+        """Whether there is a next step, or anybody to be told of a failure."""
+        return bool(self.callbacks or self.errbacks or self.chain or self.chord)
+
 
 Body = tuple[list[Raw], InferRequest, Canvas]
 """Body of a `samphire.infer` message: positional arguments, keyword arguments, canvas."""
+
+
+class ChordPart(Struct, forbid_unknown_fields=True):
+    """Keyword arguments of `samphire.chord_part`: the end of a task that belongs to a chord."""
+
+    request: dict[str, Any]
+    """What Celery's backend reads of the task's request: id, group, group_index, chord, root_id."""
+    state: str
+    result: Any
+
+
+ChordPartBody = tuple[list[Raw], ChordPart, Any]
 
 
 def check_model_name(model: str) -> None:

@@ -13,18 +13,22 @@ import lzma
 import os
 import socket
 import zlib
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
 import msgspec
+from msgspec import UNSET
 
-from samphire.contract import INFER_TASK, Body, Envelope, InferRequest
+from samphire.contract import Body, ChordPart, ChordPartBody, Envelope, InferRequest
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 
 _encode = msgspec.json.Encoder().encode
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
 _decode_body = msgspec.json.Decoder(Body).decode
+_decode_chord_part = msgspec.json.Decoder(ChordPartBody).decode
 _NO_CANVAS: dict[str, Any] = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+_NO_HEADERS: dict[str, Any] = {}
 _ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
 
 
@@ -51,22 +55,34 @@ def new_task_id() -> str:
 
 def describe(request: InferRequest) -> str:
     """The request without its numbers, for Celery's argsrepr and for logs: `image FP32[1,64]`."""
-    tensors = ", ".join(f"{t.name} {t.datatype}{t.shape}".replace(" [", "[") for t in request.inputs[:8])
+    tensors = ", ".join(
+        f"{t.name} {t.datatype}{t.shape}" if t.from_ is UNSET else f"{t.name} from {t.from_}"
+        for t in request.inputs[:8]
+    )
     version = f" v{request.model_version}" if request.model_version else ""
     return f"{request.model_name}{version}: {tensors}"[:400]
 
 
-def encode_message(task_id: str, request: InferRequest, queue: str, priority: int, stream: str) -> bytes:
-    """One `samphire.infer` message, ready to be pushed to a queue's list."""
-    body = _encode(([], request, _NO_CANVAS)).decode()
+def encode_task(
+    task: str,
+    task_id: str,
+    kwargs: object,
+    queue: str,
+    priority: int,
+    *,
+    kwargsrepr: str = "",
+    canvas: Mapping[str, Any] = _NO_CANVAS,
+    headers: Mapping[str, Any] = _NO_HEADERS,
+) -> bytes:
+    """One protocol-2 message, ready to be pushed to a queue's list; `headers` replace those of an ordinary task."""
     return _encode(
         {
-            "body": body,
+            "body": _encode(([], kwargs, canvas)).decode(),
             "content-encoding": "utf-8",
             "content-type": "application/json",
             "headers": {
                 "lang": "py",
-                "task": INFER_TASK,
+                "task": task,
                 "id": task_id,
                 "root_id": task_id,
                 "parent_id": None,
@@ -76,10 +92,10 @@ def encode_message(task_id: str, request: InferRequest, queue: str, priority: in
                 "expires": None,
                 "timelimit": [None, None],
                 "argsrepr": "()",
-                "kwargsrepr": describe(request),
+                "kwargsrepr": kwargsrepr,
                 "origin": _ORIGIN,
                 "ignore_result": False,
-                "samphire_stream": stream,
+                **headers,
             },
             "properties": {
                 "correlation_id": task_id,
@@ -121,6 +137,19 @@ def decode_body(envelope: Envelope, max_bytes: int) -> Body:
         InvalidInputError: another serializer than JSON, a broken body, or arguments that are not a request.
         PayloadTooLargeError: it decompresses to more than `max_bytes`.
     """
+    data = _open_body(envelope, max_bytes)
+    body: Body = _parse(_decode_body, data, "the arguments are not an inference request")
+    return body
+
+
+def decode_chord_part(envelope: Envelope, max_bytes: int) -> ChordPart:
+    """Read the body of a `samphire.chord_part` message; raises as `decode_body` does."""
+    data = _open_body(envelope, max_bytes)
+    body: ChordPartBody = _parse(_decode_chord_part, data, "the arguments are not the part of a chord")
+    return body[1]
+
+
+def _open_body(envelope: Envelope, max_bytes: int) -> bytes | str:
     if envelope.content_type != "application/json":
         raise InvalidInputError(
             f"expected the content type application/json, given {envelope.content_type!r}: "
@@ -134,8 +163,7 @@ def decode_body(envelope: Envelope, max_bytes: int) -> Body:
             raise InvalidInputError(f"the body is not base64: {error}") from error
     if envelope.headers.compression:
         data = _decompress(data if isinstance(data, bytes) else data.encode(), envelope.headers.compression, max_bytes)
-    body: Body = _parse(_decode_body, data, "the arguments are not an inference request")
-    return body
+    return data
 
 
 def _decompress(data: bytes, compression: str, max_bytes: int) -> bytes:

@@ -117,7 +117,11 @@ def _tree(root: type[SamphireError]) -> dict[str, type[SamphireError]]:
     return found
 
 
-_BY_NAME = _tree(SamphireError)
+_BY_NAME = _tree(SamphireError) | {
+    "TimeLimitError": EndpointTimeoutError,  # a worker's own name for the time limit of a Celery producer
+    "TimeLimitExceeded": EndpointTimeoutError,  # Celery's, as it is stored
+    "SoftTimeLimitExceeded": EndpointTimeoutError,
+}
 
 
 def error_from_name(name: str, message: str) -> SamphireError:

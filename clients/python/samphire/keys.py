@@ -6,6 +6,7 @@ Written by producers (an ACL can hold them to these):
     <queue>\\x06\\x163|6|9         LIST    the same, priorities 3 (normal), 6 (low) and 9
     sub:queues                   SET     names of the queues that the SDK has submitted to
     sub:blob:<task id>:<n>       STRING  claim check of a task's n-th tensor; expires
+    sub:cancels                  LIST    requests to cancel: "<event stream or nothing> <task id>"
     sub:wake                     CHANNEL a queue was empty and no longer is
 
     A queue is `inference.<model>`, `inference.<model>@<tenant>`, or the intake `inference`.
@@ -15,6 +16,10 @@ Written by workers only:
     celery-task-meta-<id>        STRING  state and result, JSON as Celery's; a CHANNEL of the same name gets
                                          the terminal one, which expires
     task:<id>                    HASH    attempts: workers lost with this task started; expires
+    scheduled                    ZSET    ids of tasks that wait for their time, by that time
+    scheduled:messages           HASH    task id -> "<queue list> <message>"
+    cancelled                    SET     ids of tasks that were cancelled before they were claimed; expires
+    catalogue                    HASH    model -> its signature, JSON; expires when no worker renews it
     suspects                     STRING  present while some task:<id> may be; expires
     result:blob:<id>:<n>         STRING  claim check of an output; expires
     events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
@@ -41,6 +46,7 @@ from typing import Literal
 
 INTAKE = "inference"
 QUEUES = "sub:queues"
+CANCELS = "sub:cancels"
 WAKE_CHANNEL = "sub:wake"
 BLOB_PREFIX = "sub:blob:"
 RESULT_BLOB_PREFIX = "result:blob:"
@@ -50,6 +56,10 @@ STREAM_PREFIX = "events:"
 WORKERS = "workers"
 WORKER_PREFIX = "worker:"
 CONNECTION_PREFIX = "samphire:"
+SCHEDULED = "scheduled"
+SCHEDULED_MESSAGES = "scheduled:messages"
+CANCELLED = "cancelled"
+CATALOGUE = "catalogue"
 SUSPECTS = "suspects"
 DEAD = "dead"
 DEAD_PREFIX = "dead:"

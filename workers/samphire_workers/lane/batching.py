@@ -7,6 +7,7 @@ no number is touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from samphire.errors import ModelFaultError
 from samphire.tensors import join_elements, split_elements
@@ -27,6 +28,8 @@ def group(requests: Sequence[Request], signature: ModelSignature) -> list[list[R
         if key is None:
             batches.append([request])
             continue
+        if request.times.limit != inf or request.times.soft_limit != inf:
+            key = (key, request.times.limit, request.times.soft_limit)  # nobody's limit is another's
         members, rows, nbytes = open_batches.get(key, ([], 0, 0))
         rows += request.rows
         nbytes += request.nbytes

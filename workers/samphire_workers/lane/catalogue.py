@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+
+import msgspec
 
 from samphire import keys
 from samphire.errors import EndpointUnavailableError, SamphireError, TransientError
@@ -16,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 FRESH_S = 2.0
 """A signature in use is looked up again after this long, so new versions are noticed."""
+
+UNUSED_FRESH_S = 30.0
+"""And one that is not in use, which clients may still want to know."""
 
 CHECK_S = 0.5
 
@@ -37,6 +42,10 @@ class Catalogue:
         found = self._checkers.get(model)
         self._used.add(model)
         return found[0] if found else None
+
+    def signatures(self) -> dict[str, bytes]:
+        """What is known of the models, as clients read it."""
+        return {model: msgspec.json.encode(checker.signature) for model, (checker, _) in self._checkers.items()}
 
     async def checker(self, model: str, *, fresh: bool = False) -> Checker:
         """Return the checker of a model, from memory or from an endpoint.
@@ -83,13 +92,14 @@ class Catalogue:
             if not self._endpoints.some_ready.is_set():
                 continue
             try:
-                self.queues = {keys.queue_name(model) for model in await self._endpoints.pick().models()}
+                endpoint = self._endpoints.pick()
+                self.queues = {keys.queue_name(model) for model in await endpoint.models()}
+                ready = await endpoint.models(ready=True)
             except SamphireError:
                 continue
-            oldest = time.monotonic() - FRESH_S
-            stale = {model for model in self._used if model not in self._checkers or self._checkers[model][1] < oldest}
+            stale = self._stale(self._used, FRESH_S)
             self._used -= stale
-            for model in [*self.away, *stale]:
+            for model in self.away | stale | self._stale(ready | set(self._checkers), UNUSED_FRESH_S):
                 was_away = model in self.away
                 try:
                     await self._look_up(model)
@@ -98,3 +108,7 @@ class Catalogue:
                 if was_away and model not in self.away:
                     logger.info("model %s is back", model, extra={"action": "model_back"})
                     on_back()
+
+    def _stale(self, models: Collection[str], fresh_s: float) -> set[str]:
+        oldest = time.monotonic() - fresh_s
+        return {model for model in models if model not in self._checkers or self._checkers[model][1] < oldest}

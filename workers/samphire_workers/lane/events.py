@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from celery import Celery
+from celery.worker import state as worker_state
 from kombu.exceptions import OperationalError
 
+from samphire.contract import INFER_TASK
 from samphire.envelope import describe
 from samphire.errors import SamphireError
 from samphire_workers.lane.request import Request
@@ -43,6 +45,12 @@ class TaskEvents(Protocol):
     def failed(self, request: Request, error: SamphireError) -> None:
         """A task ends as a dead letter."""
 
+    def revoked(self, request: Request, *, expired: bool) -> None:
+        """A task was cancelled, or has expired, and is dropped."""
+
+    def cancelled(self, task_id: str) -> None:
+        """A task is cancelled whose message lies in a queue."""
+
     async def run(self) -> None:
         """Send what there is, for ever."""
 
@@ -63,17 +71,18 @@ class CeleryEvents:
 
     def started(self, request: Request) -> None:
         """A task goes to Triton: shown if the cap allows."""
+        worker_state.total_count[INFER_TASK] += 1  # what `inspect stats` tells
         if not self._may_show():
             return
         self._shown[request.claim.field] = time.monotonic()
         self._received(request)
-        self._add("task-started", request)
+        self._add("task-started", request.task_id)
 
     def succeeded(self, request: Request) -> None:
         """A task has its answer."""
         began = self._shown.pop(request.claim.field, None)
         if began is not None:
-            self._add("task-succeeded", request, result="", runtime=time.monotonic() - began)
+            self._add("task-succeeded", request.task_id, result="", runtime=time.monotonic() - began)
 
     def dropped(self, request: Request) -> None:
         """A task is not this worker's any more."""
@@ -85,7 +94,19 @@ class CeleryEvents:
             return
         if self._shown.pop(request.claim.field, None) is None:
             self._received(request)
-        self._add("task-failed", request, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback="")
+        self._add(
+            "task-failed", request.task_id, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback=""
+        )
+
+    def revoked(self, request: Request, *, expired: bool) -> None:
+        """A task was cancelled, or has expired: always shown."""
+        if self._shown.pop(request.claim.field, None) is None:
+            self._received(request)
+        self._add("task-revoked", request.task_id, terminated=False, signum=None, expired=expired)
+
+    def cancelled(self, task_id: str) -> None:
+        """A task is cancelled whose message lies in a queue: always shown."""
+        self._add("task-revoked", task_id, terminated=False, signum=None, expired=False)
 
     async def run(self) -> None:
         """Send what there is every quarter of a second, for ever."""
@@ -110,20 +131,20 @@ class CeleryEvents:
         headers = request.envelope.headers if request.envelope else None
         self._add(
             "task-received",
-            request,
+            request.task_id,
             name=headers.task if headers else "",
             args="()",
             kwargs=describe(request.infer) if request.infer else "",
             root_id=headers.root_id if headers else None,
             parent_id=headers.parent_id if headers else None,
             retries=request.attempts,
-            eta=None,
-            expires=None,
+            eta=headers.eta if headers else None,
+            expires=headers.expires if headers else None,
         )
 
-    def _add(self, kind: str, request: Request, **fields: Any) -> None:
+    def _add(self, kind: str, task_id: str, **fields: Any) -> None:
         if len(self._buffer) < BUFFER_MAX:
-            self._buffer.append((kind, {"uuid": request.task_id, "timestamp": time.time(), **fields}))
+            self._buffer.append((kind, {"uuid": task_id, "timestamp": time.time(), **fields}))
 
     def _send(self, events: list[tuple[str, dict[str, Any]]]) -> None:
         try:

@@ -15,10 +15,10 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from samphire import keys
-from samphire.contract import Ref
+from samphire.contract import ChordPart, InferResponse, Ref
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerUnavailableError,
@@ -31,11 +31,13 @@ from samphire.errors import (
     WorkerCrashError,
 )
 from samphire_broker.settings import Settings
-from samphire_broker.store import Claimed, LeaseLostError, Store, WorkerInfo
+from samphire_broker.store import Claimed, LeaseLostError, Settlement, Store, WorkerInfo
 from samphire_workers.lane import batching, outcome
 from samphire_workers.lane.budget import ByteBudget
+from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.catalogue import Catalogue
 from samphire_workers.lane.events import TaskEvents
+from samphire_workers.lane.outcome import PASSED_ON_BYTES, Steps, TimeLimitError, takes_claim_checks, with_steps
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.planner import QueuePlanner
 from samphire_workers.lane.request import Checker, Request, fetch, has_refs, home_of, load, read
@@ -53,6 +55,11 @@ claim makes fuller batches: load itself sets the batch size, and no timer does."
 
 INTAKE_MODEL = ""
 """What `keys.parse_queue` calls the model of the intake."""
+
+CLOCK_S = 0.1
+"""Between two looks at the scheduled tasks and at what is to be cancelled."""
+
+CATALOGUE_S = 2.0
 
 IDLE_CHECK_S = 1.0
 """An idle lane that nothing woke looks into the queues again after this long."""
@@ -77,7 +84,9 @@ class Lane:
         info: WorkerInfo,
         events: TaskEvents,
         watch: QueueWatch,
+        canvas: Canvas,
     ) -> None:
+        self._canvas = canvas
         self._settings = settings
         self._store = store
         self._endpoints = endpoints
@@ -90,6 +99,8 @@ class Lane:
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
         self._held: dict[str, tuple[str, int]] = {}
         """Model and bytes of what is between claim and settlement, by claim."""
+        self._requests: dict[str, Request] = {}
+        """The same, as far as it is read."""
         self._held_bytes = 0
         self._pace = Pace(settings.inflight_max)
         self._batches: Counter[str] = Counter()
@@ -109,6 +120,7 @@ class Lane:
             ExceptionGroup: a background task failed; whatever was held is still in the in-flight hash.
         """
         async with asyncio.TaskGroup() as group:
+            self._group = group
             background = [
                 group.create_task(self._endpoints.watch()),
                 group.create_task(self._catalogue.watch(self._watch.wake)),
@@ -116,14 +128,28 @@ class Lane:
                 group.create_task(self._discover(group)),
                 group.create_task(self._watch.listen()),
                 group.create_task(self._events.run()),
+                group.create_task(self._keep_clock()),
+                group.create_task(self._tell_clients()),
             ]
-            await self._claim_loop(group)
+            await self._claim_loop()
             while self._work:
                 await asyncio.wait(self._work)
             await self._settler.drain()
             for task in background:
                 task.cancel()
             self._watch.close()
+
+    def requests(self) -> list[Request]:
+        """What this lane holds, claimed and not yet settled."""
+        return list(self._requests.values())
+
+    async def cancel(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """End tasks that have not started; see `Store.cancel`."""
+        verdicts = await self._store.cancel(outcome.revoked_meta("", "revoked"), task_ids)
+        for task_id, verdict in verdicts.items():
+            if verdict == "cancelled":
+                self._events.cancelled(task_id)
+        return verdicts
 
     def stop(self) -> None:
         """Claim nothing more; `run` returns once everything held is settled."""
@@ -132,7 +158,7 @@ class Lane:
 
     # -- claiming -----------------------------------------------------------------------------------
 
-    async def _claim_loop(self, group: asyncio.TaskGroup) -> None:
+    async def _claim_loop(self) -> None:
         adopt = True  # an earlier lane of this worker may have left claims
         adopted_at = 0.0
         short_rounds = 0
@@ -155,7 +181,7 @@ class Lane:
                 continue
             for claim in claimed:
                 self._hold(claim)
-            self._take_in(group, claimed)
+            self._take_in(claimed)
             if self._more:
                 short_rounds = 0
                 await asyncio.sleep(0)  # let what was claimed get under way before more is claimed
@@ -211,8 +237,32 @@ class Lane:
                 self._watch.add(queue, group, self._may_claim)
             await asyncio.sleep(IDLE_CHECK_S)
 
-    def _spawn(self, group: asyncio.TaskGroup, work: Coroutine[None, None, None]) -> None:
-        task = group.create_task(work)
+    async def _keep_clock(self) -> None:
+        """Return scheduled tasks when they are due, and end those that clients cancel, for ever."""
+        while True:
+            try:
+                returned = await self._store.return_due()
+                cancelled = await self.cancel(())
+            except SamphireError as error:
+                logger.warning("the clock stands: %s", error, extra={"action": "clock_failed"})
+                returned, cancelled = 0, {}
+            if not returned and not cancelled:
+                await asyncio.sleep(CLOCK_S)
+
+    async def _tell_clients(self) -> None:
+        """Publish what the models take, so that clients can refuse what does not fit, for ever."""
+        published: set[str] = set()
+        while True:
+            signatures = self._catalogue.signatures()
+            try:
+                await self._store.publish_catalogue(signatures, published - signatures.keys())
+                published = set(signatures)
+            except SamphireError as error:
+                logger.warning("the catalogue was not published: %s", error, extra={"action": "catalogue_failed"})
+            await asyncio.sleep(CATALOGUE_S)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self._group.create_task(work)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
 
@@ -227,6 +277,7 @@ class Lane:
             if field not in self._held:
                 continue
             model, nbytes = self._held.pop(field)
+            self._requests.pop(field, None)
             self._held_bytes -= nbytes
             self._pace.let_go(model)
         self._room_again()
@@ -237,25 +288,36 @@ class Lane:
 
     # -- from message to micro-batch ----------------------------------------------------------------
 
-    def _take_in(self, group: asyncio.TaskGroup, claimed: Sequence[Claimed]) -> None:
+    def _take_in(self, claimed: Sequence[Claimed]) -> None:
         at_home: defaultdict[str, list[Request]] = defaultdict(list)
         elsewhere: list[Request] = []
+        later: list[Request] = []
+        now = time.time()
         for claim in claimed:
             request, error = self._read(claim)
+            self._requests[claim.field] = request
             if error is not None:
                 self._fail(request, error)
+            elif request.chord_part is not None:
+                self._spawn(self._return_part(request, request.chord_part))
+            elif request.times.expires <= now:
+                self._revoke(request, "expired")
+            elif request.times.eta > now:
+                later.append(request)
             elif not request.at_home:
                 elsewhere.append(request)
             else:
                 at_home[request.model].append(request)
+        if later:
+            self._spawn(self._schedule(later))
         if elsewhere:
-            self._spawn(group, self._route(elsewhere))
+            self._spawn(self._route(elsewhere))
         for model, requests in at_home.items():
             checker = self._catalogue.known(model)
             if checker is not None and all(self._fits(checker, request) for request in requests):
-                self._dispatch(group, model, requests, checker)
+                self._dispatch(model, requests, checker)
             else:
-                self._spawn(group, self._dispatch_checked(group, model, requests))
+                self._spawn(self._dispatch_checked(model, requests))
 
     def _fits(self, checker: Checker, request: Request) -> bool:
         try:
@@ -280,6 +342,19 @@ class Lane:
         await self._persist(lambda: self._store.route(moves))
         self._let_go([request.claim.field for request in requests])
 
+    async def _schedule(self, requests: Sequence[Request]) -> None:
+        tasks = [(request.claim.field, request.task_id, request.times.eta) for request in requests]
+        await self._persist(lambda: self._store.schedule(tasks))
+        self._let_go([request.claim.field for request in requests])
+
+    async def _return_part(self, request: Request, part: ChordPart) -> None:
+        try:
+            await self._persist(lambda: self._canvas.return_part(part))
+        except SamphireError as error:
+            self._fail(request, error)
+        else:
+            self._settler.add(Settlement(request.claim.field, "", "succeeded", "", ""))
+
     async def _release(self, requests: Sequence[Request]) -> None:
         fields = [request.claim.field for request in requests]
         for request in requests:
@@ -296,7 +371,7 @@ class Lane:
                 logger.warning("the broker is away: %s", error, extra={"action": "broker_away"})
                 await asyncio.sleep(BROKER_RETRY_S)
 
-    async def _dispatch_checked(self, group: asyncio.TaskGroup, model: str, requests: list[Request]) -> None:
+    async def _dispatch_checked(self, model: str, requests: list[Request]) -> None:
         """Dispatch what fits the model as it is now, and fail what does not."""
         try:
             checker = await self._catalogue.checker(model)
@@ -320,12 +395,12 @@ class Lane:
                 self._fail(request, _our_error(error))
             else:
                 valid.append(request)
-        self._dispatch(group, model, valid, checker)
+        self._dispatch(model, valid, checker)
 
-    def _dispatch(self, group: asyncio.TaskGroup, model: str, requests: Sequence[Request], checker: Checker) -> None:
+    def _dispatch(self, model: str, requests: Sequence[Request], checker: Checker) -> None:
         for batch in batching.group(requests, checker.signature):
             self._batches[model] += 1
-            self._spawn(group, self._run_batch(model, batch))
+            self._spawn(self._run_batch(model, batch))
 
     # -- from micro-batch to settlement -------------------------------------------------------------
 
@@ -383,6 +458,9 @@ class Lane:
         started: list[Request] = []
         dropped: list[str] = []
         for request, verdict in zip(batch, verdicts, strict=True):
+            if verdict == -3:
+                self._revoke(request, "cancelled")
+                continue
             if verdict < 0:
                 # Not ours any more, or a duplicate of a task that has ended: there is nothing to write.
                 logger.info("task %s dropped (%d)", request.task_id, verdict, extra={"action": "dropped"})
@@ -393,6 +471,7 @@ class Lane:
             if verdict >= self._settings.max_attempts:
                 self._fail(request, WorkerCrashError(f"{verdict} workers were lost with this task started"))
                 continue
+            request.started_at = time.time()
             self._events.started(request)
             started.append(request)
         self._let_go(dropped)
@@ -431,6 +510,7 @@ class Lane:
     async def _ask(self, model: str, batch: list[Request]) -> list[list[Tensor]]:
         infer = batch[0].request
         parameters = {name: value for name, value in infer.parameters.items() if name != "micro_batch"}
+        timeout_s = self._timeout_s(batch)
         endpoint = self._endpoints.pick()
         try:
             outputs = await endpoint.infer(
@@ -439,8 +519,10 @@ class Lane:
                 batching.merge(batch),
                 [output.name for output in infer.outputs],
                 parameters,
-                self._settings.triton_timeout_s,
+                timeout_s,
             )
+        except EndpointTimeoutError as error:
+            raise self._time_error(batch[0], timeout_s, error) from error
         except EndpointUnavailableError:
             if not await endpoint.is_ready():
                 self._endpoints.mark_away(endpoint)
@@ -455,30 +537,89 @@ class Lane:
             raise ModelFaultError(f"the request could not be sent: {error!r}") from error
         return batching.split(batch, outputs)
 
+    def _timeout_s(self, batch: Sequence[Request]) -> float:
+        """How long Triton may take: as long as the member that can wait longest."""
+        times = batch[0].times  # the limits are those of all members
+        deadline_s = max(request.times.deadline for request in batch) - time.time()
+        return max(0.001, min(self._settings.triton_timeout_s, times.limit, times.soft_limit, deadline_s))
+
+    @staticmethod
+    def _time_error(request: Request, timeout_s: float, error: EndpointTimeoutError) -> EndpointTimeoutError:
+        times = request.times
+        if timeout_s == times.soft_limit:
+            return TimeLimitError(times.soft_limit, soft=True)
+        if timeout_s == times.limit:
+            return TimeLimitError(times.limit, soft=False)
+        if times.deadline <= time.time():
+            return EndpointTimeoutError(f"the deadline has passed while the model worked: {error}")
+        return error
+
     async def _succeed(self, answered: Sequence[tuple[Request, list[Tensor]]]) -> None:
         done = outcome.now_text()
         for request, outputs in answered:
-            refs: dict[str, Ref] = {}
-            if any(len(tensor.data) > self._settings.inline_output_bytes for tensor in outputs):
-                refs = await self._persist(
-                    lambda r=request, o=outputs: outcome.store_large(r, o, self._store, self._settings)  # type: ignore[misc]
-                )
             try:
-                settlement = outcome.success(request, outputs, refs, done)
+                refs = await self._claim_checks(request, outputs)
+                answer = outcome.response(request, outputs, refs)
+                settlement = outcome.success(request, answer, done)
+                passed_on = answer if request.canvas is None else await self._passed_on(request, outputs, answer)
             except Exception as error:  # noqa: BLE001 - an answer that cannot be written is this task's alone
                 self._fail(request, ModelFaultError(f"the answer cannot be read: {_our_error(error)}"))
                 continue
-            self._settler.add(settlement)
-            self._events.succeeded(request)
             request.tensors = []
+            if request.canvas is None:
+                self._settler.add(settlement)
+                self._events.succeeded(request)
+            else:
+                self._spawn(self._succeed_with_steps(request, settlement, passed_on))
+
+    async def _claim_checks(self, request: Request, outputs: Sequence[Tensor]) -> dict[str, Ref]:
+        above = self._settings.inline_output_bytes
+        if not takes_claim_checks(request) or all(len(tensor.data) <= above for tensor in outputs):
+            return {}
+        return await self._persist(lambda: outcome.store_large(request, outputs, self._store, above))
+
+    async def _passed_on(self, request: Request, outputs: Sequence[Tensor], answer: InferResponse) -> InferResponse:
+        """The answer as the next steps get it: what is large as a claim check, so that messages stay small."""
+        if takes_claim_checks(request) or all(len(tensor.data) <= PASSED_ON_BYTES for tensor in outputs):
+            return answer
+        refs = await self._persist(lambda: outcome.store_large(request, outputs, self._store, PASSED_ON_BYTES))
+        return outcome.response(request, outputs, refs)
+
+    async def _succeed_with_steps(self, request: Request, settlement: Settlement, answer: InferResponse) -> None:
+        try:
+            steps = await self._persist(lambda: self._canvas.after_success(request, answer))
+        except SamphireError as error:
+            self._fail(request, error)
+        else:
+            self._settler.add(with_steps(settlement, steps))
+            self._events.succeeded(request)
 
     def _fail(self, request: Request, error: SamphireError) -> None:
         logger.info("task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"})
-        self._settler.add(outcome.failure(request, error))
+        settlement = outcome.failure(request, error)
+        if request.canvas is None:
+            self._settler.add(settlement)
+        else:
+            self._spawn(self._end_with_steps(settlement, lambda: self._canvas.after_failure(request, error)))
         try:
             self._events.failed(request, error)
         except Exception:
             logger.exception("no event for task %s", request.task_id, extra={"action": "event_failed"})
+
+    def _revoke(self, request: Request, state: Literal["cancelled", "expired"]) -> None:
+        settlement = outcome.revoked(request, state)
+        if request.canvas is None:
+            self._settler.add(settlement)
+        else:
+            self._spawn(self._end_with_steps(settlement, lambda: self._canvas.after_revocation(request, state)))
+        self._events.revoked(request, expired=state == "expired")
+
+    async def _end_with_steps(self, settlement: Settlement, find_steps: Callable[[], Awaitable[Steps]]) -> None:
+        try:
+            settlement = with_steps(settlement, await self._persist(find_steps))
+        except SamphireError as error:  # it ends all the same
+            logger.warning("task %s: %s", settlement.task_id, error, extra={"action": "no_steps"})
+        self._settler.add(settlement)
 
 
 def _our_error(error: Exception) -> SamphireError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,14 +20,26 @@ from samphire.errors import (
     WorkerCrashError,
 )
 from samphire.tensors import bytes_to_values
-from samphire_broker.settings import Settings
-from samphire_broker.store import DeadLetter, Settlement, Store
+from samphire_broker.store import Letter, OtherEnd, Settlement, Store
 from samphire_workers.lane.request import Request, sha256_hex
 from samphire_workers.triton import Tensor
 
 _encode = msgspec.json.Encoder().encode
 
-SUCCEEDED = "succeeded"
+PASSED_ON_BYTES = 256 * 2**10
+"""Outputs over this size reach the next inference of a plain producer's canvas as claim checks."""
+
+Steps = tuple[tuple[tuple[str, str], ...], tuple[OtherEnd, ...], list[Any]]
+
+
+class TimeLimitError(EndpointTimeoutError):
+    """The time limit of a Celery producer ran out."""
+
+    def __init__(self, limit_s: float, *, soft: bool) -> None:
+        super().__init__(f"the {'soft ' if soft else ''}time limit of {limit_s} s was exceeded")
+        self.info = FailureInfo(
+            "SoftTimeLimitExceeded" if soft else "TimeLimitExceeded", [limit_s], "billiard.exceptions"
+        )
 
 
 def now_text() -> str:
@@ -42,14 +55,18 @@ def _meta(status: str, task_id: str, result: bytes, done: str) -> str:
     )
 
 
-async def store_large(request: Request, outputs: Sequence[Tensor], store: Store, settings: Settings) -> dict[str, Ref]:
-    """Store what is too large for the result of an SDK client as claim checks, by output name."""
-    refs: dict[str, Ref] = {}
-    if request.stream and not request.json_values:
-        for number, (name, _, _, data) in enumerate(outputs):
-            if len(data) > settings.inline_output_bytes:
-                refs[name] = await store.write_blob(request.task_id, number, data, await sha256_hex(data))
-    return refs
+async def store_large(request: Request, outputs: Sequence[Tensor], store: Store, above_bytes: int) -> dict[str, Ref]:
+    """Store large outputs as claim checks; returns them by output name."""
+    return {
+        name: await store.write_blob(request.task_id, number, data, await sha256_hex(data))
+        for number, (name, _, _, data) in enumerate(outputs)
+        if len(data) > above_bytes
+    }
+
+
+def takes_claim_checks(request: Request) -> bool:
+    """Whether who submitted reads claim checks: clients of the SDK do, who asks for JSON values does not."""
+    return bool(request.stream) and not request.json_values
 
 
 def _output(tensor: Tensor, refs: Mapping[str, Ref], json_values: bool) -> OutputTensor:
@@ -63,18 +80,46 @@ def _output(tensor: Tensor, refs: Mapping[str, Ref], json_values: bool) -> Outpu
     return OutputTensor(name, datatype, shape, raw=binascii.b2a_base64(data, newline=False).decode())
 
 
-def success(request: Request, outputs: Sequence[Tensor], refs: Mapping[str, Ref], done: str) -> Settlement:
-    """The settlement of a task that Triton answered."""
+def response(request: Request, outputs: Sequence[Tensor], refs: Mapping[str, Ref]) -> InferResponse:
+    """What Triton answered, as the contract says it."""
     tensors = [_output(tensor, refs, request.json_values) for tensor in outputs]
-    response = InferResponse(request.request.model_name, request.version, tensors)
+    return InferResponse(request.request.model_name, request.version, tensors)
+
+
+def success(request: Request, answer: InferResponse, done: str) -> Settlement:
+    """The settlement of a task that Triton answered."""
     own_prefix = f"{keys.BLOB_PREFIX}{request.task_id}:"
     blobs = tuple(
         tensor.ref.key
         for tensor in request.request.inputs
         if isinstance(tensor.ref, Ref) and tensor.ref.key.startswith(own_prefix)
     )
-    meta = _meta("SUCCESS", request.task_id, _encode(response), done)
-    return Settlement(request.claim.field, request.task_id, SUCCEEDED, meta, request.stream, blobs)
+    meta = "" if _ignored(request) else _meta("SUCCESS", request.task_id, _encode(answer), done)
+    return Settlement(request.claim.field, request.task_id, "succeeded", meta, request.stream, blobs)
+
+
+def _ignored(request: Request) -> bool:
+    return request.envelope is not None and bool(request.envelope.headers.ignore_result)
+
+
+def revoked_meta(task_id: str, reason: str) -> str:
+    """The result of a task that was cancelled or has expired, as Celery stores it; "expired" is Celery's word."""
+    info = FailureInfo("TaskRevokedError", [reason], "celery.exceptions")
+    return _meta("REVOKED", task_id, _encode(info), now_text())
+
+
+def revoked(request: Request, state: Literal["cancelled", "expired"]) -> Settlement:
+    """The settlement of a task that is not to be run."""
+    reason = "expired" if state == "expired" else "revoked"
+    meta = "" if _ignored(request) else revoked_meta(request.task_id, reason)
+    return Settlement(request.claim.field, request.task_id, state, meta, request.stream)
+
+
+def with_steps(settlement: Settlement, steps: Steps) -> Settlement:
+    """The settlement together with what the task owes to others of its canvas."""
+    pushes, others, children = steps
+    meta = settlement.meta.replace('"children":[]', f'"children":{_encode(children).decode()}', 1) if children else ""
+    return settlement._replace(pushes=pushes, others=others, meta=meta or settlement.meta)
 
 
 def reason_of(error: SamphireError) -> str:
@@ -90,18 +135,21 @@ def reason_of(error: SamphireError) -> str:
     return "model_fault"
 
 
-def failure(request: Request, error: SamphireError) -> DeadLetter:
-    """The dead letter of a task, or of a message that cannot be read."""
+def failure(request: Request, error: SamphireError) -> Settlement:
+    """The settlement, with a dead letter, of a task that failed or of a message that cannot be read."""
     message = str(error)[:4000]
-    info = _encode(FailureInfo(type(error).__name__, message))
-    return DeadLetter(
+    info = error.info if isinstance(error, TimeLimitError) else FailureInfo(type(error).__name__, message)
+    return Settlement(
         field=request.claim.field,
-        letter_id=request.task_id or new_task_id(),
         task_id=request.task_id,
-        meta=_meta("FAILURE", request.task_id, info, now_text()),
+        state="failed",
+        meta="" if _ignored(request) else _meta("FAILURE", request.task_id, _encode(info), now_text()),
         stream=request.stream,
-        model=request.model,
-        reason=reason_of(error),
-        error=f"{type(error).__name__}: {message}",
-        attempts=request.attempts,
+        letter=Letter(
+            letter_id=request.task_id or new_task_id(),
+            model=request.model,
+            reason=reason_of(error),
+            error=f"{type(error).__name__}: {message}",
+            attempts=request.attempts,
+        ),
     )

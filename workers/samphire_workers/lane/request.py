@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import binascii
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,22 +18,25 @@ from msgspec import UNSET
 
 from samphire import keys
 from samphire.contract import (
+    CHORD_PART_TASK,
     CONTRACT_VERSION,
     INFER_TASK,
-    Body,
+    ChordPart,
     Envelope,
+    Headers,
     InferRequest,
     InputTensor,
     Ref,
     check_model_name,
     check_tenant,
 )
-from samphire.envelope import decode_body, decode_envelope
+from samphire.envelope import decode_body, decode_chord_part, decode_envelope
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 from samphire.tensors import ITEM_SIZES, check_bytes, element_count, values_to_bytes
 from samphire.validation import ModelSignature, check_request_size
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, Store
+from samphire_workers.lane.parents import resolve, sources_of
 
 HASH_IN_THREAD_BYTES = 256 * 2**10
 """Above this, hashing leaves the event loop: hashlib releases the interpreter's lock."""
@@ -46,6 +51,19 @@ _STREAM_IN_TAIL = re.compile(rb'"samphire_stream": ?"([^"\\]{1,80})"')
 _SOLO_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
 _decode_json = msgspec.json.Decoder().decode
 _encode_json = msgspec.json.Encoder(order="deterministic").encode
+
+
+class Times(NamedTuple):
+    """When a task may start and how long it may take; in s, points in time since 1970."""
+
+    eta: float = 0.0
+    expires: float = math.inf
+    deadline: float = math.inf
+    limit: float = math.inf
+    soft_limit: float = math.inf
+
+
+_NO_TIMES = Times()
 
 
 @dataclass(slots=True)
@@ -69,6 +87,13 @@ class Request:
     """Equal for requests that may share a micro-batch; None: none may."""
     attempts: int = 0
     """Workers that were lost with this task started."""
+    times: Times = _NO_TIMES
+    started_at: float | None = None
+    """When it went to Triton, in s since 1970."""
+    canvas: dict[str, Any] | None = None
+    """Celery's request, of a task that has next steps or belongs to a chord."""
+    chord_part: ChordPart | None = None
+    """Set where the message is no inference, but the end of one that belongs to a chord."""
     tensors: list[bytes] = field(default_factory=list)
 
     @property
@@ -87,6 +112,8 @@ class Request:
     @property
     def at_home(self) -> bool:
         """Whether the task was claimed from the queue of its own model and tenant."""
+        if self.chord_part is not None:
+            return True
         return home_of(self.claim.list_key) == (self.request.model_name, self.request.tenant)
 
     @property
@@ -121,19 +148,24 @@ def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError
             raise InvalidInputError(f"expected a task id of 1 to 255 characters, given {envelope.headers.id[:300]!r}")
         request.task_id = envelope.headers.id
         request.stream = _checked_stream(envelope.headers.samphire_stream)
+        if envelope.headers.task == CHORD_PART_TASK:
+            request.chord_part = decode_chord_part(envelope, settings.max_message_bytes)
+            return request, None
         if envelope.headers.task != INFER_TASK:
             raise InvalidInputError(
                 f"expected the task {INFER_TASK} on an inference queue, given {envelope.headers.task[:200]!r}"
             )
-        body = decode_body(envelope, settings.max_message_bytes)
+        args, infer, canvas = decode_body(envelope, settings.max_message_bytes)
+        if canvas:
+            request.canvas = {**_decode_json(claim.message)["headers"], **msgspec.to_builtins(canvas)}
         if claim.size > KEEP_MESSAGE_BYTES:  # decoded: the bytes are only in the way
             request.claim = claim._replace(message=b"")
             envelope.body = ""
-        _check_supported(envelope, body)
-        infer = body[1]
+        request.times = _times(envelope.headers)
         if infer.contract != CONTRACT_VERSION:
             raise InvalidInputError(f"expected contract version {CONTRACT_VERSION}, given {infer.contract}")
         request.infer = infer
+        resolve(infer, args)
         if not request.at_home:
             check_model_name(infer.model_name)
             check_tenant(infer.tenant)
@@ -147,14 +179,28 @@ def _checked_stream(stream: str) -> str:
     return stream if _STREAM.fullmatch(stream) else ""
 
 
-def _check_supported(envelope: Envelope, body: Body) -> None:
-    args, _, canvas = body
-    if args:
-        raise InvalidInputError(f"expected keyword arguments only, given {len(args)} positional")
-    if canvas.callbacks or canvas.errbacks or canvas.chain or canvas.chord:
-        raise InvalidInputError("link, chain and chord are not supported on inference queues yet")
-    if envelope.headers.eta or envelope.headers.expires:
-        raise InvalidInputError("eta, countdown and expires are not supported on inference queues yet")
+def _times(headers: Headers) -> Times:
+    limit, soft_limit = headers.timelimit or (None, None)
+    if not (headers.eta or headers.expires or headers.samphire_deadline or limit or soft_limit):
+        return _NO_TIMES
+    return Times(
+        eta=_instant("eta", headers.eta) if headers.eta else 0.0,
+        expires=_instant("expires", headers.expires) if headers.expires else math.inf,
+        deadline=headers.samphire_deadline or math.inf,
+        limit=limit or math.inf,
+        soft_limit=soft_limit or math.inf,
+    )
+
+
+def _instant(what: str, value: str | float) -> float:
+    """Seconds since 1970 of a header, which Celery writes in ISO 8601; without an offset it is UTC, as in Celery."""
+    if not isinstance(value, str):
+        return value
+    try:
+        instant = datetime.fromisoformat(value)
+        return (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise InvalidInputError(f"expected {what} as a time in ISO 8601, given {value[:100]!r}") from error
 
 
 class Checked(NamedTuple):
@@ -193,9 +239,10 @@ class Checker:
         infer = request.request
         version = self.signature.resolve(infer.model_version)
         rows = self.signature.check(infer)
-        sizes = [(tensor.name, _size(tensor)) for tensor in infer.inputs]
+        sources = [source for tensor in infer.inputs for source in sources_of(tensor)]
+        sizes = [(source.name, _size(source)) for source in sources]
         check_request_size(sizes, self._max_request_bytes)
-        request.json_values = any(tensor.data is not UNSET for tensor in infer.inputs)
+        request.json_values = any(source.data is not UNSET for source in sources)
         return Checked(rows, version, sum(size for _, size in sizes), _batch_key(infer, version, self.signature))
 
 
@@ -217,7 +264,7 @@ def _size(tensor: InputTensor) -> int:
     sources = [source for source in (tensor.data, tensor.raw, tensor.ref) if source is not UNSET]
     if len(sources) != 1:
         raise InvalidInputError(
-            f"input {tensor.name!r}: expected exactly one of data, raw and ref, given {len(sources)}"
+            f"input {tensor.name!r}: expected exactly one of data, raw, ref and from, given {len(sources)}"
         )
     if isinstance(tensor.ref, Ref):
         if not tensor.ref.key.startswith((keys.BLOB_PREFIX, keys.RESULT_BLOB_PREFIX)):
@@ -239,19 +286,20 @@ def _size(tensor: InputTensor) -> int:
 
 def has_refs(request: Request) -> bool:
     """Whether a tensor has to be fetched from the broker."""
-    return any(tensor.ref is not UNSET for tensor in request.request.inputs)
+    return any(source.ref is not UNSET for tensor in request.request.inputs for source in sources_of(tensor))
 
 
 async def fetch(request: Request, store: Store) -> dict[str, bytes]:
-    """Bytes behind a request's claim checks, by input name.
+    """Bytes behind a request's claim checks, by key.
 
     Raises:
         InvalidInputError: one is gone, or its bytes were altered.
     """
     return {
-        tensor.name: await _redeem(tensor.name, tensor.ref, store)
+        source.ref.key: await _redeem(tensor.name, source.ref, store)
         for tensor in request.request.inputs
-        if isinstance(tensor.ref, Ref)
+        for source in sources_of(tensor)
+        if isinstance(source.ref, Ref)
     }
 
 
@@ -261,20 +309,24 @@ def load(request: Request, fetched: Mapping[str, bytes]) -> None:
     Raises:
         InvalidInputError: bytes that do not fit the shape.
     """
-    request.tensors = []
-    for tensor in request.request.inputs:
-        if isinstance(tensor.raw, str):
-            try:
-                data = binascii.a2b_base64(tensor.raw, strict_mode=True)
-            except (binascii.Error, ValueError) as error:
-                raise InvalidInputError(f"input {tensor.name!r}: raw is not base64: {error}") from error
-        elif tensor.ref is not UNSET:
-            data = fetched[tensor.name]
-        else:
-            values: Any = _decode_json(tensor.data)  # type: ignore[arg-type]
-            data = values_to_bytes(tensor.name, tensor.datatype, tensor.shape, values)
-        check_bytes(tensor.name, tensor.datatype, tensor.shape, data)
-        request.tensors.append(data)
+    request.tensors = [
+        b"".join([_values(source, fetched) for source in sources_of(tensor)]) for tensor in request.request.inputs
+    ]
+
+
+def _values(tensor: InputTensor, fetched: Mapping[str, bytes]) -> bytes:
+    if isinstance(tensor.raw, str):
+        try:
+            data = binascii.a2b_base64(tensor.raw, strict_mode=True)
+        except (binascii.Error, ValueError) as error:
+            raise InvalidInputError(f"input {tensor.name!r}: raw is not base64: {error}") from error
+    elif isinstance(tensor.ref, Ref):
+        data = fetched[tensor.ref.key]
+    else:
+        values: Any = _decode_json(tensor.data)  # type: ignore[arg-type]
+        data = values_to_bytes(tensor.name, tensor.datatype, tensor.shape, values)
+    check_bytes(tensor.name, tensor.datatype, tensor.shape, data)
+    return data
 
 
 async def sha256_hex(data: bytes) -> str:

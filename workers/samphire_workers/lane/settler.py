@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 from samphire.errors import TransientError
-from samphire_broker.store import DeadLetter, Settlement, Store
+from samphire_broker.store import Settlement, Store
 
 logger = logging.getLogger(__name__)
 
 BATCH = 256
 BATCH_BYTES = 4 * 2**20
 RETRY_S = 0.25
-
-Ending = TypeVar("Ending", Settlement, DeadLetter)
 
 
 class Settler:
@@ -26,17 +23,13 @@ class Settler:
         self._store = store
         self._let_go = let_go
         self._settlements: list[Settlement] = []
-        self._letters: list[DeadLetter] = []
         self._some = asyncio.Event()
         self._none = asyncio.Event()
         self._none.set()
 
-    def add(self, ending: Settlement | DeadLetter) -> None:
+    def add(self, settlement: Settlement) -> None:
         """End a task with the next batch."""
-        if isinstance(ending, Settlement):
-            self._settlements.append(ending)
-        else:
-            self._letters.append(ending)
+        self._settlements.append(settlement)
         self._some.set()
         self._none.clear()
 
@@ -49,40 +42,37 @@ class Settler:
         while True:
             await self._some.wait()
             self._some.clear()
-            while self._settlements or self._letters:
-                await self._send(self._store.settle, _take(self._settlements))
-                await self._send(self._store.fail, _take(self._letters))
+            while self._settlements:
+                await self._send(_take(self._settlements))
             self._none.set()
 
-    async def _send(self, script: Callable[[Sequence[Ending]], Awaitable[list[int]]], batch: Sequence[Ending]) -> None:
-        if not batch:
-            return
+    async def _send(self, batch: Sequence[Settlement]) -> None:
         while True:
             try:
-                ours = await script(batch)
+                ours = await self._store.settle(batch)
                 break
             except TransientError as error:  # fenced, so it may be repeated
                 logger.warning("settling failed: %s", error, extra={"action": "settle_failed"})
                 await asyncio.sleep(RETRY_S)
-        for ending, still_ours in zip(batch, ours, strict=True):
+        for settlement, still_ours in zip(batch, ours, strict=True):
             if not still_ours:
                 logger.warning(
                     "task %s was taken over by another worker; its outcome here is dropped",
-                    ending.task_id,
+                    settlement.task_id,
                     extra={"action": "fenced"},
                 )
-        self._let_go([ending.field for ending in batch])
+        self._let_go([settlement.field for settlement in batch])
 
 
-def _take(endings: list[Ending]) -> list[Ending]:
-    """Remove and return as many endings as one call should carry."""
+def _take(settlements: list[Settlement]) -> list[Settlement]:
+    """Remove and return as many settlements as one call should carry."""
     nbytes = 0
-    for count, ending in enumerate(endings[:BATCH]):
-        nbytes += len(ending.meta)
+    for count, settlement in enumerate(settlements[:BATCH]):
+        nbytes += len(settlement.meta) + sum(len(message) for _, message in settlement.pushes)
         if count and nbytes > BATCH_BYTES:
             break
     else:
-        count = min(len(endings), BATCH)
-    taken = endings[:count]
-    del endings[:count]
+        count = min(len(settlements), BATCH)
+    taken = settlements[:count]
+    del settlements[:count]
     return taken

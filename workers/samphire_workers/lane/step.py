@@ -13,12 +13,16 @@ import os
 import sys
 import threading
 import uuid
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from celery import bootsteps
+from celery.exceptions import ImproperlyConfigured
 
+from samphire_broker.queues import refuse_queue
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
+from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.events import CeleryEvents
 from samphire_workers.lane.lane import Lane
 from samphire_workers.lane.lease import keep_lease, reap_others
@@ -30,11 +34,22 @@ logger = logging.getLogger(__name__)
 RESTART_MIN_S = 0.5
 RESTART_MAX_S = 15.0
 STOP_TIMEOUT_S = 60.0
+ASK_TIMEOUT_S = 5.0
 
 GC_THRESHOLD = 20_000
 """Objects between two looks for cycles; a batch alone makes thousands, and no cycles."""
 SWITCH_INTERVAL_S = 0.0005
 """How long the event thread may keep the lane from running; the interpreter's default is 5 ms."""
+
+
+T = TypeVar("T")
+
+serving: list[LaneStep] = []
+"""The lanes of this process, for the control commands: one in a worker, none elsewhere."""
+
+
+async def _answer(question: Callable[[Lane], Awaitable[T]], lane: Lane) -> T:
+    return await question(lane)
 
 
 class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -49,8 +64,16 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._registered: asyncio.Event | None = None
         self._stopping = False
 
+    def include_if(self, parent: Any) -> bool:
+        """Always; refuses a worker whose stock consumer would take what belongs to lanes."""
+        for queue in parent.app.amqp.queues.consume_from:
+            if reason := refuse_queue(queue):
+                raise ImproperlyConfigured(reason)
+        return True
+
     def start(self, parent: Any) -> None:
         """Start the thread."""
+        serving.append(self)
         self._info = WorkerInfo(id=uuid.uuid4().hex, hostname=parent.hostname, pid=os.getpid())
         self._app = parent.app
         self._thread = threading.Thread(target=self._run, name="samphire-lane", daemon=True)
@@ -58,6 +81,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def stop(self, parent: Any) -> None:
         """Claim nothing more, finish what is held, end the thread."""
+        if self in serving:
+            serving.remove(self)
         self._stopping = True
         loop, thread = self._loop, self._thread
         if loop is None or thread is None:
@@ -68,6 +93,18 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             logger.error("the lane did not end in %.0f s; its tasks will be reaped", STOP_TIMEOUT_S)
 
     terminate = stop
+
+    def ask(self, question: Callable[[Lane], Awaitable[T]]) -> T | None:
+        """Ask the lane from another thread; None where there is none, or it does not answer in time."""
+        loop, lane = self._loop, self._lane
+        if loop is None or lane is None or self._stopping:
+            return None
+        answer = asyncio.run_coroutine_threadsafe(_answer(question, lane), loop)
+        try:
+            return answer.result(ASK_TIMEOUT_S)
+        except TimeoutError:
+            answer.cancel()
+            return None
 
     def _stop_lane(self) -> None:
         if self._registered is not None:
@@ -113,7 +150,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             endpoints = Endpoints(self._settings.triton_urls)
             events = CeleryEvents(self._app, self._info.hostname, self._settings.events_per_s)
             watch = QueueWatch(self._settings.broker_url)
-            self._lane = Lane(self._settings, store, endpoints, self._info, events, watch)
+            canvas = Canvas(self._app, self._info.hostname)
+            self._lane = Lane(self._settings, store, endpoints, self._info, events, watch, canvas)
             try:
                 await self._lane.run()
                 delay_s = RESTART_MIN_S
@@ -123,4 +161,5 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 delay_s = min(delay_s * 2, RESTART_MAX_S)
             finally:
                 watch.close()
+                canvas.close()
                 await endpoints.close()

@@ -1,9 +1,9 @@
 -- claim: move messages from queue lists into a worker's in-flight hash.
--- KEYS  1 worker:<wid>   2 worker:<wid>:inflight   3 suspects   4.. lists, in the order of service
+-- KEYS  1 worker:<wid>   2 worker:<wid>:inflight   3 suspects   4 cancelled   5.. lists, in the order of service
 -- ARGV  1 most messages   2 stop after so many bytes   3 largest message that is returned whole
 --       4 number of the first claim   5.. for each list: how many it gives before the first gives more, and the
 --       number of its group; then for each group, from 1, how many its lists give together
--- Returns whether there are suspects, then field, size, message, field, size, message, …: of a message over
+-- Returns whether there are suspects or cancelled tasks, then field, size, message, field, size, message, …: of a message over
 -- ARGV[3] only the last 16 KB, which hold a kombu message's headers.
 -- Nothing can fail between LTRIM and HSET: the hash's type is checked first, and once LTRIM, which needs no
 -- memory, has written, HSET is let through though memory be full.
@@ -14,8 +14,8 @@ redis.call('HLEN', KEYS[2])
 local CHUNK = 32 -- messages read at once, so that a few large ones do not fill the server's memory
 local left, bytes_left, largest = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local number = tonumber(ARGV[4])
-local reply, n = {redis.call('EXISTS', KEYS[3])}, 1
-local lists = #KEYS - 3
+local reply, n = {redis.call('EXISTS', KEYS[3], KEYS[4])}, 1
+local lists = #KEYS - 4
 local empty, room = {}, {}
 for i = 5 + 2 * lists, #ARGV do
   room[#room + 1] = tonumber(ARGV[i])
@@ -47,9 +47,9 @@ local function take(key, most, group)
   end
 end
 for i = 1, lists do
-  take(KEYS[i + 3], tonumber(ARGV[2 * i + 3]), tonumber(ARGV[2 * i + 4]))
+  take(KEYS[i + 4], tonumber(ARGV[2 * i + 3]), tonumber(ARGV[2 * i + 4]))
 end
 for i = 1, lists do -- what others left unused
-  take(KEYS[i + 3], left, tonumber(ARGV[2 * i + 4]))
+  take(KEYS[i + 4], left, tonumber(ARGV[2 * i + 4]))
 end
 return reply

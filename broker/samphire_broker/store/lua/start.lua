@@ -1,9 +1,10 @@
 -- start: mark claimed tasks as running.
--- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started
+-- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 cancelled
 -- ARGV  1 prefix of result keys   2 prefix of task hashes   3 host name   4 process id
 --       5 MessagePack: array of [field, task id]
 -- Returns for each task how many workers were lost with it, or -1 (claim lost: not ours any more), or -2
--- (the task already ended: a terminal state is written once; the message is dropped as a duplicate).
+-- (the task already ended: a terminal state is written once; the message is dropped as a duplicate), or -3 (it is
+-- cancelled: it stays claimed and is to be settled as such).
 -- The running state has no lifetime of its own: settling, failing, releasing and reaping all replace it.
 local tail = ',"result":{"hostname":' .. cjson.encode(ARGV[3]) .. ',"pid":' .. ARGV[4] .. '}'
 tail = tail .. ',"traceback":null,"children":[],"date_done":null}'
@@ -14,6 +15,7 @@ for n = 1, #tasks do
   hashes[n] = ARGV[2] .. tasks[n][2]
 end
 local old = redis.call('MGET', unpack(metas))
+local some_cancelled = redis.call('SCARD', KEYS[3]) > 0
 local some_lost = redis.call('EXISTS', unpack(hashes)) > 0
 local reply, states, started, ended = {}, {}, {}, {}
 for n = 1, #metas do
@@ -21,7 +23,9 @@ for n = 1, #metas do
   local state = old[n] and string.match(old[n], '"status": ?"(%u+)"')
   if redis.call('HEXISTS', KEYS[1], field) == 0 then
     reply[n] = -1
-  elseif state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED' then
+  elseif state == 'REVOKED' or (some_cancelled and redis.call('SISMEMBER', KEYS[3], id) == 1) then
+    reply[n] = -3
+  elseif state == 'SUCCESS' or state == 'FAILURE' then
     reply[n] = -2
     ended[#ended + 1] = field
   else
