@@ -228,9 +228,31 @@ def test_a_failed_task_is_shown_with_its_exception(flower: Flower, client: Clien
     assert_numbers_are_hidden(json.dumps(info) + page)
 
 
+@pytest.mark.parametrize("by", ["plain", "flower"])
+def test_a_revoked_task_is_shown(flower: Flower, client: Client, plain: Celery, by: str) -> None:
+    """One that waits behind slow ones, revoked by Celery's control command or by Flower's own button."""
+    slow = [client.submit("slow", {"seconds": np.array([[0.5]], np.float32)}).id for _ in range(40)]
+    try:
+        last = slow.pop()
+        assert client.task(last).status() == "queued"
+        if by == "plain":
+            plain.control.revoke(last)
+        else:
+            assert flower.get(f"/api/task/revoke/{last}", method="POST")[0] == 200
+        info = flower.ended(last)
+        assert info["state"] == "REVOKED" and info["revoked"]
+        assert client.task(last).status() == "cancelled"
+    finally:
+        plain.control.revoke(slow)
+    # What it was is shown once its message is reached.
+    eventually(lambda: "slow: seconds FP32[1, 1]" in flower.page(f"/task/{last}"), TIMEOUT_S, "its arguments")
+    assert "REVOKED" in flower.page(f"/task/{last}")
+
+
 def test_the_worker_is_shown(stack: Up, flower: Flower) -> None:
     """In the API with what it serves, and on a page of its own."""
-    ((name, info),) = json.loads(flower.page("/api/workers?refresh=1")).items()
+    found = eventually(lambda: json.loads(flower.page("/api/workers?refresh=1")), TIMEOUT_S, "the worker's answer")
+    ((name, info),) = found.items()
     assert name.startswith("worker1@")
     assert info["registered"] == ["samphire.infer"]
     assert info["stats"]["pid"] == stack.ready["pids"]["worker"][0]
