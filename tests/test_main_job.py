@@ -408,7 +408,7 @@ def fails(app: Celery, expected: str, text: str, **kwargs: Any) -> None:
         ("InvalidInputError", "at most 64 rows", {"model_name": "identity", "inputs": [fp32(*[0] * 65, shape=[65, 1])]}),
         ("InvalidInputError", "4 elements, given 3", {"model_name": "identity", "inputs": [fp32(1, 2, 3, shape=[1, 4])]}),
         ("InvalidInputError", "shape .* takes 4000000 bytes", {"model_name": "identity", "inputs": [fp32(1, shape=[1, 10**6])]}),
-        ("InvalidInputError", "exactly one of data, raw and ref", {"model_name": "identity", "inputs": [fp32(1, data=None)]}),
+        ("InvalidInputError", "exactly one of data, raw, ref and from", {"model_name": "identity", "inputs": [fp32(1, data=None)]}),
         ("InvalidInputError", "exactly one of", {"model_name": "identity", "inputs": [fp32(1, raw="AACAPw==")]}),
         ("InvalidInputError", "not base64", {"model_name": "identity", "inputs": [fp32(1, data=None, raw="####")]}),
         ("InvalidInputError", "takes 4 bytes, given 3", {"model_name": "identity", "inputs": [fp32(1, data=None, raw="AACA")]}),

@@ -152,7 +152,7 @@ class Endpoint:
             name=model,
             versions=tuple(sorted(metadata.versions, key=int)),
             inputs={tensor.name: _spec(tensor, optional=tensor.optional) for tensor in config.input},
-            outputs=frozenset(tensor.name for tensor in config.output),
+            outputs={tensor.name: _spec(tensor) for tensor in config.output},
             max_batch_size=config.max_batch_size,
             decoupled=config.model_transaction_policy.decoupled,
         )
@@ -201,7 +201,7 @@ class Endpoint:
         ]
 
 
-def _spec(tensor: Any, *, optional: bool) -> TensorSpec:
+def _spec(tensor: Any, *, optional: bool = False) -> TensorSpec:
     name = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
     datatype = "BYTES" if name == "STRING" else name
     return TensorSpec(tensor.name, datatype, tuple(tensor.dims), optional)

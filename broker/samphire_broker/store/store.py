@@ -20,6 +20,7 @@ from samphire.connection import key_text
 from samphire.contract import Ref
 from samphire.direct import Argument, DirectConnection, Script, read_blob
 from samphire.errors import ProtocolError, SamphireError
+from samphire.results import DELETED
 from samphire_broker.settings import Settings
 
 STREAM_MAX_LENGTH = 1_000
@@ -29,6 +30,7 @@ STREAM_TTL_S = 3600
 CANCELLED_TTL_S = 7 * 86_400
 CANCELS_MAX = 500
 DUE_MAX = 500
+DELETES_MAX = 500
 CATALOGUE_TTL_S = 60
 BATCH_MAX = 1000
 """Most tasks that one call of a script takes."""
@@ -145,7 +147,7 @@ class Store:
         self._next_number = 1
         self.suspects = True
         """Whether some task was started by a worker that was lost, or was cancelled, as of the last claim."""
-        names = ("beat", "claim", "start", "settle", "release", "route", "reap", "schedule", "due", "cancel")
+        names = ("beat", "claim", "start", "settle", "release", "route", "reap", "schedule", "due", "cancel", "delete")
         self._scripts = {name: _script(name) for name in names}
 
     async def close(self) -> None:
@@ -229,7 +231,7 @@ class Store:
         """End tasks, at most `BATCH_MAX`; 1 for each that was still ours, 0 for each that was not."""
         args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [INLINE_RESULT_BYTES, keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
-        args.append(_pack(settlements))
+        args += [keys.WAKE_CHANNEL, _pack(settlements)]
         key_names = [self._inflight, self._started, keys.DEAD, keys.CANCELLED]
         ours: list[int] = await self._run("settle", key_names, args, self._endings)
         return ours
@@ -260,6 +262,11 @@ class Store:
         key_names = [keys.CANCELS, keys.CANCELLED, keys.SCHEDULED, keys.SCHEDULED_MESSAGES]
         reply = [key_text(value) for value in await self._run("cancel", key_names, args)]
         return dict(zip(reply[::2], reply[1::2], strict=True))
+
+    async def delete_results(self) -> int:
+        """Delete results that clients have read and no longer need; how many they named."""
+        args: list[Argument] = [keys.META_PREFIX, keys.RESULT_BLOB_PREFIX, DELETED, DELETES_MAX]
+        return int(await self._run("delete", [keys.DELETES], args))
 
     async def publish_catalogue(self, signatures: Mapping[str, bytes], gone: Collection[str]) -> None:
         """Tell clients what the models take, and which are gone; what no worker renews expires."""

@@ -6,7 +6,7 @@
 ...     task.result(timeout_s=10).outputs["probabilities"]      # float32 [1, 10]
 """
 
-from samphire.aio import AsyncClient, AsyncTask
+from samphire.aio import AsyncClient, AsyncTask, TaskEvent
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerUnavailableError,
@@ -18,6 +18,7 @@ from samphire.errors import (
     PayloadTooLargeError,
     ProtocolError,
     QueueFullError,
+    ResultDeletedError,
     ResultTimeoutError,
     SamphireError,
     TaskCancelledError,
@@ -27,6 +28,7 @@ from samphire.errors import (
     UnknownModelError,
     WorkerCrashError,
 )
+from samphire.pipeline import Output, Step
 from samphire.results import InferResult
 from samphire.sync import Client, Task
 
@@ -42,13 +44,17 @@ __all__ = [
     "InferResult",
     "InvalidInputError",
     "ModelFaultError",
+    "Output",
     "PayloadTooLargeError",
     "ProtocolError",
     "QueueFullError",
+    "ResultDeletedError",
     "ResultTimeoutError",
     "SamphireError",
+    "Step",
     "Task",
     "TaskCancelledError",
+    "TaskEvent",
     "TaskExpiredError",
     "TaskGoneError",
     "TransientError",

@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import binascii
-import hashlib
 import os
+import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Sized
+from dataclasses import dataclass
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from samphire import keys
+from samphire.catalogue import Catalogue
 from samphire.connection import DEFAULT_BROKER_URL, redact
-from samphire.contract import (
-    INFER_TASK,
-    InferRequest,
-    InputTensor,
-    Ref,
-    RequestedOutput,
-    check_model_name,
-    check_tenant,
-)
-from samphire.envelope import describe, encode_task, new_task_id
+from samphire.contract import check_tenant
+from samphire.encoder import Encoded, Encoder, Inputs, Limits, Parameters, priority_step, request_for, when
 from samphire.errors import ClientClosedError, InvalidInputError, ResultTimeoutError, SamphireError
 from samphire.keys import Priority
+from samphire.pipeline import Stage, StepOptions, encode_chain, stages_of
 from samphire.publisher import Publisher
-from samphire.results import InferResult, Status
-from samphire.tensors import array_to_bytes
-from samphire.validation import check_request_size
+from samphire.results import TERMINAL, InferResult, Status
 from samphire.waiter import Look, Waiter
 
 MAP_CHUNK = 256
 MAP_CHUNK_BYTES = 4 * 2**20
+LOOK_MIN_S = 0.01
+LOOK_MAX_S = 0.5
 
-Inputs = Mapping[str, Any]
-"""Input name to an array, or to anything that numpy makes one of."""
+Progress = Callable[[int, int | None], None]
+"""Called with how many results there are, and how many there will be if that is known."""
+
+
+@dataclass(frozen=True)
+class TaskEvent:
+    """A state that a task was seen in."""
+
+    task_id: str
+    status: Status
+    at: float
+    """When it was seen, in s since 1970."""
 
 
 class AsyncTask:
     """A handle of one submitted task."""
 
-    def __init__(self, client: AsyncClient, task_id: str, *, own: bool) -> None:
+    def __init__(self, client: AsyncClient, task_id: str, look: Look) -> None:
         self._client = client
-        self._look: Look = "once" if own else "often"
+        self._look: Look = look
         self.id = task_id
 
     def __repr__(self) -> str:
@@ -52,10 +57,15 @@ class AsyncTask:
 
     async def status(self) -> Status:
         """The task's state; a task that nobody knows counts as queued, as in Celery."""
+        self._client._check_usable()
         return await self._client._waiter.status(self.id)
 
-    async def result(self, timeout_s: float | None = None) -> InferResult:
+    async def result(self, timeout_s: float | None = None, *, delete: bool = False) -> InferResult:
         """Wait for the result.
+
+        Args:
+            timeout_s: how long; for ever by default.
+            delete: the result is deleted once it was read; a later read raises `ResultDeletedError`.
 
         Raises:
             ResultTimeoutError: it did not come within `timeout_s`; the task goes on.
@@ -64,11 +74,52 @@ class AsyncTask:
         look = self._look
         if look == "once":
             self._look = "now"  # its end may have been told to the first who asked
-        return await self._client._result(self.id, timeout_s, look)
+        result = await self._client._result(self.id, timeout_s, look)
+        if delete:
+            await self._client._publisher.request(keys.DELETES, self.id)
+        return result
+
+    async def cancel(self, timeout_s: float = 5.0) -> bool:
+        """End the task if it has not started; whether it has ended so.
+
+        A task that is running or has ended goes its way: then the answer is False.
+
+        Raises:
+            ResultTimeoutError: no worker has taken it up within `timeout_s`; the request stands.
+        """
+        client = self._client
+        client._check_usable()
+        await client._publisher.request(keys.CANCELS, f"{client._stream} {self.id}")
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for event in self.events():
+                    if event.status not in ("queued", "scheduled"):
+                        return event.status == "cancelled"
+        except TimeoutError as error:
+            message = f"no worker has taken up the cancellation of task {self.id} in {timeout_s} s; it stands"
+            raise ResultTimeoutError(message) from error
+        raise AssertionError("events end with a terminal state")  # pragma: no cover
+
+    async def events(self, after: Status | None = None) -> AsyncIterator[TaskEvent]:
+        """The task's states as they are seen, until it has ended; a state that passes between two looks is not seen.
+
+        Args:
+            after: begin once the task is seen in another state than this one, the last that the caller knows.
+        """
+        last, interval_s = after, LOOK_MIN_S
+        while True:
+            status = await self.status()
+            if status != last:
+                last, interval_s = status, LOOK_MIN_S
+                yield TaskEvent(self.id, status, time.time())
+            if status in TERMINAL:
+                return
+            await asyncio.sleep(interval_s)
+            interval_s = min(interval_s * 1.2, LOOK_MAX_S)
 
 
 class AsyncClient:
-    """Submits tasks and reads their results; for one event loop.
+    """Submits tasks and reads their results; for one event loop of one process.
 
     Args:
         broker_url: Redis or Valkey; by default `SAMPHIRE_BROKER_URL`, else redis://localhost:6379/0.
@@ -77,6 +128,7 @@ class AsyncClient:
         inline_limit_bytes: larger tensors travel as claim checks, beside the queue.
         max_request_bytes: largest sum of a request's tensors.
         blob_ttl_s: lifetime of claim checks; a task that waits longer fails.
+        validate: check requests against what the workers tell of the models, before anything is queued.
     """
 
     def __init__(
@@ -88,19 +140,24 @@ class AsyncClient:
         inline_limit_bytes: int = 8 * 2**10,
         max_request_bytes: int = 16 * 2**20,
         blob_ttl_s: int = 86_400,
+        validate: bool = True,
     ) -> None:
         check_tenant(tenant)
         self.broker_url = broker_url or os.environ.get("SAMPHIRE_BROKER_URL") or DEFAULT_BROKER_URL
         self.tenant = tenant
-        self._inline_limit_bytes = inline_limit_bytes
-        self._max_request_bytes = max_request_bytes
+        self._limits = Limits(inline_limit_bytes, max_request_bytes)
         self._stream = keys.stream_key(uuid.uuid4().hex)
         self._publisher = Publisher(self.broker_url, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
         self._waiter = Waiter(self.broker_url, self._stream)
+        self._catalogue = Catalogue(self.broker_url) if validate else None
+        self._process = os.getpid()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {redact(self.broker_url)}>"
+        tenant = f" tenant={self.tenant}" if self.tenant else ""
+        closed = " closed" if self._closed else ""
+        return f"<{type(self).__name__} {redact(self.broker_url)}{tenant}{closed}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,6 +172,8 @@ class AsyncClient:
         self._closed = True
         await self._waiter.close()
         await self._publisher.close()
+        if self._catalogue is not None:
+            await self._catalogue.close()
 
     async def submit(
         self,
@@ -124,7 +183,10 @@ class AsyncClient:
         version: str | int = "champion",
         priority: Priority = "normal",
         outputs: Iterable[str] = (),
-        parameters: Mapping[str, bool | int | float | str] | None = None,
+        parameters: Parameters | None = None,
+        eta: datetime | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
     ) -> AsyncTask:
         """Queue one inference and return its handle, as soon as the broker has it.
 
@@ -135,16 +197,54 @@ class AsyncClient:
             priority: high is served before normal, normal before low, none starves.
             outputs: names of the outputs to return; all by default.
             parameters: OIP parameters for the model; `micro_batch: False` keeps the request alone.
+            eta: not before this time, a datetime with a time zone.
+            delay_s: not before so many seconds from now.
+            deadline_s: of use for so many seconds from now: what has not started by then ends as expired, what
+                is running is given up.
 
         Raises:
             InvalidInputError: the request can never succeed; nothing was queued.
             QueueFullError, BrokerMemoryFullError: refused; nothing was queued.
             BrokerUnavailableError: no answer; the task may or may not be queued.
         """
-        submit = self._encoder(model, version, priority, outputs, parameters)
-        task_id, message, blobs = submit(inputs)
-        await self._publisher.publish(keys.queue_name(model, self.tenant), _step(priority), [message], blobs)
-        return AsyncTask(self, task_id, own=True)
+        headers = when(eta, delay_s, deadline_s).headers()
+        encode = await self._encoder(model, version, priority, outputs, parameters, headers)
+        task_id, message, blobs = await self._encode(encode, model, inputs)
+        await self._publisher.publish(keys.queue_name(model, self.tenant), priority_step(priority), [message], blobs)
+        return AsyncTask(self, task_id, "once")
+
+    async def chain(
+        self,
+        *stages: Stage,
+        priority: Priority = "normal",
+        eta: datetime | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
+    ) -> AsyncTask:
+        """Queue a chain of inferences and return the handle of its last step; see `samphire.pipeline`.
+
+        Args:
+            stages: steps, each in its turn; a list of steps is a stage whose steps run side by side.
+            priority, eta, delay_s, deadline_s: as in `submit`, for the whole chain.
+
+        Raises:
+            InvalidInputError: a step takes an input from where there is none, or what does not fit its model;
+                nothing was queued.
+            QueueFullError, BrokerMemoryFullError, BrokerUnavailableError: as in `submit`.
+        """
+        self._check_usable()
+        listed = stages_of(stages)
+        headers = {**when(eta, delay_s, deadline_s).headers(), "samphire_stream": self._stream}
+        options = StepOptions(self.tenant, priority_step(priority), headers, self._limits)
+        models = {step.model for stage in listed for step in stage}
+        signatures = {model: await self._signature(model) for model in models}
+        try:
+            task_id, message, blobs = encode_chain(listed, options, signatures)
+        except InvalidInputError:  # perhaps a model has changed
+            fresh = {model: await self._signature(model, fresh=True) for model in models}
+            task_id, message, blobs = encode_chain(listed, options, fresh)
+        await self._publisher.publish(keys.INTAKE, options.priority, [message], blobs)
+        return AsyncTask(self, task_id, "often")  # of a chord that fails no event tells
 
     @overload
     def map(
@@ -153,30 +253,70 @@ class AsyncClient:
         batches: Iterable[Inputs],
         *,
         return_exceptions: Literal[False] = ...,
-        **options: Any,
+        progress: Progress | None = ...,
+        window: int = ...,
+        window_bytes: int = ...,
+        version: str | int = ...,
+        priority: Priority = ...,
+        outputs: Iterable[str] = ...,
+        parameters: Parameters | None = ...,
+        deadline_s: float | None = ...,
     ) -> AsyncIterator[InferResult]: ...
 
     @overload
     def map(
-        self, model: str, batches: Iterable[Inputs], *, return_exceptions: Literal[True], **options: Any
+        self,
+        model: str,
+        batches: Iterable[Inputs],
+        *,
+        return_exceptions: Literal[True],
+        progress: Progress | None = ...,
+        window: int = ...,
+        window_bytes: int = ...,
+        version: str | int = ...,
+        priority: Priority = ...,
+        outputs: Iterable[str] = ...,
+        parameters: Parameters | None = ...,
+        deadline_s: float | None = ...,
     ) -> AsyncIterator[InferResult | SamphireError]: ...
 
     async def map(
-        self, model: str, batches: Iterable[Inputs], *, return_exceptions: bool = False, **options: Any
+        self,
+        model: str,
+        batches: Iterable[Inputs],
+        *,
+        return_exceptions: bool = False,
+        progress: Progress | None = None,
+        window: int = 4096,
+        window_bytes: int = 64 * 2**20,
+        version: str | int = "champion",
+        priority: Priority = "normal",
+        outputs: Iterable[str] = (),
+        parameters: Parameters | None = None,
+        deadline_s: float | None = None,
     ) -> AsyncIterator[InferResult | SamphireError]:
         """Submit every element of `batches` and yield the results in the same order.
 
         Args:
             model: name in the model repository.
-            batches: inputs of one task each.
+            batches: inputs of one task each; read only as far ahead as the window allows.
             return_exceptions: yield the error of a task that failed instead of raising it.
-            options: `window`, most tasks under way at once (default 4096), and those of `submit`.
+            progress: called with the number of results so far, and of all if `batches` has a length.
+            window: most tasks under way, or done and not yet yielded, at once.
+            window_bytes: most bytes of their inputs and outputs, as far as these can be known ahead.
+            version, priority, outputs, parameters: as in `submit`.
+            deadline_s: as in `submit`, for each task from when it is queued.
 
         Raises:
             SamphireError: the first error of a task, unless `return_exceptions`; the rest goes on.
         """
-        async for chunk in self._map_chunks(model, batches, **options):
+        chunks = self._map_chunks(
+            model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s
+        )
+        counted = Counted(batches, progress)
+        async for chunk in chunks:
             for result in chunk:
+                counted.one_more()
                 if isinstance(result, SamphireError) and not return_exceptions:
                     raise result
                 yield result
@@ -189,50 +329,68 @@ class AsyncClient:
         """
         if not isinstance(task_id, str) or not 1 <= len(task_id) <= 255:
             raise InvalidInputError(f"expected a task id of 1 to 255 characters, given {task_id!r}")
-        return AsyncTask(self, task_id, own=False)
+        return AsyncTask(self, task_id, "often")
 
     # -- the parts ----------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClientClosedError
+        if self._process != os.getpid():
+            raise SamphireError("an AsyncClient does not survive a fork: make one in each process")
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise SamphireError(
+                "an AsyncClient belongs to the event loop that first used it: make one in each, or use Client, "
+                "which threads and loops may share"
+            )
 
     async def _map_chunks(
         self,
         model: str,
         batches: Iterable[Inputs],
-        *,
-        window: int = 4096,
-        version: str | int = "champion",
-        priority: Priority = "normal",
-        outputs: Iterable[str] = (),
-        parameters: Mapping[str, bool | int | float | str] | None = None,
+        window: int,
+        window_bytes: int,
+        version: str | int,
+        priority: Priority,
+        outputs: Iterable[str],
+        parameters: Parameters | None,
+        deadline_s: float | None,
     ) -> AsyncIterator[list[InferResult | SamphireError]]:
         """Like `map`, with the results that are there together in one list."""
-        if window < 1:
-            raise InvalidInputError(f"expected a window of at least 1, given {window}")
-        encode = self._encoder(model, version, priority, outputs, parameters)
-        queue, step = keys.queue_name(model, self.tenant), _step(priority)
+        if window < 1 or window_bytes < 1:
+            raise InvalidInputError(f"expected a window of at least 1, given {window} tasks, {window_bytes} bytes")
+        encode = await self._encoder(model, version, priority, outputs, parameters, {})
+        queue, step = keys.queue_name(model, self.tenant), priority_step(priority)
         source = iter(batches)
         waiting: deque[tuple[str, asyncio.Future[InferResult]]] = deque()
+        sizes = _Sizes(window, window_bytes)
         exhausted = False
         try:
             while True:
-                while not exhausted and len(waiting) < window:
-                    encoded: list[tuple[str, bytes, list[tuple[str, bytes]]]] = []
+                while not exhausted and len(waiting) < sizes.window:
+                    encoded: list[Encoded] = []
                     nbytes = 0
-                    most = min(MAP_CHUNK, window - len(waiting))
-                    while len(encoded) < most and nbytes < MAP_CHUNK_BYTES and not exhausted:
+                    most = min(MAP_CHUNK, sizes.window - len(waiting))
+                    encode.headers(when(None, None, deadline_s).headers())
+                    while len(encoded) < most and nbytes < min(MAP_CHUNK_BYTES, window_bytes) and not exhausted:
                         inputs = next(source, None)
                         if inputs is None:
                             exhausted = True
                             break
-                        encoded.append(encode(inputs))
-                        nbytes += len(encoded[-1][1]) + sum(len(data) for _, data in encoded[-1][2])
+                        encoded.append(await self._encode(encode, model, inputs))
+                        nbytes += encoded[-1].nbytes
                     if not encoded:
                         break
-                    waiting.extend((task_id, self._waiter.expect(task_id, "never")) for task_id, _, _ in encoded)
+                    sizes.sent(len(encoded), nbytes)
+                    waiting.extend((one.task_id, self._waiter.expect(one.task_id, "never")) for one in encoded)
                     await self._publisher.publish(
                         queue,
                         step,
-                        [message for _, message, _ in encoded],
-                        [blob for _, _, blobs in encoded for blob in blobs],
+                        [one.message for one in encoded],
+                        [blob for one in encoded for blob in one.blobs],
                     )
                 if not waiting:
                     return
@@ -245,33 +403,41 @@ class AsyncClient:
                     if error is not None and not isinstance(error, SamphireError):
                         raise error
                     ready.append(error if error is not None else future.result())
+                sizes.returned(ready)
                 yield ready
         finally:
             self._waiter.forget(task_id for task_id, _ in waiting)
 
-    def _encoder(
+    async def _encoder(
         self,
         model: str,
         version: str | int,
         priority: str,
         outputs: Iterable[str],
-        parameters: Mapping[str, bool | int | float | str] | None,
-    ) -> _Encoder:
-        if self._closed:
-            raise ClientClosedError
-        check_model_name(model)
-        _step(priority)
-        template = InferRequest(
-            model_name=model,
-            inputs=[],
-            model_version="" if version == "champion" else str(version),
-            outputs=[RequestedOutput(name) for name in outputs],
-            parameters=dict(parameters or {}),
-            tenant=self.tenant,
-        )
-        return _Encoder(template, _step(priority), self._stream, self._inline_limit_bytes, self._max_request_bytes)
+        parameters: Parameters | None,
+        headers: dict[str, Any],
+    ) -> Encoder:
+        self._check_usable()
+        template = request_for(model, version, outputs, parameters, self.tenant)
+        encoder = Encoder(template, priority_step(priority), self._stream, self._limits)
+        encoder.headers(headers)
+        encoder.check_against(await self._signature(model))
+        return encoder
+
+    async def _encode(self, encode: Encoder, model: str, inputs: Inputs) -> Encoded:
+        try:
+            return encode(inputs)
+        except InvalidInputError:
+            # Perhaps the model has changed since its signature was read.
+            if not encode.check_against(await self._signature(model, fresh=True)):
+                raise
+            return encode(inputs)
+
+    async def _signature(self, model: str, *, fresh: bool = False) -> Any:
+        return None if self._catalogue is None else await self._catalogue.signature(model, fresh=fresh)
 
     async def _result(self, task_id: str, timeout_s: float | None, look: Look) -> InferResult:
+        self._check_usable()
         future = self._waiter.expect(task_id, look)
         try:
             async with asyncio.timeout(timeout_s):
@@ -285,54 +451,41 @@ class AsyncClient:
             self._waiter.forget([task_id])
 
 
-class _Encoder:
-    """Turns inputs into a task id, a message and claim checks, for one model and one set of options."""
+class Counted:
+    """Tells how far a map has come."""
 
-    def __init__(
-        self, template: InferRequest, priority: int, stream: str, inline_limit: int, request_limit: int
-    ) -> None:
-        self._template = template
-        self._priority = priority
-        self._stream = stream
-        self._inline_limit = inline_limit
-        self._request_limit = request_limit
-        self._queue = keys.queue_name(template.model_name, template.tenant)
+    def __init__(self, batches: Iterable[Inputs], progress: Progress | None) -> None:
+        self._progress = progress
+        self._done = 0
+        self._total = len(batches) if isinstance(batches, Sized) else None
 
-    def __call__(self, inputs: Inputs) -> tuple[str, bytes, list[tuple[str, bytes]]]:
-        if not isinstance(inputs, Mapping):
-            raise InvalidInputError(f"expected inputs as a mapping of name to array, given {type(inputs).__name__}")
-        task_id = new_task_id()
-        tensors: list[InputTensor] = []
-        blobs: list[tuple[str, bytes]] = []
-        sizes: list[tuple[str, int]] = []
-        for name, value in inputs.items():
-            datatype, shape, data = array_to_bytes(name, value)
-            sizes.append((name, len(data)))
-            if len(data) > self._inline_limit:
-                key = f"{keys.BLOB_PREFIX}{task_id}:{len(blobs)}"
-                blobs.append((key, data))
-                ref = Ref(key, len(data), hashlib.sha256(data).hexdigest())
-                tensors.append(InputTensor(name, datatype, shape, ref=ref))
-            else:
-                raw = binascii.b2a_base64(data, newline=False).decode()
-                tensors.append(InputTensor(name, datatype, shape, raw=raw))
-        check_request_size(sizes, self._request_limit)
-        request = self._template
-        request.inputs = tensors
-        message = encode_task(
-            INFER_TASK,
-            task_id,
-            request,
-            self._queue,
-            self._priority,
-            kwargsrepr=describe(request),
-            headers={"samphire_stream": self._stream},
-        )
-        return task_id, message, blobs
+    def one_more(self) -> None:
+        """A result is there."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
 
-def _step(priority: str) -> int:
-    step = keys.PRIORITIES.get(priority)
-    if step is None:
-        raise InvalidInputError(f"expected a priority {', '.join(keys.PRIORITIES)}, given {priority!r}")
-    return step
+class _Sizes:
+    """How many tasks a map may have under way, given what they and their results take."""
+
+    def __init__(self, window: int, window_bytes: int) -> None:
+        self._most = window
+        self._bytes = window_bytes
+        self._in = self._out = 0.0
+        self.window = window
+
+    def sent(self, count: int, nbytes: int) -> None:
+        """So many were sent, with so many bytes."""
+        self._in = nbytes / count
+        self._adapt()
+
+    def returned(self, results: list[InferResult | SamphireError]) -> None:
+        """These came back."""
+        outputs = [result.outputs.values() for result in results if isinstance(result, InferResult)]
+        if outputs:
+            self._out = sum(array.nbytes for arrays in outputs for array in arrays) / len(outputs)
+            self._adapt()
+
+    def _adapt(self) -> None:
+        self.window = max(1, min(self._most, int(self._bytes / max(1.0, self._in + self._out))))

@@ -22,6 +22,8 @@ CONTRACT_VERSION = 1
 INFER_TASK = "samphire.infer"
 CHORD_PART_TASK = "samphire.chord_part"
 """What a worker sends itself when a task of a chord has ended; no producer needs it."""
+CANVAS_TASK = "samphire.canvas"
+"""A whole canvas, which a worker starts: so a client without Celery can send one."""
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 _TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -172,7 +174,15 @@ class ChordPart(Struct, forbid_unknown_fields=True):
     result: Any
 
 
+class CanvasStart(Struct, forbid_unknown_fields=True):
+    """Keyword arguments of `samphire.canvas`; the message's task id is that of the canvas's last task."""
+
+    signature: dict[str, Any]
+    """A Celery signature in JSON."""
+
+
 ChordPartBody = tuple[list[Raw], ChordPart, Any]
+CanvasStartBody = tuple[list[Raw], CanvasStart, Any]
 
 
 def check_model_name(model: str) -> None:

@@ -20,12 +20,13 @@ from typing import Any, Protocol
 import msgspec
 from msgspec import UNSET
 
-from samphire.contract import Body, ChordPart, ChordPartBody, Envelope, InferRequest
+from samphire.contract import Body, CanvasStart, CanvasStartBody, ChordPart, ChordPartBody, Envelope, InferRequest
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 
 _encode = msgspec.json.Encoder().encode
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
 _decode_body = msgspec.json.Decoder(Body).decode
+_decode_canvas_start = msgspec.json.Decoder(CanvasStartBody).decode
 _decode_chord_part = msgspec.json.Decoder(ChordPartBody).decode
 _NO_CANVAS: dict[str, Any] = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 _NO_HEADERS: dict[str, Any] = {}
@@ -146,6 +147,13 @@ def decode_chord_part(envelope: Envelope, max_bytes: int) -> ChordPart:
     """Read the body of a `samphire.chord_part` message; raises as `decode_body` does."""
     data = _open_body(envelope, max_bytes)
     body: ChordPartBody = _parse(_decode_chord_part, data, "the arguments are not the part of a chord")
+    return body[1]
+
+
+def decode_canvas_start(envelope: Envelope, max_bytes: int) -> CanvasStart:
+    """Read the body of a `samphire.canvas` message; raises as `decode_body` does."""
+    data = _open_body(envelope, max_bytes)
+    body: CanvasStartBody = _parse(_decode_canvas_start, data, "the arguments are not a canvas")
     return body[1]
 
 

@@ -14,7 +14,8 @@
     ├── WorkerCrashError           the task took down every worker that tried it
     ├── TaskGoneError              the task ended without a result
     │   ├── TaskExpiredError       its time ran out before it was started
-    │   └── TaskCancelledError     somebody cancelled it
+    │   ├── TaskCancelledError     somebody cancelled it
+    │   └── ResultDeletedError     its result was read, and deleted as asked for
     ├── ResultTimeoutError         the result did not come within `timeout_s`; the task goes on
     ├── ProtocolError              stored data is not what this version of Samphire writes
     └── ClientClosedError          the client was closed while it was in use
@@ -94,6 +95,10 @@ class TaskExpiredError(TaskGoneError):
 
 class TaskCancelledError(TaskGoneError):
     """The task was cancelled."""
+
+
+class ResultDeletedError(TaskGoneError):
+    """The result was read before, and deleted."""
 
 
 class ResultTimeoutError(SamphireError, TimeoutError):

@@ -7,6 +7,7 @@ Written by producers (an ACL can hold them to these):
     sub:queues                   SET     names of the queues that the SDK has submitted to
     sub:blob:<task id>:<n>       STRING  claim check of a task's n-th tensor; expires
     sub:cancels                  LIST    requests to cancel: "<event stream or nothing> <task id>"
+    sub:deletes                  LIST    ids of tasks whose results are read and no longer needed
     sub:wake                     CHANNEL a queue was empty and no longer is
 
     A queue is `inference.<model>`, `inference.<model>@<tenant>`, or the intake `inference`.
@@ -19,7 +20,8 @@ Written by workers only:
     scheduled                    ZSET    ids of tasks that wait for their time, by that time
     scheduled:messages           HASH    task id -> "<queue list> <message>"
     cancelled                    SET     ids of tasks that were cancelled before they were claimed; expires
-    catalogue                    HASH    model -> its signature, JSON; expires when no worker renews it
+    catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
+                                         are all models; expires when no worker renews it
     suspects                     STRING  present while some task:<id> may be; expires
     result:blob:<id>:<n>         STRING  claim check of an output; expires
     events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
@@ -47,6 +49,7 @@ from typing import Literal
 INTAKE = "inference"
 QUEUES = "sub:queues"
 CANCELS = "sub:cancels"
+DELETES = "sub:deletes"
 WAKE_CHANNEL = "sub:wake"
 BLOB_PREFIX = "sub:blob:"
 RESULT_BLOB_PREFIX = "result:blob:"
@@ -60,6 +63,7 @@ SCHEDULED = "scheduled"
 SCHEDULED_MESSAGES = "scheduled:messages"
 CANCELLED = "cancelled"
 CATALOGUE = "catalogue"
+CATALOGUE_COMPLETE = "*"
 SUSPECTS = "suspects"
 DEAD = "dead"
 DEAD_PREFIX = "dead:"

@@ -86,6 +86,14 @@ class Publisher:
             if self._busy:
                 self._flusher = asyncio.create_task(self._flush())
 
+    async def request(self, list_key: str, request: str) -> None:
+        """Ask the workers for something, by a list that they look into.
+
+        Raises:
+            BrokerUnavailableError: no answer; the request may or may not be there, and may be repeated.
+        """
+        await self._connection.execute("RPUSH", list_key, request)
+
     async def _flush(self) -> None:
         """Send what has come together, a batch after the other; cancelled only by `close`."""
         batch: list[Outgoing] = []

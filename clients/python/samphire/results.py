@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from samphire.contract import FailureInfo, InferResponse, OutputTensor, Ref, TaskMeta
 from samphire.errors import (
     ProtocolError,
+    ResultDeletedError,
     SamphireError,
     TaskCancelledError,
     TaskExpiredError,
@@ -34,6 +35,9 @@ _STATES: dict[str, Status] = {
     "FAILURE": "failed",
     "REVOKED": "cancelled",
 }
+DELETED = b'{"deleted":true}'
+"""What stands in the place of a result that was deleted on reading."""
+
 TERMINAL = frozenset({"succeeded", "failed", "cancelled", "expired"})
 
 FetchBlob = Callable[[str, int], Awaitable[bytes | None]]
@@ -66,7 +70,7 @@ def decode_meta(meta: bytes) -> TaskMeta:
 
 def status_of(meta: TaskMeta) -> Status:
     """The state in Samphire's words."""
-    if meta.status == "REVOKED" and b"Expired" in bytes(meta.result):
+    if meta.status == "REVOKED" and b'"expired"' in bytes(meta.result):  # the word of Celery, and of our workers
         return "expired"
     return _STATES.get(meta.status, "running")
 
@@ -84,6 +88,8 @@ async def result_of(task_id: str, meta: TaskMeta, fetch: FetchBlob) -> InferResu
             if status_of(meta) == "expired":
                 return TaskExpiredError(f"task {task_id} expired before it was started")
             return TaskCancelledError(f"task {task_id} was cancelled")
+        if bytes(meta.result) == DELETED:
+            return ResultDeletedError(f"the result of task {task_id} was read before, and deleted as asked for")
         response = _decode_response(meta.result)
         outputs = {}
         for tensor in response.outputs:
@@ -92,7 +98,9 @@ async def result_of(task_id: str, meta: TaskMeta, fetch: FetchBlob) -> InferResu
     except SamphireError as error:
         return error
     except (msgspec.MsgspecError, binascii.Error, KeyError, ValueError) as error:
-        return ProtocolError(f"the stored result of task {task_id} is not understood: {error}")
+        return ProtocolError(
+            f"task {task_id} is no inference of Samphire: its stored result is not understood: {error}"
+        )
     return InferResult(task_id, response.model_name, response.model_version, outputs)
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import CancelledError
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
-from samphire.aio import AsyncClient, AsyncTask, Inputs
+from samphire.aio import AsyncClient, AsyncTask, Counted, Progress, TaskEvent
+from samphire.encoder import Inputs, Parameters
 from samphire.errors import ClientClosedError, SamphireError
 from samphire.keys import Priority
+from samphire.pipeline import Stage
 from samphire.results import InferResult, Status
+from samphire.waiter import Look
 
 T = TypeVar("T")
 
@@ -78,40 +84,97 @@ class _LoopThread:
 class Task:
     """A handle of one submitted task."""
 
-    def __init__(self, loop: _LoopThread, task: AsyncTask) -> None:
-        self._loop = loop
-        self._task = task
+    def __init__(self, client: Client, task_id: str, look: Look) -> None:
+        self._client = client
+        self._look: Look = look
+        self._process = os.getpid()
+        self.id = task_id
+        """The task's id, also Celery's."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}>"
 
-    @property
-    def id(self) -> str:
-        """The task's id, also Celery's."""
-        return self._task.id
+    def _run(self, use: Callable[[AsyncTask], Coroutine[Any, Any, T]]) -> T:
+        # After a fork the events of this task go to the parent's client.
+        look: Look = self._look if self._process == os.getpid() else "often"
+        if look == "once":
+            self._look = "now"
+
+        async def run() -> T:
+            return await use(AsyncTask(self._client._client, self.id, look))
+
+        return self._client._run(run)
 
     def status(self) -> Status:
         """See `AsyncTask.status`."""
-        return self._loop.run(self._task.status())
+        return self._run(lambda task: task.status())
 
-    def result(self, timeout_s: float | None = None) -> InferResult:
+    def result(self, timeout_s: float | None = None, *, delete: bool = False) -> InferResult:
         """See `AsyncTask.result`."""
-        return self._loop.run(self._task.result(timeout_s))
+        return self._run(lambda task: task.result(timeout_s, delete=delete))
+
+    def cancel(self, timeout_s: float = 5.0) -> bool:
+        """See `AsyncTask.cancel`."""
+        return self._run(lambda task: task.cancel(timeout_s))
+
+    def events(self, after: Status | None = None) -> Iterator[TaskEvent]:
+        """See `AsyncTask.events`."""
+        events = AsyncTask(self._client._client, self.id, "often").events(after)
+        with self._client._iterating(events) as iterator:
+            yield from iterator
 
 
 class Client:
-    """Submits tasks and reads their results, blocking; may be shared by threads.
+    """Submits tasks and reads their results, blocking; may be shared by threads, and survives a fork.
 
-    Takes the arguments of `AsyncClient`.
+    Takes the arguments of `AsyncClient`. After a fork (gunicorn, Celery's prefork pool) the child's first use
+    makes connections of its own.
     """
 
     def __init__(self, broker_url: str | None = None, **options: Any) -> None:
-        self._loop = _LoopThread()
+        self._arguments = (broker_url, options)
+        self._lock = threading.Lock()
+        self._start()
+        _clients.add(self)
+
+    def _start(self) -> None:
+        broker_url, options = self._arguments
+        self._client = AsyncClient(broker_url, **options)
+        self._loop: _LoopThread | None = None
+        self._closed = False
+
+    def _forget_parent(self) -> None:
+        """In a forked child: drop, unclosed, what belongs to the parent; its thread is not here."""
+        self._lock = threading.Lock()
+        closed = self._closed
+        self._start()
+        self._closed = closed
+
+    def _run(self, use: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        with self._lock:
+            if self._closed:
+                raise ClientClosedError
+            if self._loop is None:
+                self._loop = _LoopThread()
+            loop = self._loop
+        return loop.run(use())
+
+    @contextlib.contextmanager
+    def _iterating(self, source: Any) -> Iterator[Iterator[Any]]:
+        """The items of an asynchronous generator, which is closed at the end."""
+
+        async def following() -> Any:
+            return await anext(source, _END)
+
+        def items() -> Iterator[Any]:
+            while (item := self._run(following)) is not _END:
+                yield item
+
         try:
-            self._client = self._loop.run(_make(broker_url, options))
-        except BaseException:
-            self._loop.close()
-            raise
+            yield items()
+        finally:
+            with contextlib.suppress(ClientClosedError):
+                self._run(source.aclose)
 
     def __repr__(self) -> str:
         return repr(self._client).replace("AsyncClient", "Client")
@@ -126,7 +189,11 @@ class Client:
 
     def close(self) -> None:
         """See `AsyncClient.close`; a second call does nothing."""
-        self._loop.close(self._client.close())
+        with self._lock:
+            self._closed = True
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.close(self._client.close())
 
     def submit(
         self,
@@ -136,13 +203,40 @@ class Client:
         version: str | int = "champion",
         priority: Priority = "normal",
         outputs: Iterable[str] = (),
-        parameters: Mapping[str, bool | int | float | str] | None = None,
+        parameters: Parameters | None = None,
+        eta: datetime | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
     ) -> Task:
         """See `AsyncClient.submit`."""
-        submit = self._client.submit(
-            model, inputs, version=version, priority=priority, outputs=outputs, parameters=parameters
+        task = self._run(
+            lambda: self._client.submit(
+                model,
+                inputs,
+                version=version,
+                priority=priority,
+                outputs=outputs,
+                parameters=parameters,
+                eta=eta,
+                delay_s=delay_s,
+                deadline_s=deadline_s,
+            )
         )
-        return Task(self._loop, self._loop.run(submit))
+        return Task(self, task.id, "once")
+
+    def chain(
+        self,
+        *stages: Stage,
+        priority: Priority = "normal",
+        eta: datetime | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
+    ) -> Task:
+        """See `AsyncClient.chain`."""
+        task = self._run(
+            lambda: self._client.chain(*stages, priority=priority, eta=eta, delay_s=delay_s, deadline_s=deadline_s)
+        )
+        return Task(self, task.id, "often")
 
     @overload
     def map(
@@ -151,41 +245,73 @@ class Client:
         batches: Iterable[Inputs],
         *,
         return_exceptions: Literal[False] = ...,
-        **options: Any,
+        progress: Progress | None = ...,
+        window: int = ...,
+        window_bytes: int = ...,
+        version: str | int = ...,
+        priority: Priority = ...,
+        outputs: Iterable[str] = ...,
+        parameters: Parameters | None = ...,
+        deadline_s: float | None = ...,
     ) -> Iterator[InferResult]: ...
 
     @overload
     def map(
-        self, model: str, batches: Iterable[Inputs], *, return_exceptions: Literal[True], **options: Any
+        self,
+        model: str,
+        batches: Iterable[Inputs],
+        *,
+        return_exceptions: Literal[True],
+        progress: Progress | None = ...,
+        window: int = ...,
+        window_bytes: int = ...,
+        version: str | int = ...,
+        priority: Priority = ...,
+        outputs: Iterable[str] = ...,
+        parameters: Parameters | None = ...,
+        deadline_s: float | None = ...,
     ) -> Iterator[InferResult | SamphireError]: ...
 
     def map(
-        self, model: str, batches: Iterable[Inputs], *, return_exceptions: bool = False, **options: Any
+        self,
+        model: str,
+        batches: Iterable[Inputs],
+        *,
+        return_exceptions: bool = False,
+        progress: Progress | None = None,
+        window: int = 4096,
+        window_bytes: int = 64 * 2**20,
+        version: str | int = "champion",
+        priority: Priority = "normal",
+        outputs: Iterable[str] = (),
+        parameters: Parameters | None = None,
+        deadline_s: float | None = None,
     ) -> Iterator[InferResult | SamphireError]:
-        """See `AsyncClient.map`. `batches` is read on the client's thread."""
-        chunks = self._client._map_chunks(model, batches, **options)
-        try:
-            while True:
-                chunk = self._loop.run(_next(chunks))
-                if chunk is None:
-                    return
+        """See `AsyncClient.map`. `batches` is read on the client's thread, `progress` is called on the caller's."""
+        chunks = self._client._map_chunks(
+            model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s
+        )
+        counted = Counted(batches, progress)
+        with self._iterating(chunks) as iterator:
+            for chunk in iterator:
                 for result in chunk:
+                    counted.one_more()
                     if isinstance(result, SamphireError) and not return_exceptions:
                         raise result
                     yield result
-        finally:
-            with contextlib.suppress(ClientClosedError):
-                self._loop.run(chunks.aclose())  # type: ignore[attr-defined]
 
     def task(self, task_id: str) -> Task:
         """See `AsyncClient.task`."""
-        return Task(self._loop, self._client.task(task_id))
+        return Task(self, self._client.task(task_id).id, "often")
 
 
-async def _make(broker_url: str | None, options: Mapping[str, Any]) -> AsyncClient:
-    return AsyncClient(broker_url, **options)
+_END = object()
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
-async def _next(chunks: Any) -> list[InferResult | SamphireError] | None:
-    chunk: list[InferResult | SamphireError] | None = await anext(chunks, None)
-    return chunk
+def _after_fork() -> None:
+    for client in list(_clients):
+        client._forget_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)

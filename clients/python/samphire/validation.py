@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from msgspec import UNSET
+
 from samphire.contract import InferRequest, InputTensor
 from samphire.errors import InvalidInputError, PayloadTooLargeError, UnknownModelError
 from samphire.tensors import check_shape
@@ -30,7 +32,7 @@ class ModelSignature:
     versions: tuple[str, ...]
     """Version numbers that are ready, ascending."""
     inputs: Mapping[str, TensorSpec]
-    outputs: frozenset[str]
+    outputs: Mapping[str, TensorSpec]
     max_batch_size: int
     decoupled: bool = False
 
@@ -74,7 +76,11 @@ class ModelSignature:
                 )
         if not given:
             raise InvalidInputError(f"model {self.name!r}: expected at least one input, given none")
-        rows = [self._check_tensor(tensor) for tensor in request.inputs]
+        rows = [self._check_tensor(tensor) for tensor in request.inputs if tensor.from_ is UNSET]
+        if any(tensor.from_ is not UNSET for tensor in request.inputs):
+            for tensor in request.inputs:
+                self._spec_of(tensor)
+            rows = rows or [1]  # theirs are known when the task before has ended
         if len(set(rows)) > 1:
             counts = ", ".join(f"{t.name}: {n}" for t, n in zip(request.inputs, rows, strict=True))
             raise InvalidInputError(f"model {self.name!r}: expected as many rows in every input, given {counts}")
@@ -90,13 +96,18 @@ class ModelSignature:
             )
         return rows[0]
 
-    def _check_tensor(self, tensor: InputTensor) -> int:
+    def _spec_of(self, tensor: InputTensor) -> TensorSpec:
         spec = self.inputs.get(tensor.name)
         if spec is None:
             raise InvalidInputError(f"model {self.name!r} has the inputs {_names(self.inputs)}, given {tensor.name!r}")
+        return spec
+
+    def _check_tensor(self, tensor: InputTensor) -> int:
+        spec = self._spec_of(tensor)
         if tensor.datatype != spec.datatype:
+            given = tensor.datatype or "no datatype"
             raise InvalidInputError(
-                f"input {tensor.name!r} of model {self.name!r}: expected {spec.datatype}, given {tensor.datatype}"
+                f"input {tensor.name!r} of model {self.name!r}: expected {spec.datatype}, given {given}"
             )
         check_shape(tensor.name, tensor.datatype, tensor.shape)
         shape = tensor.shape[1:] if self.max_batch_size else tensor.shape

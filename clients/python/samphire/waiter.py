@@ -108,7 +108,10 @@ class Waiter:
     async def status(self, task_id: str) -> Status:
         """The state that is stored for a task."""
         raw = await self._reads.execute("GET", keys.meta_key(task_id))
-        return "queued" if raw is None else status_of(decode_meta(raw))
+        if raw is not None:
+            return status_of(decode_meta(raw))
+        scheduled = await self._reads.execute("ZSCORE", keys.SCHEDULED, task_id)
+        return "queued" if scheduled is None else "scheduled"
 
     # -- the stream ---------------------------------------------------------------------------------
 

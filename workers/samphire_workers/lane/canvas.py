@@ -23,13 +23,14 @@ from celery import Celery
 from celery.app.task import Context
 from celery.app.trace import build_tracer
 from celery.backends.redis import RedisBackend
+from celery.canvas import Signature
 from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import RedisError
 
 from samphire import keys
-from samphire.contract import CHORD_PART_TASK, INFER_TASK, ChordPart, InferResponse
+from samphire.contract import CHORD_PART_TASK, INFER_TASK, CanvasStart, ChordPart, InferResponse
 from samphire.envelope import encode_task, new_task_id
 from samphire.errors import BrokerUnavailableError, InvalidInputError, SamphireError, error_from_name
 from samphire_broker.store import OtherEnd
@@ -147,6 +148,10 @@ class Canvas:
         """What a task that was cancelled or has expired owes to others; raises as `after_success` does."""
         return await self._in_thread(self._captures, self._revoke, request, reason)
 
+    async def start(self, task_id: str, canvas: CanvasStart) -> Steps:
+        """The first tasks of a canvas whose last one has the given id; raises as `after_success` does."""
+        return await self._in_thread(self._captures, self._start, task_id, canvas)
+
     async def return_part(self, part: ChordPart) -> None:
         """Count a part of a chord; the last one sends the chord's body. Raises as `after_success` does."""
         await self._in_thread(self._parts, self._return_part, part)
@@ -188,6 +193,16 @@ class Canvas:
         capturing.set_current()
         self._capturing = capturing
         self._trace = build_tracer(INFER_TASK, capturing.tasks[INFER_TASK], app=capturing, hostname=self._hostname)
+
+    def _start(self, task_id: str, canvas: CanvasStart) -> Steps:
+        global _outbox
+        _outbox = _Outbox()
+        signature = Signature.from_dict(canvas.signature, app=self._capturing)
+        result = signature.apply_async(task_id=task_id)
+        if result.id != task_id:
+            raise InvalidInputError(f"expected a canvas that ends with the task {task_id}, given one with {result.id}")
+        pushes, others, _ = _steps()
+        return pushes, others, []
 
     def _begin(self, request: Request) -> dict[str, Any]:
         global _outbox

@@ -44,8 +44,11 @@ class Catalogue:
         return found[0] if found else None
 
     def signatures(self) -> dict[str, bytes]:
-        """What is known of the models, as clients read it."""
-        return {model: msgspec.json.encode(checker.signature) for model, (checker, _) in self._checkers.items()}
+        """What is known of the models, as clients read it (see the key schema)."""
+        told = {keys.parse_queue(queue)[0]: b"" for queue in self.queues}
+        if told:
+            told[keys.CATALOGUE_COMPLETE] = b"1"
+        return told | {model: msgspec.json.encode(checker.signature) for model, (checker, _) in self._checkers.items()}
 
     async def checker(self, model: str, *, fresh: bool = False) -> Checker:
         """Return the checker of a model, from memory or from an endpoint.

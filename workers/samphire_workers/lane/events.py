@@ -64,8 +64,8 @@ class CeleryEvents:
         self._rate = events_per_s
         self._tokens = float(events_per_s)
         self._refilled = time.monotonic()
-        self._shown: dict[str, float] = {}
-        """Claims whose events are sent, with the time of their start."""
+        self._shown: set[str] = set()
+        """Claims whose events are sent."""
         self._buffer: list[tuple[str, dict[str, Any]]] = []
         self._dispatcher: Any = None
 
@@ -74,25 +74,25 @@ class CeleryEvents:
         worker_state.total_count[INFER_TASK] += 1  # what `inspect stats` tells
         if not self._may_show():
             return
-        self._shown[request.claim.field] = time.monotonic()
+        self._shown.add(request.claim.field)
         self._received(request)
         self._add("task-started", request.task_id)
 
     def succeeded(self, request: Request) -> None:
         """A task has its answer."""
-        began = self._shown.pop(request.claim.field, None)
-        if began is not None:
-            self._add("task-succeeded", request.task_id, result="", runtime=time.monotonic() - began)
+        if self._was_shown(request):
+            runtime = time.time() - (request.started_at or time.time())
+            self._add("task-succeeded", request.task_id, result="", runtime=runtime)
 
     def dropped(self, request: Request) -> None:
         """A task is not this worker's any more."""
-        self._shown.pop(request.claim.field, None)
+        self._shown.discard(request.claim.field)
 
     def failed(self, request: Request, error: SamphireError) -> None:
         """A task ends as a dead letter: always shown."""
         if not request.task_id:
             return
-        if self._shown.pop(request.claim.field, None) is None:
+        if not self._was_shown(request):
             self._received(request)
         self._add(
             "task-failed", request.task_id, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback=""
@@ -100,7 +100,7 @@ class CeleryEvents:
 
     def revoked(self, request: Request, *, expired: bool) -> None:
         """A task was cancelled, or has expired: always shown."""
-        if self._shown.pop(request.claim.field, None) is None:
+        if not self._was_shown(request):
             self._received(request)
         self._add("task-revoked", request.task_id, terminated=False, signum=None, expired=expired)
 
@@ -117,6 +117,12 @@ class CeleryEvents:
                 if self._buffer:
                     buffer, self._buffer = self._buffer, []
                     await loop.run_in_executor(thread, self._send, buffer)
+
+    def _was_shown(self, request: Request) -> bool:
+        """Whether a task's earlier events were sent; this is its last."""
+        shown = request.claim.field in self._shown
+        self._shown.discard(request.claim.field)
+        return shown
 
     def _may_show(self) -> bool:
         now = time.monotonic()

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Literal, TypeVar
 
 from samphire import keys
-from samphire.contract import ChordPart, InferResponse, Ref
+from samphire.contract import CanvasStart, ChordPart, InferResponse, Ref
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerUnavailableError,
@@ -61,8 +61,11 @@ CLOCK_S = 0.1
 
 CATALOGUE_S = 2.0
 
-IDLE_CHECK_S = 1.0
-"""An idle lane that nothing woke looks into the queues again after this long."""
+IDLE_CHECK_S = 0.25
+"""An idle lane that nothing woke looks into the queues again after this long: a plain producer's message of
+another priority than the highest wakes nobody."""
+
+DISCOVER_S = 1.0
 
 LOOK_EVERYWHERE_S = 0.05
 """A lane that is woken for one queue again and again looks into all of them after this long."""
@@ -235,18 +238,19 @@ class Lane:
                 self._watch.wake()
             for queue in self._planner.queues:
                 self._watch.add(queue, group, self._may_claim)
-            await asyncio.sleep(IDLE_CHECK_S)
+            await asyncio.sleep(DISCOVER_S)
 
     async def _keep_clock(self) -> None:
-        """Return scheduled tasks when they are due, and end those that clients cancel, for ever."""
+        """Return scheduled tasks when they are due, and do what clients ask for beside the queues, for ever."""
         while True:
+            done = 0
             try:
-                returned = await self._store.return_due()
-                cancelled = await self.cancel(())
+                done += await self._store.return_due()
+                done += len(await self.cancel(()))
+                done += await self._store.delete_results()
             except SamphireError as error:
                 logger.warning("the clock stands: %s", error, extra={"action": "clock_failed"})
-                returned, cancelled = 0, {}
-            if not returned and not cancelled:
+            if not done:
                 await asyncio.sleep(CLOCK_S)
 
     async def _tell_clients(self) -> None:
@@ -298,12 +302,12 @@ class Lane:
             self._requests[claim.field] = request
             if error is not None:
                 self._fail(request, error)
-            elif request.chord_part is not None:
-                self._spawn(self._return_part(request, request.chord_part))
             elif request.times.expires <= now:
                 self._revoke(request, "expired")
             elif request.times.eta > now:
                 later.append(request)
+            elif request.errand is not None:
+                self._spawn(self._run_errand(request, request.errand))
             elif not request.at_home:
                 elsewhere.append(request)
             else:
@@ -347,13 +351,19 @@ class Lane:
         await self._persist(lambda: self._store.schedule(tasks))
         self._let_go([request.claim.field for request in requests])
 
-    async def _return_part(self, request: Request, part: ChordPart) -> None:
+    async def _run_errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
+        done = Settlement(request.claim.field, "", "succeeded", "", "")  # it has no result of its own
         try:
-            await self._persist(lambda: self._canvas.return_part(part))
+            if isinstance(errand, ChordPart):
+                await self._persist(lambda: self._canvas.return_part(errand))
+                self._watch.wake()  # the chord's body may have been sent, in Celery's way
+            else:
+                steps = await self._persist(lambda: self._canvas.start(request.task_id, errand))
+                done = with_steps(done, steps)
         except SamphireError as error:
             self._fail(request, error)
         else:
-            self._settler.add(Settlement(request.claim.field, "", "succeeded", "", ""))
+            self._settler.add(done)
 
     async def _release(self, requests: Sequence[Request]) -> None:
         fields = [request.claim.field for request in requests]
@@ -421,6 +431,9 @@ class Lane:
 
     async def _start_and_infer(self, model: str, batch: list[Request]) -> None:
         """Ask the model while the start is written: no task here was ever started by a lost worker."""
+        now = time.time()
+        for request in batch:
+            request.started_at = now
         starting = asyncio.create_task(self._start(batch))
         try:
             answers = await self._ask(model, batch)
@@ -471,7 +484,7 @@ class Lane:
             if verdict >= self._settings.max_attempts:
                 self._fail(request, WorkerCrashError(f"{verdict} workers were lost with this task started"))
                 continue
-            request.started_at = time.time()
+            request.started_at = request.started_at or time.time()
             self._events.started(request)
             started.append(request)
         self._let_go(dropped)

@@ -118,8 +118,9 @@ def revoked(request: Request, state: Literal["cancelled", "expired"]) -> Settlem
 def with_steps(settlement: Settlement, steps: Steps) -> Settlement:
     """The settlement together with what the task owes to others of its canvas."""
     pushes, others, children = steps
-    meta = settlement.meta.replace('"children":[]', f'"children":{_encode(children).decode()}', 1) if children else ""
-    return settlement._replace(pushes=pushes, others=others, meta=meta or settlement.meta)
+    begin, found, end = settlement.meta.rpartition('"children":[]')  # the last: what stands in the result is not it
+    meta = f'{begin}"children":{_encode(children).decode()}{end}' if found else settlement.meta
+    return settlement._replace(pushes=pushes, others=others, meta=meta)
 
 
 def reason_of(error: SamphireError) -> str:

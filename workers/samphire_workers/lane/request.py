@@ -18,9 +18,11 @@ from msgspec import UNSET
 
 from samphire import keys
 from samphire.contract import (
+    CANVAS_TASK,
     CHORD_PART_TASK,
     CONTRACT_VERSION,
     INFER_TASK,
+    CanvasStart,
     ChordPart,
     Envelope,
     Headers,
@@ -30,7 +32,7 @@ from samphire.contract import (
     check_model_name,
     check_tenant,
 )
-from samphire.envelope import decode_body, decode_chord_part, decode_envelope
+from samphire.envelope import decode_body, decode_canvas_start, decode_chord_part, decode_envelope
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 from samphire.tensors import ITEM_SIZES, check_bytes, element_count, values_to_bytes
 from samphire.validation import ModelSignature, check_request_size
@@ -92,8 +94,8 @@ class Request:
     """When it went to Triton, in s since 1970."""
     canvas: dict[str, Any] | None = None
     """Celery's request, of a task that has next steps or belongs to a chord."""
-    chord_part: ChordPart | None = None
-    """Set where the message is no inference, but the end of one that belongs to a chord."""
+    errand: ChordPart | CanvasStart | None = None
+    """Set where the message is no inference: the part of a chord that has ended, or a canvas to start."""
     tensors: list[bytes] = field(default_factory=list)
 
     @property
@@ -112,7 +114,7 @@ class Request:
     @property
     def at_home(self) -> bool:
         """Whether the task was claimed from the queue of its own model and tenant."""
-        if self.chord_part is not None:
+        if self.errand is not None:
             return True
         return home_of(self.claim.list_key) == (self.request.model_name, self.request.tenant)
 
@@ -149,7 +151,12 @@ def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError
         request.task_id = envelope.headers.id
         request.stream = _checked_stream(envelope.headers.samphire_stream)
         if envelope.headers.task == CHORD_PART_TASK:
-            request.chord_part = decode_chord_part(envelope, settings.max_message_bytes)
+            request.errand = decode_chord_part(envelope, settings.max_message_bytes)
+            request.task_id = ""  # it has no result of its own
+            return request, None
+        if envelope.headers.task == CANVAS_TASK:
+            request.errand = decode_canvas_start(envelope, settings.max_message_bytes)
+            request.times = _times(envelope.headers)
             return request, None
         if envelope.headers.task != INFER_TASK:
             raise InvalidInputError(

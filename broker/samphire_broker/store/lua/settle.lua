@@ -2,8 +2,8 @@
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 dead   4 cancelled
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
 --       5 largest result that its event carries, if it is settled alone, so that who waits need not ask for it
---       6 prefix of letters   7 lifetime of letters in s   8 worker id
---       9 MessagePack: array of [field, task id ("" where it cannot be read), state, result (JSON, "" for a result
+--       6 prefix of letters   7 lifetime of letters in s   8 worker id   9 channel to wake lanes
+--      10 MessagePack: array of [field, task id ("" where it cannot be read), state, result (JSON, "" for a result
 --         that is to be ignored), stream ("" for none), claim checks to delete, pushes [[list, message], …],
 --         other tasks that end with this one [[task id, state, result, stream], …],
 --         [] or letter [letter id, model, reason, error, attempts]]
@@ -11,7 +11,7 @@
 -- already the message is dropped and nothing else, but for its letter and the steps that a cancelled task owes: a
 -- terminal state is written once.
 -- HDEL, which needs no memory, is the first write, so the whole also goes through when memory is full.
-local tasks = cmsgpack.unpack(ARGV[9])
+local tasks = cmsgpack.unpack(ARGV[10])
 local fields, metas, streams, lists, letters = {}, {}, {}, {}, {}
 for n = 1, #tasks do
   local task = tasks[n]
@@ -82,9 +82,10 @@ for n = 1, #tasks do
         redis.call('UNLINK', unpack(blobs))
       end
     end
-    if fresh or state == 'cancelled' then
+    if fresh or state == 'cancelled' or id == '' then
       for _, push in ipairs(pushes) do
         redis.call('LPUSH', lists[push[1]], push[2])
+        redis.call('PUBLISH', ARGV[9], push[1])
       end
       for _, other in ipairs(others) do
         local key = ARGV[1] .. other[1]

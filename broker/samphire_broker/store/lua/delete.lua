@@ -1,0 +1,26 @@
+-- delete: delete results that were read.
+-- KEYS  1 sub:deletes
+-- ARGV  1 prefix of result keys   2 prefix of claim checks of outputs   3 what stands in a result's place (JSON)
+--       4 most requests
+-- That the task has succeeded stays known, and as long as its result would have. Returns the number of requests.
+if redis.call('TYPE', KEYS[1]).ok ~= 'list' then
+  return 0
+end
+local ids = redis.call('LRANGE', KEYS[1], 0, ARGV[4] - 1)
+redis.call('LTRIM', KEYS[1], #ids, -1)
+for n = 1, #ids do
+  local key = ARGV[1] .. ids[n]
+  local meta = redis.call('GET', key)
+  if meta and string.match(meta, '"status": ?"(%u+)"') == 'SUCCESS' then
+    local prefix = ARGV[2] .. ids[n] .. ':'
+    for blob in string.gmatch(meta, '"key":"([^"]*)"') do
+      if string.sub(blob, 1, #prefix) == prefix then
+        redis.call('UNLINK', blob)
+      end
+    end
+    local id = cjson.encode(ids[n])
+    redis.call('SET', key, '{"status":"SUCCESS","task_id":' .. id .. ',"result":' .. ARGV[3] ..
+      ',"traceback":null,"children":[],"date_done":null}', 'KEEPTTL')
+  end
+end
+return #ids

@@ -1,0 +1,64 @@
+"""What the models take, as the workers tell it: a client refuses what cannot succeed before it is queued."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from samphire import keys
+from samphire.connection import key_text
+from samphire.direct import DirectConnection
+from samphire.errors import BrokerUnavailableError, ProtocolError, UnknownModelError
+from samphire.validation import ModelSignature
+
+FRESH_S = 5.0
+NAMED_MAX = 20
+
+_decode = msgspec.json.Decoder(ModelSignature).decode
+
+
+class Catalogue:
+    """Signatures by model, kept for a few seconds. Where no worker has told anything, nothing is refused."""
+
+    def __init__(self, broker_url: str) -> None:
+        self._connection = DirectConnection(broker_url)
+        self._known: dict[str, tuple[ModelSignature | None, float]] = {}
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._connection.close()
+
+    async def signature(self, model: str, *, fresh: bool = False) -> ModelSignature | None:
+        """What a model takes; None where that is not known.
+
+        Raises:
+            UnknownModelError: the workers know all models, and there is none of that name.
+        """
+        found, at = self._known.get(model, (None, -FRESH_S))
+        if not fresh and time.monotonic() - at < FRESH_S:
+            return found
+        try:
+            found = await self._look_up(model)
+        except BrokerUnavailableError:
+            return None  # the submit itself will say so
+        self._known[model] = (found, time.monotonic())
+        return found
+
+    async def _look_up(self, model: str) -> ModelSignature | None:
+        told, complete = await self._connection.execute("HMGET", keys.CATALOGUE, model, keys.CATALOGUE_COMPLETE)
+        if told is None:
+            if complete is not None:
+                names = sorted({key_text(name) for name in await self._connection.execute("HKEYS", keys.CATALOGUE)})
+                names.remove(keys.CATALOGUE_COMPLETE)
+                more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
+                raise UnknownModelError(
+                    f"no model {model!r}; there are {', '.join(map(repr, names[:NAMED_MAX])) or '(none)'}{more}"
+                )
+            return None
+        if not told:  # it is there, and not ready
+            return None
+        try:
+            return _decode(told)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"what the workers tell of model {model!r} is not understood: {error}") from error

@@ -1,0 +1,211 @@
+"""From inputs to a message: arrays to tensors, large ones to claim checks, options to headers."""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+from samphire import keys
+from samphire.contract import INFER_TASK, InferRequest, InputTensor, Ref, RequestedOutput, check_model_name
+from samphire.envelope import describe, encode_task, new_task_id
+from samphire.errors import InvalidInputError
+from samphire.tensors import array_to_bytes
+from samphire.validation import ModelSignature, check_request_size
+
+FORMS_MAX = 256
+
+Inputs = Mapping[str, Any]
+"""Input name to an array, or to anything that numpy makes one of."""
+
+Parameters = Mapping[str, bool | int | float | str]
+
+Blob = tuple[str, bytes]
+
+
+class Encoded(NamedTuple):
+    """One task, ready to be published with its claim checks."""
+
+    task_id: str
+    message: bytes
+    blobs: list[Blob]
+
+    @property
+    def nbytes(self) -> int:
+        """Size on the wire."""
+        return len(self.message) + sum(len(data) for _, data in self.blobs)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client lets through."""
+
+    inline_bytes: int
+    """Larger tensors travel as claim checks."""
+    request_bytes: int
+
+
+@dataclass(frozen=True)
+class When:
+    """When a task may start, and until when its answer is of use; points in time with a time zone."""
+
+    eta: datetime | None = None
+    deadline: datetime | None = None
+
+    def headers(self) -> dict[str, Any]:
+        """The headers that say so."""
+        headers: dict[str, Any] = {}
+        if self.eta is not None:
+            headers["eta"] = self.eta.isoformat()
+        if self.deadline is not None:
+            headers["expires"] = self.deadline.isoformat()  # Celery's: not started after it
+            headers["samphire_deadline"] = self.deadline.timestamp()
+        return headers
+
+
+def when(eta: datetime | None, delay_s: float | None, deadline_s: float | None) -> When:
+    """Check and combine the options of a submit.
+
+    Raises:
+        InvalidInputError: a time without a time zone, a negative or endless number, or a deadline before the start.
+    """
+    now = datetime.now(UTC)
+    if eta is not None and delay_s is not None:
+        raise InvalidInputError("expected eta or delay_s, given both")
+    if eta is not None and (not isinstance(eta, datetime) or eta.tzinfo is None):
+        raise InvalidInputError(f"expected eta as a datetime with a time zone, given {eta!r}")
+    if delay_s is not None:
+        eta = now + timedelta(seconds=_seconds("delay_s", delay_s, least=0))
+    deadline = None
+    if deadline_s is not None:
+        deadline = now + timedelta(seconds=_seconds("deadline_s", deadline_s, least=1e-3))
+        if eta is not None and eta >= deadline:
+            raise InvalidInputError(f"the deadline, in {deadline_s} s, comes before the start at {eta.isoformat()}")
+    return When(eta, deadline)
+
+
+def _seconds(name: str, value: float, least: float) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= 10 * 365 * 86_400:
+        raise InvalidInputError(f"expected {name} as a number of seconds of at least {least}, given {value!r}")
+    return value
+
+
+def priority_step(priority: str) -> int:
+    """Celery's number of a priority.
+
+    Raises:
+        InvalidInputError: there is none of that name.
+    """
+    step = keys.PRIORITIES.get(priority)
+    if step is None:
+        raise InvalidInputError(f"expected a priority {', '.join(keys.PRIORITIES)}, given {priority!r}")
+    return step
+
+
+def request_for(
+    model: str, version: str | int, outputs: Iterable[str], parameters: Parameters | None, tenant: str
+) -> InferRequest:
+    """A request without inputs.
+
+    Raises:
+        InvalidInputError: the model's name cannot be one, or an option has the wrong type.
+    """
+    check_model_name(model)
+    if isinstance(outputs, str):
+        raise InvalidInputError(f"expected outputs as a list of names, given {outputs!r}")
+    return InferRequest(
+        model_name=model,
+        inputs=[],
+        model_version="" if version == "champion" else str(version),
+        outputs=[RequestedOutput(name) for name in outputs],
+        parameters=dict(parameters or {}),
+        tenant=tenant,
+    )
+
+
+class TensorEncoder:
+    """Turns arrays into tensors of one task, and the large ones into claim checks."""
+
+    def __init__(self, task_id: str, limits: Limits) -> None:
+        self._task_id = task_id
+        self._limits = limits
+        self._sizes: list[tuple[str, int]] = []
+        self.blobs: list[Blob] = []
+
+    def tensor(self, name: str, value: Any) -> InputTensor:
+        """One input.
+
+        Raises:
+            InvalidInputError: no array of a known datatype, or over the limit of a request.
+        """
+        datatype, shape, data = array_to_bytes(name, value)
+        self._sizes.append((name, len(data)))
+        check_request_size(self._sizes, self._limits.request_bytes)
+        if len(data) <= self._limits.inline_bytes:
+            return InputTensor(name, datatype, shape, raw=binascii.b2a_base64(data, newline=False).decode())
+        key = f"{keys.BLOB_PREFIX}{self._task_id}:{len(self.blobs)}"
+        self.blobs.append((key, data))
+        return InputTensor(name, datatype, shape, ref=Ref(key, len(data), hashlib.sha256(data).hexdigest()))
+
+
+class Encoder:
+    """Turns inputs into messages, for one model and one set of options."""
+
+    def __init__(self, template: InferRequest, priority: int, stream: str, limits: Limits) -> None:
+        self._template = template
+        self._priority = priority
+        self._stream = stream
+        self._headers: Mapping[str, Any] = {"samphire_stream": stream}
+        self._limits = limits
+        self._queue = keys.queue_name(template.model_name, template.tenant)
+        self._signature: ModelSignature | None = None
+        self._forms: set[object] = set()
+
+    def headers(self, headers: Mapping[str, Any]) -> None:
+        """Headers of the messages from now on, beside that of the client."""
+        self._headers = {"samphire_stream": self._stream, **headers}
+
+    def check_against(self, signature: ModelSignature | None) -> bool:
+        """Check what is encoded from now on against a model, None: nothing; whether that is new."""
+        new = signature != self._signature
+        self._signature = signature
+        if new:
+            self._forms.clear()
+        return new
+
+    def __call__(self, inputs: Inputs) -> Encoded:
+        """One task.
+
+        Raises:
+            InvalidInputError: the inputs cannot be sent, or do not fit the model.
+        """
+        if not isinstance(inputs, Mapping):
+            raise InvalidInputError(f"expected inputs as a mapping of name to array, given {type(inputs).__name__}")
+        task_id = new_task_id()
+        tensors = TensorEncoder(task_id, self._limits)
+        request = self._template
+        request.inputs = [tensors.tensor(name, value) for name, value in inputs.items()]
+        if self._signature is not None:
+            self._check(self._signature, request)
+        message = encode_task(
+            INFER_TASK,
+            task_id,
+            request,
+            self._queue,
+            self._priority,
+            kwargsrepr=describe(request),
+            headers=self._headers,
+        )
+        return Encoded(task_id, message, tensors.blobs)
+
+    def _check(self, signature: ModelSignature, request: InferRequest) -> None:
+        form = tuple([part for t in request.inputs for part in (t.name, t.datatype, *t.shape)])
+        if form in self._forms:
+            return  # one of the same names, datatypes and shapes was checked already
+        signature.check(request)
+        if len(self._forms) < FORMS_MAX:
+            self._forms.add(form)
