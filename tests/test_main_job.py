@@ -500,8 +500,8 @@ def message(task_id: str = "", task: str = "samphire.infer", body: str = "", **h
         (b"[" * 20_000, b"InvalidInputError"),
         (message(task="other.task"), b"given 'other.task'"),
         (message(body="[" * 20_000), b"not an inference request"),
-        (message(body='[[], {"model_name": "identity", "inputs": []}, {"chain": [{}]}]'), b"not supported"),
-        (message(eta="2030-01-01T00:00:00"), b"not supported"),
+        (message(eta="tomorrow"), b"expected eta as a time in ISO 8601"),
+        (message(expires="2030-13-01T00:00:00"), b"expected expires as a time in ISO 8601"),
     ],
 )
 def test_what_cannot_be_served_becomes_a_dead_letter(

@@ -16,7 +16,17 @@ from samphire.direct import DirectConnection
 from samphire.errors import BrokerMemoryFullError, BrokerUnavailableError, ClientClosedError, QueueFullError
 from samphire.publisher import Publisher
 from samphire_broker.settings import Settings
-from samphire_broker.store import Claimed, LeaseLostError, Letter, OtherEnd, Settlement, Store, Turn, WorkerInfo
+from samphire_broker.store import (
+    CANCELLED,
+    Claimed,
+    LeaseLostError,
+    Letter,
+    OtherEnd,
+    Settlement,
+    Store,
+    Turn,
+    WorkerInfo,
+)
 from tests.proxy import cutting_proxy
 from tests.stacks import Valkey
 
@@ -405,9 +415,9 @@ def test_scheduled_tasks_wait_for_their_time(valkey: Valkey) -> None:
             now = time.time()
             due = [now - 1, now - 2, now + 60]
             tasks = [(claim.field, claim.message.decode(), at) for claim, at in zip(claims, due, strict=True)]
-            assert await other.store.schedule(tasks) == 0
-            assert await w.store.schedule(tasks) == 3
-            assert await w.store.schedule(tasks) == 0
+            assert await other.store.schedule(tasks) == [0, 0, 0]
+            assert await w.store.schedule(tasks) == [1, 1, 1]
+            assert await w.store.schedule(tasks) == [0, 0, 0]
             assert valkey.client.hlen("worker:w1:inflight") == 0
             assert everywhere(valkey) == ["a", "b", "c"]
             assert await w.store.return_due() == 2
@@ -447,7 +457,9 @@ def test_what_has_not_started_can_be_cancelled(valkey: Valkey) -> None:
             valkey.client.delete(keys.meta_key("later"))  # its result has expired, the mark has not
             dropped = await w.claim()
             assert w.store.suspects
-            assert await w.start(dropped) == [-3, -3]
+            assert await w.start(dropped) == [CANCELLED, CANCELLED]
+            again = [(claim.field, claim.message.decode(), time.time() + 60) for claim in dropped]
+            assert await w.store.schedule(again) == [CANCELLED, CANCELLED]
             ends = [Settlement(claim.field, claim.message.decode(), "cancelled", META, "") for claim in dropped]
             assert await w.store.settle(ends) == [1, 1]
             assert everywhere(valkey) == ["running"]

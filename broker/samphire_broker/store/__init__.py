@@ -1,6 +1,7 @@
 """The task store: every transition of a task is one Lua script on the broker, one verb a file."""
 
 from samphire_broker.store.store import (
+    CANCELLED,
     Claimed,
     LeaseLostError,
     Letter,
@@ -13,6 +14,7 @@ from samphire_broker.store.store import (
 )
 
 __all__ = [
+    "CANCELLED",
     "Claimed",
     "LeaseLostError",
     "Letter",

@@ -27,6 +27,8 @@ STREAM_MAX_LENGTH = 1_000
 """Entries, each of a settled batch; a client that misses some finds its results all the same."""
 INLINE_RESULT_BYTES = 1024
 STREAM_TTL_S = 3600
+CANCELLED = -3
+"""What `start` and `schedule` say of a task that was cancelled: it is to be settled as such."""
 CANCELLED_TTL_S = 7 * 86_400
 CANCELS_MAX = 500
 DUE_MAX = 500
@@ -236,11 +238,12 @@ class Store:
         ours: list[int] = await self._run("settle", key_names, args, self._endings)
         return ours
 
-    async def schedule(self, tasks: Sequence[tuple[str, str, float]]) -> int:
-        """Put claims (field, task id, time in s since 1970) aside until their time; how many were still ours."""
+    async def schedule(self, tasks: Sequence[tuple[str, str, float]]) -> list[int]:
+        """Put claims (field, task id, time in s since 1970) aside until their time; see `schedule.lua`."""
         args = [part for task in tasks for part in task]
-        key_names = [self._inflight, self._started, keys.SCHEDULED, keys.SCHEDULED_MESSAGES]
-        return int(await self._run("schedule", key_names, args))
+        key_names = [self._inflight, self._started, keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.CANCELLED]
+        verdicts: list[int] = await self._run("schedule", key_names, args)
+        return verdicts
 
     async def return_due(self) -> int:
         """Return scheduled tasks whose time has come to their queues, at most `DUE_MAX`; how many."""

@@ -31,6 +31,7 @@ from samphire.errors import (
 from samphire.pipeline import Output, Step
 from samphire.results import InferResult
 from samphire.sync import Client, Task
+from samphire.validation import ModelSignature, TensorSpec
 
 __all__ = [
     "AsyncClient",
@@ -44,6 +45,7 @@ __all__ = [
     "InferResult",
     "InvalidInputError",
     "ModelFaultError",
+    "ModelSignature",
     "Output",
     "PayloadTooLargeError",
     "ProtocolError",
@@ -57,6 +59,7 @@ __all__ = [
     "TaskEvent",
     "TaskExpiredError",
     "TaskGoneError",
+    "TensorSpec",
     "TransientError",
     "UnknownModelError",
     "WorkerCrashError",

@@ -23,6 +23,7 @@ from samphire.keys import Priority
 from samphire.pipeline import Stage, StepOptions, encode_chain, stages_of
 from samphire.publisher import Publisher
 from samphire.results import TERMINAL, InferResult, Status
+from samphire.validation import ModelSignature
 from samphire.waiter import Look, Waiter
 
 MAP_CHUNK = 256
@@ -149,7 +150,8 @@ class AsyncClient:
         self._stream = keys.stream_key(uuid.uuid4().hex)
         self._publisher = Publisher(self.broker_url, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
         self._waiter = Waiter(self.broker_url, self._stream)
-        self._catalogue = Catalogue(self.broker_url) if validate else None
+        self._catalogue = Catalogue(self._publisher.connection)
+        self._validate = validate
         self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -172,8 +174,6 @@ class AsyncClient:
         self._closed = True
         await self._waiter.close()
         await self._publisher.close()
-        if self._catalogue is not None:
-            await self._catalogue.close()
 
     async def submit(
         self,
@@ -321,6 +321,15 @@ class AsyncClient:
                     raise result
                 yield result
 
+    async def signature(self, model: str) -> ModelSignature | None:
+        """What a model takes and returns, as the workers tell it; None where no worker has told.
+
+        Raises:
+            UnknownModelError: the workers know all models, and there is none of that name.
+        """
+        self._check_usable()
+        return await self._catalogue.signature(model)
+
     def task(self, task_id: str) -> AsyncTask:
         """A handle of a task that anybody submitted.
 
@@ -433,8 +442,8 @@ class AsyncClient:
                 raise
             return encode(inputs)
 
-    async def _signature(self, model: str, *, fresh: bool = False) -> Any:
-        return None if self._catalogue is None else await self._catalogue.signature(model, fresh=fresh)
+    async def _signature(self, model: str, *, fresh: bool = False) -> ModelSignature | None:
+        return await self._catalogue.signature(model, fresh=fresh) if self._validate else None
 
     async def _result(self, task_id: str, timeout_s: float | None, look: Look) -> InferResult:
         self._check_usable()

@@ -21,13 +21,9 @@ _decode = msgspec.json.Decoder(ModelSignature).decode
 class Catalogue:
     """Signatures by model, kept for a few seconds. Where no worker has told anything, nothing is refused."""
 
-    def __init__(self, broker_url: str) -> None:
-        self._connection = DirectConnection(broker_url)
+    def __init__(self, connection: DirectConnection) -> None:
+        self._connection = connection
         self._known: dict[str, tuple[ModelSignature | None, float]] = {}
-
-    async def close(self) -> None:
-        """Close the connection."""
-        await self._connection.close()
 
     async def signature(self, model: str, *, fresh: bool = False) -> ModelSignature | None:
         """What a model takes; None where that is not known.

@@ -87,4 +87,4 @@ def translate(error: RedisError | OSError) -> SamphireError:
 
 def key_text(value: Any) -> str:
     """Decode a key or a field of a reply."""
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

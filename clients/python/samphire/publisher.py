@@ -41,7 +41,8 @@ class Publisher:
     """
 
     def __init__(self, broker_url: str, *, queue_limit: int, blob_ttl_s: int) -> None:
-        self._connection = DirectConnection(broker_url)
+        self.connection = DirectConnection(broker_url)
+        """For other commands as well, which wait until a batch is out."""
         self._script = Script((resources.files("samphire") / "submit.lua").read_text())
         self._queue_limit = queue_limit
         self._blob_ttl_s = blob_ttl_s
@@ -59,7 +60,7 @@ class Publisher:
             await asyncio.gather(self._flusher, return_exceptions=True)
         _fail(self._waiting, ClientClosedError())
         self._waiting.clear()
-        await self._connection.close()
+        await self.connection.close()
 
     async def publish(self, queue: str, priority: int, messages: list[bytes], blobs: list[tuple[str, bytes]]) -> None:
         """Return once the broker has the messages.
@@ -92,7 +93,7 @@ class Publisher:
         Raises:
             BrokerUnavailableError: no answer; the request may or may not be there, and may be repeated.
         """
-        await self._connection.execute("RPUSH", list_key, request)
+        await self.connection.execute("RPUSH", list_key, request)
 
     async def _flush(self) -> None:
         """Send what has come together, a batch after the other; cancelled only by `close`."""
@@ -153,7 +154,7 @@ class Publisher:
             *(part for blob in blobs for part in blob),
             *messages,
         ]
-        reply = await self._connection.call(
+        reply = await self.connection.call(
             self._script,
             [keys.queue_list(queue, priority), *keys.queue_lists(queue), keys.QUEUES],
             args,

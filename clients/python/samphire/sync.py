@@ -19,6 +19,7 @@ from samphire.errors import ClientClosedError, SamphireError
 from samphire.keys import Priority
 from samphire.pipeline import Stage
 from samphire.results import InferResult, Status
+from samphire.validation import ModelSignature
 from samphire.waiter import Look
 
 T = TypeVar("T")
@@ -299,6 +300,10 @@ class Client:
                     if isinstance(result, SamphireError) and not return_exceptions:
                         raise result
                     yield result
+
+    def signature(self, model: str) -> ModelSignature | None:
+        """See `AsyncClient.signature`."""
+        return self._run(lambda: self._client.signature(model))
 
     def task(self, task_id: str) -> Task:
         """See `AsyncClient.task`."""

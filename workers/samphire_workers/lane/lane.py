@@ -31,7 +31,7 @@ from samphire.errors import (
     WorkerCrashError,
 )
 from samphire_broker.settings import Settings
-from samphire_broker.store import Claimed, LeaseLostError, Settlement, Store, WorkerInfo
+from samphire_broker.store import CANCELLED, Claimed, LeaseLostError, Settlement, Store, WorkerInfo
 from samphire_workers.lane import batching, outcome
 from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.canvas import Canvas
@@ -348,8 +348,12 @@ class Lane:
 
     async def _schedule(self, requests: Sequence[Request]) -> None:
         tasks = [(request.claim.field, request.task_id, request.times.eta) for request in requests]
-        await self._persist(lambda: self._store.schedule(tasks))
-        self._let_go([request.claim.field for request in requests])
+        verdicts = await self._persist(lambda: self._store.schedule(tasks))
+        for request, verdict in zip(requests, verdicts, strict=True):
+            if verdict == CANCELLED:
+                self._revoke(request, "cancelled")
+            else:
+                self._let_go([request.claim.field])
 
     async def _run_errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
         done = Settlement(request.claim.field, "", "succeeded", "", "")  # it has no result of its own
@@ -471,7 +475,7 @@ class Lane:
         started: list[Request] = []
         dropped: list[str] = []
         for request, verdict in zip(batch, verdicts, strict=True):
-            if verdict == -3:
+            if verdict == CANCELLED:
                 self._revoke(request, "cancelled")
                 continue
             if verdict < 0:

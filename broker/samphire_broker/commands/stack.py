@@ -1,4 +1,4 @@
-"""What the `samphire` command can do."""
+"""`samphire up` and `samphire demo`: the embedded stack."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import functools
 import os
 import platform
 import re
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from samphire.errors import SamphireError
+from samphire_broker.commands.output import fail, say
 
 DATA_DIR = "~/.local/share/samphire"
 
@@ -33,15 +33,6 @@ class Size(click.ParamType[int]):
         if not found:
             self.fail(f"expected a size such as 512mb or 4gb, given {value!r}", param, ctx)
         return int(found[1]) * {"kb": 2**10, "mb": 2**20, "gb": 2**30}[found[2]]
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _fail(message: str) -> NoReturn:
-    click.echo(f"samphire: {message}", err=True)
-    sys.exit(1)
 
 
 def stack_options(default_ports: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -98,7 +89,7 @@ def stack_options(default_ports: bool) -> Callable[[Callable[..., None]], Callab
 
 def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        _fail(
+        fail(
             f"the embedded stack needs Linux on x86-64, this is {platform.system()} on {platform.machine()}: "
             "set SAMPHIRE_BROKER_URL and SAMPHIRE_TRITON_URLS to running servers"
         )
@@ -107,7 +98,7 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
         from samphire_broker.embedded.process import PartError
         from samphire_broker.embedded.stack import StackOptions, run_stack, serve
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
+        fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
     stack_options = StackOptions(
         data_dir=data_dir.expanduser().resolve(),
         external_broker_url=os.environ.get("SAMPHIRE_BROKER_URL") or None,
@@ -115,18 +106,12 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
         **options,
     )
     try:
-        asyncio.run(run_stack(stack_options, _say, job or serve))
+        asyncio.run(run_stack(stack_options, say, job or serve))
     except (PartError, PortTakenError, SamphireError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
-@click.group()
-@click.version_option(package_name="samphire")
-def samphire() -> None:
-    """Asynchronous inference: Celery queues in front of Triton."""
-
-
-@samphire.command()
+@click.command()
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -144,7 +129,7 @@ def up(data_dir: Path, **options: Any) -> None:
     _run_stack(data_dir, options)
 
 
-@samphire.command()
+@click.command()
 @click.option("--keep", is_flag=True, help="Leave the stack running until Ctrl-C, to try things out.")
 @click.option(
     "--data-dir",
@@ -157,7 +142,7 @@ def demo(data_dir: Path | None, keep: bool, **options: Any) -> None:
     try:
         from samphire_broker.demo import show
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
+        fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
     job = functools.partial(show, keep=keep)
     if data_dir is not None:
         _run_stack(data_dir, options, job)

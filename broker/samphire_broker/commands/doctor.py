@@ -1,0 +1,45 @@
+"""`samphire doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from samphire_broker.commands.output import FAILED, print_json, reports_errors, say
+
+MARKS = {"ok": "ok", "warning": "WARN", "error": "FAIL", "skipped": "-"}
+
+
+@click.command()
+@click.option("--broker-url", envvar="SAMPHIRE_BROKER_URL", show_envvar=True, help="Default: redis://localhost:6379/0")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one finding a line.")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path, dir_okay=False), help="Pack a support file (.zip), without secrets."
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    envvar="SAMPHIRE_DATA_DIR",
+    help="The stack's data directory, whose logs go into the support file.",
+)
+@reports_errors
+def doctor(broker_url: str | None, as_json: bool, bundle: Path | None, data_dir: Path | None) -> None:
+    """Check everything that could be wrong, and say how to mend it; fails if something is."""
+    from samphire_broker.doctor import examine, write_bundle  # its packages take a second to load
+
+    findings = []
+    for finding in examine(broker_url):
+        findings.append(finding)
+        if as_json:
+            print_json(asdict(finding))
+            continue
+        click.echo(f"{MARKS[finding.state]:<4}  {finding.name}: {finding.found}")
+        if finding.remedy:
+            click.echo(f"      -> {finding.remedy}")
+    if bundle is not None:
+        write_bundle(bundle, findings, broker_url, data_dir)
+        say(f"wrote {bundle}")
+    if any(finding.state == "error" for finding in findings):
+        raise click.exceptions.Exit(FAILED)

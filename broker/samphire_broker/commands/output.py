@@ -1,0 +1,102 @@
+"""What the commands print: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from samphire import (
+    BrokerMemoryFullError,
+    BrokerUnavailableError,
+    Client,
+    InferResult,
+    InvalidInputError,
+    ResultTimeoutError,
+    SamphireError,
+)
+from samphire.connection import redact
+from samphire.tensors import array_to_bytes, bytes_to_values
+
+FAILED, USAGE, BROKER_AWAY, NO_ANSWER = 1, 2, 3, 4
+SHOWN_VALUES = 12
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal."""
+    click.echo(line, err=True)
+
+
+def fail(message: str, code: int = FAILED) -> NoReturn:
+    """End the command with an error."""
+    say(f"samphire: {message}")
+    sys.exit(code)
+
+
+def print_json(value: Any) -> None:
+    """One value on one line, for scripts."""
+    click.echo(json.dumps(value))
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command end with a message and an exit code instead of a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ResultTimeoutError as error:
+            fail(str(error), NO_ANSWER)
+        except (BrokerUnavailableError, BrokerMemoryFullError) as error:
+            fail(str(error), BROKER_AWAY)
+        except SamphireError as error:
+            fail(f"{type(error).__name__}: {error}")
+
+    return run
+
+
+def with_client(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a client, by `--broker-url`, and `--json`."""
+
+    @click.option(
+        "--broker-url", envvar="SAMPHIRE_BROKER_URL", show_envvar=True, help="Default: redis://localhost:6379/0"
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON, one value a line.")
+    @functools.wraps(command)
+    @reports_errors
+    def run(broker_url: str | None, **kwargs: Any) -> None:
+        try:
+            client = Client(broker_url)
+        except InvalidInputError as error:
+            raise click.BadParameter(redact(str(error)), param_hint="--broker-url") from error
+        with client:
+            command(client, **kwargs)
+
+    return run
+
+
+def print_result(result: InferResult, *, as_json: bool) -> None:
+    """An answer: in full as JSON, shortened for people."""
+    if as_json:
+        outputs = [_tensor(name, array) for name, array in result.outputs.items()]
+        fields = {"id": result.task_id, "model_name": result.model_name, "model_version": result.model_version}
+        print_json({**fields, "outputs": outputs})
+        return
+    click.echo(f"{result.model_name} version {result.model_version}, task {result.task_id}")
+    for name, array in result.outputs.items():
+        values = ", ".join(str(value) for value in array.ravel()[:SHOWN_VALUES].tolist())
+        more = ", …" if array.size > SHOWN_VALUES else ""
+        datatype, shape, _ = array_to_bytes(name, array)
+        click.echo(f"  {name} {datatype}{shape}: {values}{more}")
+
+
+def _tensor(name: str, array: Any) -> dict[str, Any]:
+    """A tensor as the protocol has it in JSON; as hexadecimal bytes where JSON cannot hold its values."""
+    datatype, shape, data = array_to_bytes(name, array)
+    values = bytes_to_values(name, datatype, shape, data)
+    held = {"data": values} if values is not None else {"hex": data.hex()}
+    return {"name": name, "datatype": datatype, "shape": shape, **held}

@@ -1,0 +1,228 @@
+"""`samphire submit | watch | result | cancel | queues`: tasks from the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import numpy as np
+
+from samphire import Client, InvalidInputError, SamphireError, Task
+from samphire.tensors import DTYPES, values_to_bytes
+from samphire.validation import ModelSignature
+from samphire_broker.commands.output import (
+    FAILED,
+    NO_ANSWER,
+    fail,
+    print_json,
+    print_result,
+    reports_errors,
+    say,
+    with_client,
+)
+from samphire_broker.overview import overview
+
+
+def _parse_pairs(pairs: tuple[str, ...], what: str) -> dict[str, str]:
+    parsed: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"expected NAME=VALUE, given {pair!r}", param_hint=what)
+        parsed[name] = value
+    return parsed
+
+
+def _read_inputs(file: IO[bytes] | None, pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Inputs by name: arrays from .npy and .npz files, anything else as JSON values."""
+    inputs: dict[str, Any] = {}
+    if file is not None:
+        try:
+            if file.name.endswith(".npz"):
+                with np.load(file, allow_pickle=False) as arrays:
+                    inputs.update(arrays)
+            else:
+                inputs.update(json.load(file))
+        except (ValueError, TypeError, OSError) as error:
+            message = f"expected a JSON object of input names to values, or an .npz file: {error}"
+            raise click.BadParameter(message, param_hint="--inputs") from error
+    for name, text in _parse_pairs(pairs, "--input").items():
+        try:
+            inputs[name] = np.load(text[1:], allow_pickle=False) if text.startswith("@") else json.loads(text)
+        except (ValueError, OSError) as error:
+            message = f"expected {name}=JSON or {name}=@file.npy: {error}"
+            raise click.BadParameter(message, param_hint="--input") from error
+    if not inputs:
+        raise click.UsageError("expected --input NAME=VALUE or --inputs FILE")
+    return inputs
+
+
+def _as_arrays(inputs: Mapping[str, Any], signature: ModelSignature | None) -> dict[str, Any]:
+    """JSON values as arrays of the model's datatypes, as far as these are known; else as numpy guesses."""
+    arrays: dict[str, Any] = {}
+    for name, value in inputs.items():
+        spec = signature.inputs.get(name) if signature is not None else None
+        if isinstance(value, np.ndarray) or spec is None:
+            arrays[name] = value
+            continue
+        try:
+            shape = list(np.shape(value))
+            data = values_to_bytes(name, spec.datatype, shape, value)
+        except InvalidInputError:
+            raise
+        except ValueError as error:
+            raise InvalidInputError(f"input {name!r}: expected lists of equal lengths: {error}") from error
+        arrays[name] = (
+            np.array(value, dtype=object) if spec.datatype == "BYTES" else np.frombuffer(data, DTYPES[spec.datatype])
+        ).reshape(shape)
+    return arrays
+
+
+def _parameter(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int | float | str) else text
+
+
+@click.command()
+@click.argument("model")
+@click.option("--input", "pairs", multiple=True, metavar="NAME=VALUE", help="JSON values, or @file.npy; repeatable.")
+@click.option("--inputs", "file", type=click.File("rb"), help="JSON object of names to values, or .npz; - for stdin.")
+@click.option("--version", default="champion", show_default=True, help="Version number, or an alias.")
+@click.option("--priority", type=click.Choice(["high", "normal", "low"]), default="normal", show_default=True)
+@click.option("--output", "outputs", multiple=True, help="Name of an output to return; repeatable, all by default.")
+@click.option("--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="For the model; repeatable.")
+@click.option("--delay-s", type=float, help="Not before so many seconds from now.")
+@click.option("--deadline-s", type=float, help="Of use for so many seconds from now.")
+@click.option("--wait", is_flag=True, help="Wait for the result and print it.")
+@click.option("--timeout-s", type=float, help="With --wait: how long; for ever by default.")
+@with_client
+def submit(
+    client: Client,
+    *,
+    model: str,
+    pairs: tuple[str, ...],
+    file: IO[bytes] | None,
+    version: str,
+    priority: Any,
+    outputs: tuple[str, ...],
+    parameters: tuple[str, ...],
+    delay_s: float | None,
+    deadline_s: float | None,
+    wait: bool,
+    timeout_s: float | None,
+    as_json: bool,
+) -> None:
+    """Queue one inference of MODEL; prints the task's id, or with --wait its result.
+
+    samphire submit identity --input 'input_fp32=[[1, 2]]' --wait
+    """
+    inputs = _read_inputs(file, pairs)
+    task = client.submit(
+        model,
+        _as_arrays(inputs, client.signature(model)),
+        version=version,
+        priority=priority,
+        outputs=outputs,
+        parameters={name: _parameter(text) for name, text in _parse_pairs(parameters, "--parameter").items()},
+        delay_s=delay_s,
+        deadline_s=deadline_s,
+    )
+    if wait:
+        say(f"task {task.id} is queued")
+        print_result(task.result(timeout_s), as_json=as_json)
+    elif as_json:
+        print_json({"id": task.id})
+    else:
+        click.echo(task.id)
+
+
+@click.command()
+@click.argument("task_id")
+@with_client
+def watch(client: Client, *, task_id: str, as_json: bool) -> None:
+    """Print each state of a task as it is reached, until it has ended; fails unless it succeeded."""
+    status = ""
+    for event in client.task(task_id).events():
+        status = event.status
+        if as_json:
+            print_json({"id": event.task_id, "status": event.status, "at": event.at})
+        else:
+            click.echo(event.status)
+    if status != "succeeded":
+        fail(_why(client.task(task_id)))
+
+
+def _why(task: Task) -> str:
+    try:
+        task.result(timeout_s=5)
+    except SamphireError as error:
+        return f"{type(error).__name__}: {error}"
+    return "the task was run again and succeeded"
+
+
+@click.command()
+@click.argument("task_id")
+@click.option("--timeout-s", type=float, default=0.0, show_default=True, help="How long to wait for it.")
+@click.option("--delete", is_flag=True, help="Delete the result once it is printed.")
+@click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the arrays to this .npz file.")
+@with_client
+def result(client: Client, *, task_id: str, timeout_s: float, delete: bool, save: Path | None, as_json: bool) -> None:
+    """Print the result of a task."""
+    task = client.task(task_id)
+    if timeout_s <= 0 and (status := task.status()) in ("queued", "scheduled", "running", "retrying"):
+        fail(f"task {task_id} is {status}, or unknown: --timeout-s waits for it", NO_ANSWER)
+    answer = task.result(max(timeout_s, 5.0), delete=delete)
+    if save is not None:
+        arrays = {name: a.astype("S") if a.dtype == object else a for name, a in answer.outputs.items()}
+        with save.open("wb") as target:
+            np.savez(target, **arrays)
+        say(f"saved {', '.join(answer.outputs)} to {save}")
+    print_result(answer, as_json=as_json)
+
+
+@click.command()
+@click.argument("task_ids", nargs=-1, required=True)
+@click.option("--timeout-s", type=float, default=5.0, show_default=True, help="How long to wait for a worker.")
+@with_client
+def cancel(client: Client, *, task_ids: tuple[str, ...], timeout_s: float, as_json: bool) -> None:
+    """End tasks that have not started; fails if one of them goes on or has ended."""
+    all_cancelled = True
+    for task_id in task_ids:
+        task = client.task(task_id)
+        cancelled = task.cancel(timeout_s)
+        status = task.status()
+        all_cancelled &= cancelled
+        if as_json:
+            print_json({"id": task_id, "cancelled": cancelled, "status": status})
+        else:
+            click.echo(f"{task_id}: {'cancelled' if cancelled else f'not cancelled, it is {status}'}")
+    if not all_cancelled:
+        raise click.exceptions.Exit(FAILED)
+
+
+@click.command()
+@click.option("--broker-url", envvar="SAMPHIRE_BROKER_URL", show_envvar=True, help="Default: redis://localhost:6379/0")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@reports_errors
+def queues(broker_url: str | None, as_json: bool) -> None:
+    """Show what waits where, and who works."""
+    seen = overview(broker_url)
+    if as_json:
+        print_json(seen.as_dict())
+        return
+    width = max([len(queue.name) for queue in seen.queues] + [5])
+    click.echo(f"{'queue':<{width}}  {'high':>8}{'normal':>8}{'low':>8}{'lowest':>8}")
+    for queue in seen.queues:
+        click.echo(f"{queue.name:<{width}}  " + "".join(f"{count:>8}" for count in queue.waiting))
+    click.echo(f"scheduled {seen.scheduled}, dead letters {seen.dead_letters}")
+    for worker in seen.workers:
+        lease = "" if worker.alive else " (lost: its tasks are about to return)"
+        click.echo(f"worker {worker.hostname or worker.id}: {worker.in_flight} in flight{lease}")
+    if not seen.workers:
+        say("no worker serves these queues: start one with `celery -A samphire_workers.app worker`")

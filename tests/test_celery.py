@@ -1,0 +1,469 @@
+"""A plain Celery application that knows nothing of Samphire: only Redis, as broker and as result backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery, chain, chord, group, signature
+from celery.exceptions import ChordError, TaskRevokedError, TimeLimitExceeded
+from celery.result import AsyncResult
+
+from samphire import keys
+from tests.stacks import Up, clean_environment, eventually
+
+TIMEOUT_S = 30
+INFER = "samphire.infer"
+FROM_PARENT = [{"name": "input_fp32", "from": "output_fp32"}]
+
+FOREIGN_APP = """
+from celery import Celery
+import os
+app = Celery("foreign", broker=os.environ["BROKER"], backend=os.environ["BROKER"])
+app.conf.task_default_queue = os.environ["QUEUE"]
+app.conf.broker_connection_retry_on_startup = True
+app.conf.worker_hijack_root_logger = False
+
+@app.task(name="foreign.pixels")
+def pixels(value):
+    tensor = {"name": "prepared", "datatype": "FP32", "shape": [1, 2], "data": [value, value]}
+    return {"outputs": [tensor]}
+
+@app.task(name="foreign.total")
+def total(answer):
+    answers = answer if isinstance(answer, list) else [answer]
+    return sum(sum(tensor["data"]) for one in answers for tensor in one["outputs"])
+
+@app.task(name="foreign.note")
+def note(answer, key):
+    app.backend.client.rpush(key, "called")
+"""
+
+
+def tensor(*values: float) -> dict[str, Any]:
+    return {"name": "input_fp32", "datatype": "FP32", "shape": [1, len(values)], "data": list(values)}
+
+
+def values(answer: dict[str, Any]) -> list[float]:
+    data: list[float] = answer["outputs"][0]["data"]
+    return data
+
+
+@pytest.fixture
+def app(stack: Up) -> Iterator[Celery]:
+    """The plain application."""
+    with Celery("plain", broker=stack.broker_url, backend=stack.broker_url, set_as_current=False) as app:
+        app.conf.result_chord_join_timeout = 10
+        yield app
+
+
+Infer = Callable[..., Any]
+
+
+@pytest.fixture
+def infer(app: Celery) -> Infer:
+    """A signature of an inference."""
+
+    def make(*inputs: dict[str, Any], model: str = "identity", queue: str = "inference", **kwargs: Any) -> Any:
+        arguments = {"model_name": model, "inputs": list(inputs), **kwargs}
+        return signature(INFER, kwargs=arguments, app=app).set(queue=queue)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def foreign(stack: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A stock Celery worker with tasks of its own; the name of its queue."""
+    folder = tmp_path_factory.mktemp("foreign")
+    (folder / "foreign.py").write_text(FOREIGN_APP)
+    queue = "foreign"
+    command = [sys.executable, "-m", "celery", "-A", "foreign", "worker", "--pool", "solo", "--queues", queue]
+    command += ["--without-gossip", "--without-mingle", "--hostname", "foreign@%h", "--loglevel", "WARNING"]
+    environment = clean_environment() | {"BROKER": stack.broker_url, "QUEUE": queue, "PYTHONWARNINGS": "ignore"}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        with Celery("probe", broker=stack.broker_url, set_as_current=False) as probe:
+            eventually(lambda: probe.control.ping(["foreign@" + _host()], timeout=0.5), 30, "the foreign worker")
+        yield queue
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _host() -> str:
+    import socket
+
+    return socket.gethostname()
+
+
+# -- canvas -------------------------------------------------------------------------------------------
+
+
+def test_a_chain_hands_results_on(infer: Infer) -> None:
+    """Each step takes an output of the one before; the parents are there too, as in Celery."""
+    sent = chain(infer(tensor(1, 2)), infer(*FROM_PARENT), infer(*FROM_PARENT)).apply_async()
+    assert values(sent.get(timeout=TIMEOUT_S)) == [1, 2]
+    assert sent.parent.successful() and sent.parent.parent.successful()
+    assert [child.id for child in sent.parent.children] == [sent.id]
+
+
+def test_a_chain_by_operator_and_from_one_model_to_another(infer: Infer) -> None:
+    """The digits model's probabilities go through the identity model."""
+    image = {"name": "image", "datatype": "FP32", "shape": [1, 8, 8], "data": [0.5] * 64}
+    sent = (infer(image, model="digits") | infer({"name": "input_fp32", "from": "probabilities"})).apply_async()
+    answer = sent.get(timeout=TIMEOUT_S)
+    assert answer["model_name"] == "identity"
+    assert sum(values(answer)) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_group(infer: Infer) -> None:
+    """Its members' results, in order."""
+    sent = group(infer(tensor(n)) for n in range(20)).apply_async()
+    assert [values(answer) for answer in sent.get(timeout=TIMEOUT_S)] == [[n] for n in range(20)]
+
+
+def test_a_chord_joins_its_parts(infer: Infer) -> None:
+    """Along the first dimension, or one of them by its position."""
+    sent = chord([infer(tensor(n, -n)) for n in range(5)], infer(*FROM_PARENT)).apply_async()
+    answer = sent.get(timeout=TIMEOUT_S)
+    assert answer["outputs"][0]["shape"] == [5, 2]
+    assert values(answer) == [0, 0, 1, -1, 2, -2, 3, -3, 4, -4]
+    third = {"name": "input_fp32", "from": "output_fp32", "part": 3}
+    sent = chord([infer(tensor(n)) for n in range(5)], infer(third)).apply_async()
+    assert values(sent.get(timeout=TIMEOUT_S)) == [3]
+
+
+def test_groups_within_chains_and_chains_within_chords(infer: Infer) -> None:
+    """Celery's own nesting rules hold."""
+    fan = chain(infer(tensor(2)), group(infer(*FROM_PARENT), infer(*FROM_PARENT)), infer(*FROM_PARENT))
+    assert fan.apply_async().get(timeout=TIMEOUT_S)["outputs"][0]["shape"] == [2, 1]
+    header = [chain(infer(tensor(n)), infer(*FROM_PARENT)) for n in range(3)]
+    assert values(chord(header, infer(*FROM_PARENT)).apply_async().get(timeout=TIMEOUT_S)) == [0, 1, 2]
+    nested = chain(
+        infer(tensor(1)),
+        group(infer(*FROM_PARENT), chain(infer(*FROM_PARENT), infer(*FROM_PARENT))),
+        infer(*FROM_PARENT),
+        infer(*FROM_PARENT),
+    )
+    assert values(nested.apply_async().get(timeout=TIMEOUT_S)) == [1, 1]
+
+
+def test_foreign_tasks_before_and_after(infer: Infer, app: Celery, foreign: str) -> None:
+    """In chains and chords, with a stock worker serving the others."""
+    prepared = {"name": "input_fp32", "from": "prepared"}
+    before = signature("foreign.pixels", args=(3,), app=app).set(queue=foreign)
+    after = signature("foreign.total", app=app).set(queue=foreign)
+    assert chain(before, infer(prepared), after).apply_async().get(timeout=TIMEOUT_S) == 6
+    assert chord([infer(tensor(1)), infer(tensor(2))], after).apply_async().get(timeout=TIMEOUT_S) == 3
+    header = [infer(tensor(4)), signature("foreign.pixels", args=(5,), app=app).set(queue=foreign)]
+    assert chord(header, after).apply_async().get(timeout=TIMEOUT_S) == 14
+
+
+def test_links_are_called(infer: Infer, app: Celery, foreign: str, stack: Up) -> None:
+    """`link` after a success, `link_error` after a failure, and never the other."""
+    with stack.redis() as client:
+        keys_used = [f"test:note:{n}" for n in range(4)]
+        client.delete(*keys_used)
+        good, bad, late, never = (
+            signature("foreign.note", kwargs={"key": key}, app=app).set(queue=foreign) for key in keys_used
+        )
+        infer(tensor(1)).apply_async(link=[good, late], link_error=never).get(timeout=TIMEOUT_S)
+        sent = infer(tensor(-1) | {"name": "x"}, model="picky").apply_async(link=never, link_error=bad)
+        with pytest.raises(Exception, match="negative"):
+            sent.get(timeout=TIMEOUT_S)
+        for key in (keys_used[0], keys_used[1], keys_used[2]):
+            eventually(lambda key=key: client.llen(key) == 1, TIMEOUT_S, f"the call of {key}")
+        assert client.llen(keys_used[3]) == 0
+        client.delete(*keys_used)
+
+
+def test_a_failed_step_fails_the_chain(infer: Infer, stack: Up) -> None:
+    """Whoever waits for its end is told, the steps after it never run, the letter is of the step that failed."""
+    bad = infer({"name": "input_fp32", "from": "nope"})
+    sent = chain(infer(tensor(1)), bad, infer(*FROM_PARENT), infer(*FROM_PARENT)).apply_async()
+    with pytest.raises(Exception, match="the task before has the outputs 'output_fp32', from asks for 'nope'"):
+        sent.get(timeout=TIMEOUT_S)
+    with stack.redis() as client:
+        assert client.exists(keys.DEAD_PREFIX + sent.parent.parent.id)
+        assert not client.exists(keys.DEAD_PREFIX + sent.id)
+
+
+def test_a_failed_part_fails_the_chord(infer: Infer, app: Celery) -> None:
+    """As a ChordError, with the part's error in it."""
+    sent = chord([infer(tensor(1)), infer(tensor(-1) | {"name": "x"}, model="picky")], infer(*FROM_PARENT))
+    with pytest.raises(Exception, match="negative") as caught:
+        sent.apply_async().get(timeout=TIMEOUT_S)
+    assert isinstance(caught.value, ChordError) or type(caught.value).__name__ == "ModelFaultError"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        (FROM_PARENT, "there is none: use it in a chain"),
+        ([{"name": "input_fp32", "part": 1}], "part goes with from"),
+        ([tensor(1) | {"from": "output_fp32"}], "there is none"),
+    ],
+)
+def test_a_from_without_a_parent(infer: Infer, inputs: list[dict[str, Any]], text: str) -> None:
+    """Says what it needs."""
+    with pytest.raises(Exception, match=text):
+        infer(*inputs).apply_async().get(timeout=TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        ({"name": "input_fp32", "from": "output_fp32", "data": [1]}, "exactly one of data, raw, ref and from"),
+        ({"name": "input_fp32", "from": "output_fp32", "part": 2}, "of a single task's result"),
+        ({"name": "input_fp32", "from": "output_fp32", "datatype": "INT32"}, "expected INT32"),
+        ({"name": "input_fp32", "from": "output_fp32", "shape": [7]}, r"expected FP32\[7\]"),
+        ({"name": "input_int32", "from": "output_fp32"}, "expected INT32, given FP32"),
+    ],
+)
+def test_a_from_that_does_not_fit(infer: Infer, step: dict[str, Any], text: str) -> None:
+    """Says what was expected and what came."""
+    with pytest.raises(Exception, match=text):
+        chain(infer(tensor(1)), infer(step)).apply_async().get(timeout=TIMEOUT_S)
+
+
+def test_a_parent_that_is_no_inference(infer: Infer, app: Celery, foreign: str) -> None:
+    """Says what a result must look like; a step that takes nothing of it does not mind."""
+    other = signature("foreign.total", args=({"outputs": []},), app=app).set(queue=foreign)
+    with pytest.raises(Exception, match="an object with outputs"):
+        chain(other, infer(*FROM_PARENT)).apply_async().get(timeout=TIMEOUT_S)
+    assert values(chain(other, infer(tensor(8))).apply_async().get(timeout=TIMEOUT_S)) == [8]
+
+
+def test_a_canvas_that_celery_does_not_understand(infer: Infer, app: Celery) -> None:
+    """Is a failure of that task, and of no other."""
+    sent = app.send_task(INFER, kwargs=dict(infer(tensor(1)).kwargs), queue="inference", chain=[{"no": "task"}])
+    with pytest.raises(Exception, match="the canvas of the task is not understood"):
+        sent.get(timeout=TIMEOUT_S)
+    assert values(infer(tensor(1)).apply_async().get(timeout=TIMEOUT_S)) == [1]
+
+
+def test_large_tensors_go_on_as_claim_checks(infer: Infer) -> None:
+    """A plain producer's megabytes reach the next step without a large message."""
+    import numpy as np
+
+    from samphire.tensors import array_to_bytes
+
+    big = np.arange(200_000, dtype=np.float32).reshape(1, -1)
+    _, shape, data = array_to_bytes("x", big)
+    import base64
+
+    first = {"name": "input_fp32", "datatype": "FP32", "shape": shape, "raw": base64.b64encode(data).decode()}
+    answer = chain(infer(first), infer(*FROM_PARENT), infer(*FROM_PARENT)).apply_async().get(timeout=TIMEOUT_S)
+    assert base64.b64decode(answer["outputs"][0]["raw"]) == data
+
+
+# -- when -----------------------------------------------------------------------------------------------
+
+
+def test_expired_tasks_are_not_run(infer: Infer, stack: Up) -> None:
+    """REVOKED, as by any worker; no dead letter."""
+    sent = infer(tensor(1)).apply_async(expires=datetime.now(UTC) - timedelta(seconds=1))
+    with pytest.raises(TaskRevokedError, match="expired"):
+        sent.get(timeout=TIMEOUT_S)
+    assert sent.state == "REVOKED"
+    with stack.redis() as client:
+        assert not client.exists(keys.DEAD_PREFIX + sent.id)
+    assert infer(tensor(1)).apply_async(expires=60).get(timeout=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("how", ["countdown", "eta"])
+def test_delayed_tasks_wait_in_the_store(infer: Infer, stack: Up, how: str) -> None:
+    """Not before their time, and meanwhile in nobody's memory."""
+    at = time.time() + 1.5
+    when: dict[str, Any] = {"countdown": 1.5} if how == "countdown" else {"eta": datetime.fromtimestamp(at, UTC)}
+    sent = infer(tensor(1)).apply_async(**when)
+    with stack.redis() as client:
+        eventually(lambda: client.zscore(keys.SCHEDULED, sent.id), 5, "the schedule")
+        assert client.hlen(keys.SCHEDULED_MESSAGES) >= 1
+    assert sent.state == "PENDING"
+    assert values(sent.get(timeout=TIMEOUT_S)) == [1]
+    assert time.time() >= at - 0.1
+
+
+def test_a_countdown_that_expires_first(infer: Infer) -> None:
+    """Ends as expired when its time comes."""
+    sent = infer(tensor(1)).apply_async(countdown=1, expires=0.5)
+    with pytest.raises(TaskRevokedError):
+        sent.get(timeout=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("priority", [0, 3, 6, 9])
+def test_priorities(infer: Infer, priority: int) -> None:
+    """Every one of Celery's is served."""
+    assert values(infer(tensor(1)).apply_async(priority=priority).get(timeout=TIMEOUT_S)) == [1]
+
+
+def test_time_limits(infer: Infer) -> None:
+    """Give the request up after so many seconds; a soft one too; enough of it harms nobody."""
+    slow = infer({"name": "seconds", "datatype": "FP32", "shape": [1, 1], "data": [2]}, model="slow")
+    with pytest.raises(TimeLimitExceeded):
+        slow.apply_async(time_limit=0.5).get(timeout=TIMEOUT_S)
+    with pytest.raises(Exception, match=r"0\.5") as caught:
+        slow.apply_async(soft_time_limit=0.5).get(timeout=TIMEOUT_S)
+    assert type(caught.value).__name__ == "SoftTimeLimitExceeded"
+    assert slow.apply_async(time_limit=20).get(timeout=TIMEOUT_S)
+
+
+def test_ignored_results_are_not_stored(infer: Infer, app: Celery, stack: Up) -> None:
+    """Neither success nor failure; links run all the same."""
+    sent = infer(tensor(1)).apply_async(ignore_result=True)
+    marker = infer(tensor(2)).apply_async()
+    marker.get(timeout=TIMEOUT_S)
+    with stack.redis() as client:
+        eventually(lambda: not client.exists(keys.meta_key(sent.id)), 10, "no result")
+        assert sum(client.hlen(key) for key in client.scan_iter("worker:*:inflight")) == 0
+        failed = infer(tensor(1) | {"name": "nope"}).apply_async(ignore_result=True)
+        eventually(lambda: client.exists(keys.DEAD_PREFIX + failed.id), 10, "the dead letter")
+        assert not client.exists(keys.meta_key(failed.id))
+
+
+@pytest.mark.parametrize("compression", ["gzip", "bzip2"])
+def test_compressed_chains(infer: Infer, compression: str) -> None:
+    """The header is honoured."""
+    sent = chain(infer(tensor(1)), infer(*FROM_PARENT)).apply_async(compression=compression)
+    assert values(sent.get(timeout=TIMEOUT_S)) == [1]
+
+
+def test_a_beat_schedule(stack: Up, tmp_path: Path) -> None:
+    """A real celery beat sends inferences, which are answered."""
+    program = f"""
+from celery import Celery
+app = Celery("beaten", broker={stack.broker_url!r}, backend={stack.broker_url!r})
+tensor = {tensor(4)!r}
+app.conf.beat_schedule = {{"often": {{
+    "task": {INFER!r}, "schedule": 0.3, "kwargs": {{"model_name": "identity", "inputs": [tensor]}},
+    "options": {{"queue": "inference", "headers": {{"beaten": "yes"}}, "task_id": "beaten-by-test"}},
+}}}}
+"""
+    (tmp_path / "beaten.py").write_text(program)
+    command = [sys.executable, "-m", "celery", "-A", "beaten", "beat", "--schedule", str(tmp_path / "schedule")]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=clean_environment(), stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        with Celery("reader", backend=stack.broker_url, set_as_current=False) as reader:
+            answer = AsyncResult("beaten-by-test", app=reader).get(timeout=TIMEOUT_S)
+        assert values(answer) == [4]
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+# -- control --------------------------------------------------------------------------------------------
+
+
+def test_inspect(infer: Infer, app: Celery, stack: Up) -> None:
+    """Ping, active, reserved, registered, stats and query_task tell the truth."""
+    seconds = {"name": "seconds", "datatype": "FP32", "shape": [1, 1], "data": [3]}
+    # The model works on one request at a time, and these may not share a micro-batch.
+    running = [infer(seconds, model="slow", parameters={"micro_batch": False}).apply_async() for _ in range(2)]
+    inspect = app.control.inspect(timeout=1)
+    eventually(lambda: any(task.state == "STARTED" for task in running), 10, "a start")
+    (active,) = [tasks for name, tasks in inspect.active().items() if name.startswith("worker1@")]
+    ids = {task.id for task in running}
+    shown = [task for task in active if task["id"] in ids]
+    assert shown and shown[0]["name"] == INFER
+    assert shown[0]["kwargs"] == "slow: seconds FP32[1, 1]"
+    assert shown[0]["time_start"] <= time.time()
+    queried = {name: answer for node in inspect.query_task(*ids).values() for name, answer in node.items()}
+    assert queried[shown[0]["id"]][0] == "active"
+    reserved = {task["id"] for node in inspect.reserved().values() for task in node}
+    assert not reserved & {task["id"] for task in active}
+    names = [name for name in inspect.ping() if name.startswith("worker1@")]
+    assert len(names) == 1
+    assert inspect.registered()[names[0]] == [INFER]
+    assert inspect.stats()[names[0]]["total"][INFER] > 0
+    for task in running:
+        task.get(timeout=TIMEOUT_S)
+    assert all(task["id"] not in ids for node in inspect.active().values() for task in node)
+
+
+def test_revoke_a_scheduled_task(infer: Infer, app: Celery, stack: Up) -> None:
+    """REVOKED at once, and nothing of it is left."""
+    sent = infer(tensor(1)).apply_async(countdown=60)
+    with stack.redis() as client:
+        eventually(lambda: client.zscore(keys.SCHEDULED, sent.id), 5, "the schedule")
+        app.control.revoke(sent.id)
+        with pytest.raises(TaskRevokedError):
+            sent.get(timeout=TIMEOUT_S)
+        eventually(lambda: not client.exists(keys.CANCELLED), 10, "the end of its message")
+        assert client.zscore(keys.SCHEDULED, sent.id) is None
+
+
+def test_revoke_a_queued_task(infer: Infer, app: Celery, stack: Up) -> None:
+    """It does not run when its turn comes; a chain's later steps are told."""
+    seconds = {"name": "seconds", "datatype": "FP32", "shape": [1, 1], "data": [1]}
+    ahead = [infer(seconds, model="slow", parameters={"micro_batch": False}).apply_async() for _ in range(8)]
+    sent = chain(infer(seconds, model="slow"), infer({"name": "input_fp32", "from": "slept"})).apply_async()
+    app.control.revoke(sent.parent.id)
+    with pytest.raises(TaskRevokedError):
+        sent.parent.get(timeout=TIMEOUT_S)
+    for task in ahead:
+        task.get(timeout=TIMEOUT_S)
+    with pytest.raises(TaskRevokedError):
+        sent.get(timeout=TIMEOUT_S)
+    with stack.redis() as client:
+        eventually(lambda: not client.exists(keys.CANCELLED), 10, "the end of its message")
+
+
+def test_a_revoked_part_fails_its_chord(infer: Infer, app: Celery) -> None:
+    """Nobody waits for ever."""
+    later = infer(tensor(1)).set(countdown=60, task_id=f"part-{time.time()}")
+    sent = chord([infer(tensor(1)), later], infer(*FROM_PARENT)).apply_async()
+    time.sleep(0.5)  # the revocation is to meet it scheduled
+    app.control.revoke(later.options["task_id"])
+    with pytest.raises((ChordError, TaskRevokedError)):
+        sent.get(timeout=TIMEOUT_S)
+
+
+def test_revoke_an_ended_task(infer: Infer, app: Celery) -> None:
+    """Changes nothing."""
+    sent = infer(tensor(1)).apply_async()
+    sent.get(timeout=TIMEOUT_S)
+    (reply,) = [r for r in app.control.revoke(sent.id, reply=True, timeout=2) if next(iter(r)).startswith("worker1@")]
+    assert "SUCCESS" in str(reply)
+    assert sent.state == "SUCCESS"
+
+
+@pytest.mark.parametrize("queue", ["inference", "inference.digits", "training"])
+def test_the_stock_consumer_is_kept_off_the_lanes_queues(app: Celery, queue: str, stack: Up) -> None:
+    """`add_consumer` is refused, and so is `-Q` at start, each with the reason."""
+    replies = app.control.add_consumer(queue, reply=True, timeout=2, destination=_samphire_workers(app))
+    assert "belongs to Samphire's lanes" in str(replies)
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "samphire_workers.app",
+        "worker",
+        "-Q",
+        f"samphire.control,{queue}",
+    ]
+    ended = subprocess.run(
+        command,
+        env=clean_environment() | {"SAMPHIRE_BROKER_URL": stack.broker_url, "SAMPHIRE_TRITON_URLS": stack.triton_grpc},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert f"the queue '{queue}' belongs to Samphire's lanes" in ended.stdout + ended.stderr
+
+
+def _samphire_workers(app: Celery) -> list[str]:
+    return [name for name in app.control.inspect(timeout=1).ping() if name.startswith("worker1@")]
