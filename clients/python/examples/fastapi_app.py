@@ -60,7 +60,7 @@ async def enqueue(digit: Digit, request: Request, response: Response) -> Any:
     return {"task_id": task.id}
 
 
-@app.get("/digits/{task_id}")
+@app.get("/digits/{task_id:uuid}")
 async def answer(task_id: UUID, request: Request) -> Any:
     """How far a task is, and its digit once it has succeeded; an id that nobody knows counts as queued."""
     task = request.app.state.samphire.task(str(task_id))
