@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from samphire import Client
-from tests.stacks import Up, Valkey, model_repository, running_stack, running_valkey
+from samphire import Client, keys
+from tests.stacks import Up, Valkey, eventually, model_repository, running_stack, running_valkey
 
 settings.register_profile("samphire", deadline=None, derandomize=True)  # a slow machine is no failure
 settings.load_profile("samphire")
@@ -45,6 +45,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterato
     """One stack for all tests that do not break it."""
     _need_servers()
     with running_stack(tmp_path_factory.mktemp("stack"), "--model-repository", str(repository)) as up:
+        with up.redis() as client:
+            eventually(lambda: client.hexists(keys.CATALOGUE, keys.CATALOGUE_COMPLETE), 20, "the catalogue")
         yield up
 
 

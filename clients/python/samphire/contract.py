@@ -108,7 +108,7 @@ class TaskMeta(Struct, omit_defaults=False):
     task_id: str
     result: Raw
     traceback: str | None = None
-    children: list[Any] = []
+    children: list[Any] | None = None
     date_done: str | None = None
 
 

@@ -53,6 +53,8 @@ class Step:
     ) -> None:
         if not isinstance(inputs, Mapping):
             raise InvalidInputError(f"expected inputs as a mapping of name to array, given {type(inputs).__name__}")
+        if isinstance(outputs, str):
+            raise InvalidInputError(f"expected outputs as a list of names, given {outputs!r}")
         self.model = model
         self.inputs = dict(inputs)
         self.version = version

@@ -71,6 +71,13 @@ class _LoopThread:
         self._thread.join()
         self._loop.close()
 
+    def abandon(self) -> None:
+        """In a forked child, where the thread is not: let nothing of it touch what the parent goes on using.
+
+        The selector (epoll) is one object in both processes: what is collected here must not unregister there.
+        """
+        self._loop._selector.close()  # type: ignore[attr-defined]  # closes this process's handle, and no more
+
     async def _finish(self, last: Coroutine[Any, Any, None] | None) -> None:
         try:
             if last is not None:
@@ -145,8 +152,11 @@ class Client:
         self._closed = False
 
     def _forget_parent(self) -> None:
-        """In a forked child: drop, unclosed, what belongs to the parent; its thread is not here."""
+        """In a forked child: put aside, unclosed, what belongs to the parent; its thread is not here."""
         self._lock = threading.Lock()
+        if self._loop is not None:
+            self._loop.abandon()
+            _abandoned.append((self._loop, self._client))
         closed = self._closed
         self._start()
         self._closed = closed
@@ -311,6 +321,8 @@ class Client:
 
 
 _END = object()
+_abandoned: list[Any] = []
+"""What belongs to the parent of a forked process: kept, since its collection would close connections."""
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 

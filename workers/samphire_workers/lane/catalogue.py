@@ -91,14 +91,13 @@ class Catalogue:
     async def watch(self, on_back: Callable[[], None]) -> None:
         """Keep signatures fresh and look whether models that were away are back, for ever."""
         while True:
-            await asyncio.sleep(CHECK_S)
-            if not self._endpoints.some_ready.is_set():
-                continue
+            await self._endpoints.some_ready.wait()
             try:
                 endpoint = self._endpoints.pick()
                 self.queues = {keys.queue_name(model) for model in await endpoint.models()}
                 ready = await endpoint.models(ready=True)
             except SamphireError:
+                await asyncio.sleep(CHECK_S)
                 continue
             stale = self._stale(self._used, FRESH_S)
             self._used -= stale
@@ -111,6 +110,7 @@ class Catalogue:
                 if was_away and model not in self.away:
                     logger.info("model %s is back", model, extra={"action": "model_back"})
                     on_back()
+            await asyncio.sleep(CHECK_S)
 
     def _stale(self, models: Collection[str], fresh_s: float) -> set[str]:
         oldest = time.monotonic() - fresh_s

@@ -59,7 +59,8 @@ INTAKE_MODEL = ""
 CLOCK_S = 0.1
 """Between two looks at the scheduled tasks and at what is to be cancelled."""
 
-CATALOGUE_S = 2.0
+CATALOGUE_S = 10.0
+"""The catalogue is published when it changes, and again after this long."""
 
 IDLE_CHECK_S = 0.25
 """An idle lane that nothing woke looks into the queues again after this long: a plain producer's message of
@@ -167,6 +168,7 @@ class Lane:
         short_rounds = 0
         while not self._stopping:
             named = self._watch.clear()  # before looking, so that no wake-up is lost
+            self._planner.add(named)  # a queue may be new
             if not self._endpoints.some_ready.is_set():
                 await self._watch.wait(IDLE_CHECK_S)
                 continue
@@ -255,15 +257,17 @@ class Lane:
 
     async def _tell_clients(self) -> None:
         """Publish what the models take, so that clients can refuse what does not fit, for ever."""
-        published: set[str] = set()
+        published: dict[str, bytes] = {}
+        told_at = 0.0
         while True:
             signatures = self._catalogue.signatures()
-            try:
-                await self._store.publish_catalogue(signatures, published - signatures.keys())
-                published = set(signatures)
-            except SamphireError as error:
-                logger.warning("the catalogue was not published: %s", error, extra={"action": "catalogue_failed"})
-            await asyncio.sleep(CATALOGUE_S)
+            if signatures != published or time.monotonic() - told_at > CATALOGUE_S:
+                try:
+                    await self._store.publish_catalogue(signatures, published.keys() - signatures.keys())
+                    published, told_at = signatures, time.monotonic()
+                except SamphireError as error:
+                    logger.warning("the catalogue was not published: %s", error, extra={"action": "catalogue_failed"})
+            await asyncio.sleep(IDLE_CHECK_S)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = self._group.create_task(work)

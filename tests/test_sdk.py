@@ -1,0 +1,551 @@
+"""What a backend developer finds in the SDK beyond submit and result, against the real stack."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from samphire import (
+    AsyncClient,
+    BrokerUnavailableError,
+    Client,
+    ClientClosedError,
+    EndpointTimeoutError,
+    InvalidInputError,
+    ModelFaultError,
+    ModelSignature,
+    ProtocolError,
+    ResultDeletedError,
+    ResultTimeoutError,
+    SamphireError,
+    Step,
+    TaskCancelledError,
+    TaskExpiredError,
+    TensorSpec,
+    UnknownModelError,
+    keys,
+)
+from tests.stacks import Up, Valkey, clean_environment, eventually
+
+TIMEOUT_S = 30
+
+
+def fp32(*values: float) -> dict[str, NDArray[Any]]:
+    return {"input_fp32": np.array([values], np.float32)}
+
+
+def slow(seconds: float) -> dict[str, NDArray[Any]]:
+    return {"seconds": np.array([[seconds]], np.float32)}
+
+
+# -- validation before anything is queued ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "options", "error", "text"),
+    [
+        ("nope", fp32(1), {}, UnknownModelError, "no model 'nope'; there are 'digits', 'identity'"),
+        ("digits", {"image": np.zeros((1, 7, 7), np.float32)}, {}, InvalidInputError, r"expected shape \[rows, 8, 8\]"),
+        ("digits", {"image": np.zeros((1, 8, 8))}, {}, InvalidInputError, "expected FP32, given FP64"),
+        ("digits", {}, {}, InvalidInputError, "missing 'image'"),
+        ("digits", {"picture": np.zeros(1)}, {}, InvalidInputError, "missing 'image'"),
+        ("digits", {"image": np.zeros((65, 8, 8), np.float32)}, {}, InvalidInputError, "at most 64 rows"),
+        ("identity", fp32(1), {"outputs": ["nope"]}, InvalidInputError, "asked for 'nope'"),
+        ("identity", fp32(1), {"outputs": "output_fp32"}, InvalidInputError, "a list of names"),
+        ("identity", fp32(1), {"priority": "urgent"}, InvalidInputError, "high, normal, low"),
+        ("identity", fp32(1), {"delay_s": -1}, InvalidInputError, "delay_s"),
+        ("identity", fp32(1), {"delay_s": float("nan")}, InvalidInputError, "delay_s"),
+        ("identity", fp32(1), {"deadline_s": 0}, InvalidInputError, "deadline_s"),
+        ("identity", fp32(1), {"delay_s": 5, "deadline_s": 2}, InvalidInputError, "comes before the start"),
+        ("identity", fp32(1), {"eta": datetime(2030, 1, 1)}, InvalidInputError, "time zone"),
+        ("identity", fp32(1), {"eta": datetime.now(UTC), "delay_s": 1}, InvalidInputError, "given both"),
+    ],
+)
+def test_what_cannot_succeed_is_not_queued(
+    client: Client, stack: Up, model: str, inputs: Any, options: Any, error: type[Exception], text: str
+) -> None:
+    """The error is raised by `submit`, and the broker has nothing of it."""
+    with stack.redis() as redis:
+        letters = redis.zcard(keys.DEAD)
+        with pytest.raises(error, match=text):
+            client.submit(model, inputs, **options)
+        with pytest.raises(error, match=text):
+            client.chain(Step(model, inputs, outputs=options.pop("outputs", ())), **options)
+        assert redis.zcard(keys.DEAD) == letters
+        assert all(redis.llen(key) == 0 for key in keys.queue_lists(keys.queue_name("nope")))
+
+
+@pytest.mark.parametrize("use", ["submit", "map", "client", "chain"])
+def test_an_unknown_option_is_an_error(client: Client, stack: Up, use: str) -> None:
+    """Python's own, which names it."""
+    uses: dict[str, Any] = {
+        "submit": lambda: client.submit("identity", fp32(1), urgency=1),
+        "map": lambda: list(client.map("identity", [fp32(1)], urgency=1)),
+        "client": lambda: Client(stack.broker_url, urgency=1),
+        "chain": lambda: client.chain(Step("identity", fp32(1)), urgency=1),
+    }
+    with pytest.raises(TypeError, match="urgency"):
+        uses[use]()
+
+
+SIGNATURE = ModelSignature("m", ("1",), {"x": TensorSpec("x", "FP32", (2,))}, {"y": TensorSpec("y", "FP32", (2,))}, 0)
+
+
+def test_without_a_catalogue_nothing_is_refused(valkey: Valkey) -> None:
+    """No worker has told anything: the task waits for one."""
+    with Client(valkey.url) as client:
+        assert client.signature("m") is None
+        task = client.submit("m", {"whatever": np.zeros(3)})
+        assert task.status() == "queued"
+        valkey.client.hset(keys.CATALOGUE, "other", b"")  # not all models: this one may be among the others
+        assert client.submit("m", {"whatever": np.zeros(3)}).id
+    assert valkey.client.llen(keys.queue_list("inference.m", 3)) == 2
+
+
+def test_a_model_that_has_changed_is_looked_up_again(valkey: Valkey) -> None:
+    """What was known of it is no reason to refuse; and what a client need not know, it may skip."""
+    valkey.client.hset(keys.CATALOGUE, mapping={"m": msgspec.json.encode(SIGNATURE), keys.CATALOGUE_COMPLETE: "1"})
+    with Client(valkey.url) as client, Client(valkey.url, validate=False) as careless:
+        assert client.signature("m") == SIGNATURE
+        with pytest.raises(InvalidInputError):
+            client.submit("m", {"x": np.zeros(3, np.float32)})
+        with pytest.raises(UnknownModelError):
+            client.submit("gone", {})
+        wider = dataclasses.replace(SIGNATURE, inputs={"x": TensorSpec("x", "FP32", (3,))})
+        valkey.client.hset(keys.CATALOGUE, "m", msgspec.json.encode(wider))
+        assert client.submit("m", {"x": np.zeros(3, np.float32)}).status() == "queued"
+        assert careless.submit("gone", {"x": np.zeros(1)}).status() == "queued"
+
+
+# -- when --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["delay_s", "eta"])
+def test_a_scheduled_submit(client: Client, how: str) -> None:
+    """Is scheduled, then runs, not before its time."""
+    began = time.time()
+    if how == "eta":
+        task = client.submit("identity", fp32(7), eta=datetime.now(UTC) + timedelta(seconds=1))
+    else:
+        task = client.submit("identity", fp32(7), delay_s=1)
+    eventually(lambda: task.status() == "scheduled", 5, "the schedule")
+    assert task.result(TIMEOUT_S).outputs["output_fp32"].tolist() == [[7]]
+    assert time.time() - began >= 0.95
+
+
+def test_deadlines(client: Client) -> None:
+    """Over before the start: expired; over while it runs: given up; not over: no matter."""
+    ahead = [client.submit("slow", slow(0.6), parameters={"micro_batch": False}) for _ in range(3)]
+    late = client.submit("slow", slow(0), deadline_s=0.3, priority="low")
+    with pytest.raises((TaskExpiredError, EndpointTimeoutError)):
+        late.result(TIMEOUT_S)
+    for task in ahead:
+        task.result(TIMEOUT_S)
+    with pytest.raises(EndpointTimeoutError, match="deadline"):
+        client.submit("slow", slow(2), deadline_s=0.5).result(TIMEOUT_S)
+    assert client.submit("identity", fp32(1), deadline_s=20).result(TIMEOUT_S)
+
+
+def test_an_expired_task_says_so(client: Client) -> None:
+    """It waited for its time, and that came too late."""
+    with client as c:
+        task = c.task(client.submit("identity", fp32(1), delay_s=0.5, deadline_s=0.6).id)
+        # The broker returns it at 0.5 s; whether it is still in time is a matter of milliseconds.
+        try:
+            task.result(TIMEOUT_S)
+        except TaskExpiredError:
+            assert task.status() == "expired"
+        else:
+            assert task.status() == "succeeded"
+
+
+# -- cancel, events, delete --------------------------------------------------------------------------------
+
+
+def test_cancel(client: Client) -> None:
+    """Scheduled and queued tasks end; a running or ended one goes its way."""
+    scheduled = client.submit("identity", fp32(1), delay_s=60)
+    assert scheduled.cancel() is True
+    assert scheduled.status() == "cancelled"
+    with pytest.raises(TaskCancelledError):
+        scheduled.result(TIMEOUT_S)
+    assert scheduled.cancel() is True  # it has ended so
+    running = client.submit("slow", slow(1.5), parameters={"micro_batch": False})
+    queued = [client.submit("slow", slow(0.1), parameters={"micro_batch": False}) for _ in range(8)]
+    eventually(lambda: running.status() == "running", 10, "the start")
+    assert queued[-1].cancel() is True
+    assert running.cancel() is False
+    assert running.result(TIMEOUT_S).outputs["slept"].tolist() == [[1.5]]
+    assert running.cancel() is False
+    for task in queued[:-1]:
+        task.result(TIMEOUT_S)
+    with pytest.raises(TaskCancelledError):
+        queued[-1].result(TIMEOUT_S)
+
+
+def test_a_cancel_without_a_worker_stands(valkey: Valkey) -> None:
+    """The caller is told that nobody has taken it up yet."""
+    with Client(valkey.url) as client:
+        task = client.submit("m", {"x": np.zeros(1)})
+        with pytest.raises(ResultTimeoutError, match="it stands"):
+            task.cancel(timeout_s=0.3)
+        assert task.id.encode() in valkey.client.lindex(keys.CANCELS, 0)
+
+
+def test_events(client: Client) -> None:
+    """The states as they come, to the end; also from another client, and from where one left off."""
+    task = client.submit("slow", slow(0.8), delay_s=0.5)
+    seen = [event.status for event in task.events()]
+    assert seen[-2:] == ["running", "succeeded"]
+    assert "scheduled" in seen
+    assert [event.status for event in client.task(task.id).events()] == ["succeeded"]
+    assert list(client.task(task.id).events(after="succeeded")) == []
+
+
+def test_delete_on_read(client: Client, stack: Up) -> None:
+    """The second read is a clear error, claim checks are gone, the state stays."""
+    big = np.arange(50_000, dtype=np.float32).reshape(1, -1)
+    for inputs in (fp32(1), {"input_fp32": big}):
+        task = client.submit("identity", inputs)
+        assert task.result(TIMEOUT_S, delete=True)
+
+        def deleted(task: Any = task) -> bool:
+            try:
+                task.result(TIMEOUT_S)
+            except ResultDeletedError:
+                return True
+            return False
+
+        eventually(deleted, 10, "the deletion")
+        assert task.status() == "succeeded"
+        with stack.redis() as redis:
+            assert not list(redis.scan_iter(f"{keys.RESULT_BLOB_PREFIX}{task.id}:*"))
+
+
+@pytest.mark.parametrize("stored", [b'{"status":"SUCCESS","task_id":"x","result":{"total":3}}', b"junk", b"[1]"])
+def test_an_id_of_another_kind(client: Client, stack: Up, stored: bytes) -> None:
+    """Somebody else's task is not taken for an inference."""
+    with stack.redis() as redis:
+        redis.set(keys.meta_key("another"), stored, ex=30)
+        with pytest.raises(ProtocolError):
+            client.task("another").result(TIMEOUT_S)
+        redis.delete(keys.meta_key("another"))
+
+
+@pytest.mark.parametrize("task_id", [None, 7, "", "x" * 300])
+def test_what_is_no_id(client: Client, task_id: Any) -> None:
+    """Is refused."""
+    with pytest.raises(InvalidInputError, match="expected a task id"):
+        client.task(task_id)
+
+
+# -- map ---------------------------------------------------------------------------------------------------
+
+
+def test_map_reads_ahead_no_further_than_its_window(client: Client) -> None:
+    """In tasks and in bytes, and tells how far it is."""
+    told: list[tuple[int, int | None]] = []
+    for options, most in (({"window": 8}, 8), ({"window_bytes": 4 * 2**20}, 12)):
+        read, ahead, yielded = itertools.count(), 0, 0
+        last = 0
+        told.clear()
+
+        def batches(read: Iterator[int] = read) -> Iterator[dict[str, NDArray[Any]]]:
+            nonlocal last
+            for _ in range(40):
+                last = next(read) + 1
+                yield {"input_fp32": np.zeros((1, 100_000), np.float32)}  # 400 KB in, 400 KB out
+
+        for _ in client.map("identity", batches(), progress=lambda n, of: told.append((n, of)), **options):  # type: ignore[call-overload]
+            ahead = max(ahead, last - yielded)
+            yielded += 1
+        assert yielded == 40
+        assert ahead <= most
+        assert told == [(n, None) for n in range(1, 41)]
+    list(client.map("identity", [fp32(n) for n in range(5)], progress=lambda n, of: told.append((n, of))))
+    assert told[-1] == (5, 5)
+
+
+def test_map_goes_on_after_a_failed_task(client: Client) -> None:
+    """With `return_exceptions`; what cannot be sent ends it."""
+    batches = [{"x": np.array([[value]], np.float32)} for value in (1, -1, 2)]
+    ends = list(client.map("picky", batches, return_exceptions=True))
+    assert [isinstance(end, ModelFaultError) for end in ends] == [False, True, False]
+    with pytest.raises(InvalidInputError):
+        list(client.map("picky", [{"y": np.zeros(1)}], return_exceptions=True))
+
+
+# -- processes, threads, loops -----------------------------------------------------------------------------
+
+
+def test_threads_share_a_client(client: Client) -> None:
+    """Each gets its own answers."""
+    answers: dict[int, list[float]] = {}
+
+    def work(number: int) -> None:
+        tasks = [client.submit("identity", fp32(number, i)) for i in range(40)]
+        answers[number] = [float(task.result(TIMEOUT_S).outputs["output_fp32"].sum()) for task in tasks]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    assert answers == {number: [number + i for i in range(40)] for number in range(8)}
+
+
+FORKED = """
+import os, sys, warnings
+import numpy as np
+from samphire import AsyncClient, Client, SamphireError
+import asyncio
+warnings.simplefilter("ignore")
+client = Client(sys.argv[1])
+x = np.ones((1, 2), np.float32)
+before = client.submit("identity", {"input_fp32": x})
+client.submit("identity", {"input_fp32": x}).result(20)
+aio = AsyncClient(sys.argv[1])
+children = []
+for number in range(3):
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            assert before.result(20).outputs["output_fp32"].tolist() == [[1, 1]]
+            for _ in range(50):
+                answer = client.submit("identity", {"input_fp32": x * number}).result(20)
+                assert answer.outputs["output_fp32"].tolist() == [[number, number]]
+            assert len(list(client.map("identity", [{"input_fp32": x}] * 300))) == 300
+            try:
+                asyncio.run(aio.submit("identity", {"input_fp32": x}))
+            except SamphireError as error:
+                assert "does not survive a fork" in str(error)
+                client.close()
+                status = 0
+        finally:
+            os._exit(status)
+    children.append(pid)
+for _ in range(50):
+    assert client.submit("identity", {"input_fp32": x * 9}).result(20).outputs["output_fp32"].tolist() == [[9, 9]]
+assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+assert before.result(20)
+client.close()
+print("survived")
+"""
+
+
+def test_a_client_survives_a_fork(stack: Up) -> None:
+    """As under gunicorn and Celery's prefork pool: parent and children work side by side."""
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKED, stack.broker_url],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env=clean_environment(),
+    )
+    assert ended.stdout.strip() == "survived", ended.stderr
+
+
+def test_an_asynchronous_client_belongs_to_one_loop(stack: Up) -> None:
+    """Says so instead of hanging."""
+    client = AsyncClient(stack.broker_url)
+
+    async def use() -> None:
+        await (await client.submit("identity", fp32(1))).result(TIMEOUT_S)
+
+    async def close() -> None:
+        await client.close()
+
+    with asyncio.Runner() as runner:
+        runner.run(use())
+        with pytest.raises(SamphireError, match="belongs to the event loop"):
+            _in_another_loop(use)
+        runner.run(close())
+
+
+def _in_another_loop(use: Any) -> None:
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            asyncio.run(use())
+        except SamphireError as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    raise failure[0]
+
+
+def test_cancelled_coroutines_leave_the_client_usable(stack: Up) -> None:
+    """A cancelled wait ends at once and the task goes on; a cancelled submit harms no other."""
+
+    async def test() -> None:
+        async with AsyncClient(stack.broker_url) as client:
+            task = await client.submit("slow", slow(0.5))
+            waiting = asyncio.create_task(task.result())
+            await asyncio.sleep(0.05)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert (await task.result(TIMEOUT_S)).outputs["slept"].tolist() == [[0.5]]
+            for delay_s in (0, 0, 0.0005, 0.001, 0.002):
+                submits = [asyncio.create_task(client.submit("identity", fp32(i))) for i in range(20)]
+                await asyncio.sleep(delay_s)
+                for submit in submits[::2]:
+                    submit.cancel()
+                ends = await asyncio.gather(*submits, return_exceptions=True)
+                for number, end in enumerate(ends):
+                    if isinstance(end, BaseException):
+                        # The first has the connection: its end may cost the reply of those that went with it.
+                        assert isinstance(end, asyncio.CancelledError | BrokerUnavailableError)
+                    else:
+                        assert (await end.result(TIMEOUT_S)).outputs["output_fp32"].tolist() == [[number]]
+                assert any(not isinstance(end, BaseException) for end in ends)
+
+    asyncio.run(test())
+
+
+def test_a_client_reconnects(stack: Up, client: Client) -> None:
+    """All connections cut, the clients' and the workers': who waits gets the result, who submits may try again."""
+    task = client.submit("slow", slow(1.5))
+    eventually(lambda: task.status() == "running", 10, "the start")
+    with stack.redis() as redis:
+        killed = redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        killed += redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    assert killed > 5
+    assert task.result(TIMEOUT_S).outputs["slept"].tolist() == [[1.5]]
+
+    def works() -> bool:
+        try:
+            return bool(client.submit("identity", fp32(1)).result(TIMEOUT_S))
+        except BrokerUnavailableError:
+            return False
+
+    eventually(works, 20, "a submit after the cut")
+
+
+def test_repr_and_close(stack: Up) -> None:
+    """Helpful, and without the password."""
+    with Client("redis://:secret@127.0.0.1:1/0", tenant="acme") as client:
+        assert repr(client) == "<Client redis://:***@127.0.0.1:1/0 tenant=acme>"
+        with pytest.raises(BrokerUnavailableError) as caught:
+            client.submit("identity", fp32(1))
+        assert "secret" not in str(caught.value)
+        assert caught.value.retryable and caught.value.retry_after_s
+    assert "closed" in repr(client)
+    with pytest.raises(ClientClosedError):
+        client.submit("identity", fp32(1))
+    client = Client(stack.broker_url)
+    task = client.submit("identity", fp32(1))
+    assert repr(task) == f"<Task {task.id}>"
+    assert repr(Step("identity", fp32(1))) == "Step('identity', {'input_fp32'})"
+    client.close()
+    with pytest.raises(ClientClosedError):
+        task.result()
+
+
+# -- chains ------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_of_steps(client: Client) -> None:
+    """One model's output is the next one's input; the handle is the last step's."""
+    seen = Step("digits", {"image": np.zeros((3, 8, 8), np.float32)}, version=1)
+    kept = Step("identity", {"input_fp32": seen["probabilities"]}, outputs=["output_fp32"])
+    result = client.chain(seen, kept).result(TIMEOUT_S)
+    assert result.model_name == "identity"
+    assert result.outputs["output_fp32"].shape == (3, 10)
+
+
+def test_stages_side_by_side(client: Client) -> None:
+    """At the start and in between; one part, or all joined in their order."""
+    first = [Step("identity", fp32(n, n)) for n in range(3)]
+    joined = Step("identity", {"input_fp32": [step["output_fp32"] for step in first]})
+    left = Step("identity", {"input_fp32": joined["output_fp32"]})
+    right = Step("versions", {"x": np.ones((3, 1), np.int32)})
+    last = Step("identity", {"input_fp32": left["output_fp32"], "input_int32": right["version"]})
+    result = client.chain(first, joined, [left, right], last).result(TIMEOUT_S)
+    assert result.outputs["output_fp32"].tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_chains_with_claim_checks_priority_delay_and_deadline(client: Client, stack: Up) -> None:
+    """Large tensors go from step to step as claim checks; inputs of later steps too."""
+    big = np.random.default_rng(1).random((1, 300_000), np.float32)
+    first = Step("identity", {"input_fp32": big})
+    later = Step("identity", {"input_fp32": first["output_fp32"], "input_fp64": big.astype(np.float64)})
+    task = client.chain(first, later, priority="high", delay_s=0.3, deadline_s=30)
+    outputs = task.result(TIMEOUT_S).outputs
+    np.testing.assert_array_equal(outputs["output_fp32"], big)
+    np.testing.assert_array_equal(outputs["output_fp64"], big.astype(np.float64))
+    with stack.redis() as redis:
+        assert not list(redis.scan_iter(f"{keys.BLOB_PREFIX}{task.id}:*"))
+
+
+def test_a_failed_step_is_the_chains_error(client: Client) -> None:
+    """In a line, and before a joining step."""
+    bad = Step("picky", {"x": np.array([[-1]], np.float32)})
+    after = Step("identity", {"input_fp32": bad["y"]})
+    with pytest.raises(ModelFaultError, match="negative"):
+        client.chain(bad, after).result(TIMEOUT_S)
+    good, bad = Step("identity", fp32(1)), Step("picky", {"x": np.array([[-1]], np.float32)})
+    with pytest.raises(SamphireError, match="negative"):
+        client.chain([good, bad], Step("identity", {"input_fp32": good["output_fp32"]})).result(TIMEOUT_S)
+
+
+def test_chains_that_cannot_work_are_refused(client: Client) -> None:
+    """By what they are, before anything is queued."""
+    one, two = Step("identity", fp32(1)), Step("identity", fp32(2))
+    taking = Step("identity", {"input_fp32": one["output_fp32"]})
+    itself = Step("identity", {})
+    itself.inputs["input_fp32"] = itself["output_fp32"]
+    misfit = Step("digits", {"image": one["output_fp32"]})
+    both = {"input_fp32": [two["output_fp32"], one["output_fp32"]]}
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        ((), "at least one step"),
+        ((one, []), "stage 2 is an empty list"),
+        ((one, "two"), "expected a Step"),
+        (([one, two],), "a chain has one result"),
+        ((one, one), "stands in stages 1 and 2"),
+        ((taking,), "which is not in the chain"),
+        ((taking, one), "wait for each other in a cycle"),
+        ((itself,), "wait for each other in a cycle"),
+        ((one, two, taking), "only the stage right before"),
+        ((one, Step("identity", {"input_fp32": one["nope"]})), "asked for 'nope'"),
+        ((one, misfit), r"expected FP32\[-1, 8, 8\], output 'output_fp32'"),
+        ((one, Step("nope", {"x": one["output_fp32"]})), "no model 'nope'"),
+        (([one, two], Step("identity", both)), "of every step of the stage before, in their order"),
+        ((one, Step("digits", {"picture": one["output_fp32"]})), "missing 'image'"),
+    ]
+    for stages, text in cases:
+        with pytest.raises(InvalidInputError, match=text):
+            client.chain(*stages)
+
+
+def test_a_broken_canvas_message_is_a_dead_letter(client: Client, stack: Up) -> None:
+    """And who waits for its id gets the error."""
+    from samphire.contract import CANVAS_TASK, CanvasStart
+    from samphire.envelope import encode_task, new_task_id
+
+    task_id = new_task_id()
+    message = encode_task(CANVAS_TASK, task_id, CanvasStart({"task": "celery.chain", "kwargs": 7}), "inference", 0)
+    with stack.redis() as redis:
+        redis.lpush("inference", message)
+        with pytest.raises(InvalidInputError, match="canvas"):
+            client.task(task_id).result(TIMEOUT_S)
+        assert json.loads(redis.hget(keys.DEAD_PREFIX + task_id, "message"))["headers"]["task"] == CANVAS_TASK
