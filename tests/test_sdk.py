@@ -66,7 +66,12 @@ def slow(seconds: float) -> dict[str, NDArray[Any]]:
         ("digits", {"image": np.zeros((65, 8, 8), np.float32)}, {}, InvalidInputError, "at most 64 rows"),
         ("identity", fp32(1), {"outputs": ["nope"]}, InvalidInputError, "asked for 'nope'"),
         ("identity", fp32(1), {"outputs": "output_fp32"}, InvalidInputError, "a list of names"),
+        ("identity", {"input_fp32": [[1], [1, 2]]}, {}, InvalidInputError, "numpy makes none of"),
+        (7, fp32(1), {}, InvalidInputError, "expected a model name"),
+        ("identity", fp32(1), {"outputs": 7}, InvalidInputError, "a list of names"),
         ("identity", fp32(1), {"priority": "urgent"}, InvalidInputError, "high, normal, low"),
+        ("identity", fp32(1), {"priority": []}, InvalidInputError, "high, normal, low"),
+        ("identity", fp32(1), {"delay_s": True}, InvalidInputError, "delay_s"),
         ("identity", fp32(1), {"delay_s": -1}, InvalidInputError, "delay_s"),
         ("identity", fp32(1), {"delay_s": float("nan")}, InvalidInputError, "delay_s"),
         ("identity", fp32(1), {"deadline_s": 0}, InvalidInputError, "deadline_s"),
@@ -84,7 +89,8 @@ def test_what_cannot_succeed_is_not_queued(
         with pytest.raises(error, match=text):
             client.submit(model, inputs, **options)
         with pytest.raises(error, match=text):
-            client.chain(Step(model, inputs, outputs=options.pop("outputs", ())), **options)
+            outputs = {"outputs": options.pop("outputs")} if "outputs" in options else {}
+            client.chain(Step(model, inputs, **outputs), **options)
         assert redis.zcard(keys.DEAD) == letters
         assert all(redis.llen(key) == 0 for key in keys.queue_lists(keys.queue_name("nope")))
 
@@ -278,6 +284,29 @@ def test_map_reads_ahead_no_further_than_its_window(client: Client) -> None:
         assert told == [(n, None) for n in range(1, 41)]
     list(client.map("identity", [fp32(n) for n in range(5)], progress=lambda n, of: told.append((n, of))))
     assert told[-1] == (5, 5)
+
+
+def test_map_ends_with_its_batches(client: Client) -> None:
+    """And not at something that is no inputs."""
+    with pytest.raises(InvalidInputError, match="given NoneType"):
+        list(client.map("identity", [fp32(1), None, fp32(2)]))  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"version": 99}, "has the versions 1"),
+        ({"version": 2.5}, "expected a version number"),
+        ({"version": "latest"}, "expected a version number"),
+        ({"parameters": {"x": object()}}, "expected a boolean, number or string"),
+    ],
+)
+def test_options_of_the_model_are_checked(client: Client, options: Any, text: str) -> None:
+    """By submit and in a chain."""
+    with pytest.raises(InvalidInputError, match=text):
+        client.submit("identity", fp32(1), **options)
+    with pytest.raises(InvalidInputError, match=text):
+        client.chain(Step("identity", fp32(1)), Step("identity", fp32(1), **options))
 
 
 def test_map_goes_on_after_a_failed_task(client: Client) -> None:

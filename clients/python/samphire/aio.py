@@ -7,7 +7,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sized
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
@@ -30,6 +30,8 @@ MAP_CHUNK = 256
 MAP_CHUNK_BYTES = 4 * 2**20
 LOOK_MIN_S = 0.01
 LOOK_MAX_S = 0.5
+
+_END = object()
 
 Progress = Callable[[int, int | None], None]
 """Called with how many results there are, and how many there will be if that is known."""
@@ -269,7 +271,7 @@ class AsyncClient:
         model: str,
         batches: Iterable[Inputs],
         *,
-        return_exceptions: Literal[True],
+        return_exceptions: bool,
         progress: Progress | None = ...,
         window: int = ...,
         window_bytes: int = ...,
@@ -373,7 +375,7 @@ class AsyncClient:
             raise InvalidInputError(f"expected a window of at least 1, given {window} tasks, {window_bytes} bytes")
         encode = await self._encoder(model, version, priority, outputs, parameters, {})
         queue, step = keys.queue_name(model, self.tenant), priority_step(priority)
-        source = iter(batches)
+        source: Iterator[Any] = iter(batches)
         waiting: deque[tuple[str, asyncio.Future[InferResult]]] = deque()
         sizes = _Sizes(window, window_bytes)
         exhausted = False
@@ -385,8 +387,8 @@ class AsyncClient:
                     most = min(MAP_CHUNK, sizes.window - len(waiting))
                     encode.headers(when(None, None, deadline_s).headers())
                     while len(encoded) < most and nbytes < min(MAP_CHUNK_BYTES, window_bytes) and not exhausted:
-                        inputs = next(source, None)
-                        if inputs is None:
+                        inputs: Any = next(source, _END)
+                        if inputs is _END:
                             exhausted = True
                             break
                         encoded.append(await self._encode(encode, model, inputs))

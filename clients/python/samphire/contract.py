@@ -191,10 +191,10 @@ def check_model_name(model: str) -> None:
     Raises:
         InvalidInputError: it cannot.
     """
-    if not _MODEL_NAME.fullmatch(model):
+    if not isinstance(model, str) or not _MODEL_NAME.fullmatch(model):
         raise InvalidInputError(
             "expected a model name of 1 to 128 letters, digits, '_', '.', '+' and '-', beginning with a letter "
-            f"or digit, given {model[:200]!r}"
+            f"or digit, given {str(model)[:200]!r}"
         )
 
 

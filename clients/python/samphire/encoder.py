@@ -15,9 +15,10 @@ from samphire.contract import INFER_TASK, InferRequest, InputTensor, Ref, Reques
 from samphire.envelope import describe, encode_task, new_task_id
 from samphire.errors import InvalidInputError
 from samphire.tensors import array_to_bytes
-from samphire.validation import ModelSignature, check_request_size
+from samphire.validation import CHAMPION, ModelSignature, check_request_size
 
 FORMS_MAX = 256
+LONGEST_S = 10 * 365 * 86_400
 
 Inputs = Mapping[str, Any]
 """Input name to an array, or to anything that numpy makes one of."""
@@ -89,7 +90,8 @@ def when(eta: datetime | None, delay_s: float | None, deadline_s: float | None) 
 
 
 def _seconds(name: str, value: float, least: float) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= 10 * 365 * 86_400:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not least <= value <= LONGEST_S:
         raise InvalidInputError(f"expected {name} as a number of seconds of at least {least}, given {value!r}")
     return value
 
@@ -100,7 +102,7 @@ def priority_step(priority: str) -> int:
     Raises:
         InvalidInputError: there is none of that name.
     """
-    step = keys.PRIORITIES.get(priority)
+    step = keys.PRIORITIES.get(priority) if isinstance(priority, str) else None
     if step is None:
         raise InvalidInputError(f"expected a priority {', '.join(keys.PRIORITIES)}, given {priority!r}")
     return step
@@ -115,12 +117,19 @@ def request_for(
         InvalidInputError: the model's name cannot be one, or an option has the wrong type.
     """
     check_model_name(model)
-    if isinstance(outputs, str):
+    if isinstance(outputs, str) or not isinstance(outputs, Iterable):
         raise InvalidInputError(f"expected outputs as a list of names, given {outputs!r}")
+    if version != CHAMPION and not str(version).isdecimal():
+        raise InvalidInputError(f"expected a version number or {CHAMPION!r}, given {version!r}")
+    for name, value in (parameters or {}).items():
+        if not isinstance(value, bool | int | float | str):
+            raise InvalidInputError(
+                f"parameter {name!r}: expected a boolean, number or string, given {type(value).__name__}"
+            )
     return InferRequest(
         model_name=model,
         inputs=[],
-        model_version="" if version == "champion" else str(version),
+        model_version="" if version == CHAMPION else str(version),
         outputs=[RequestedOutput(name) for name in outputs],
         parameters=dict(parameters or {}),
         tenant=tenant,
@@ -206,6 +215,7 @@ class Encoder:
         form = tuple([part for t in request.inputs for part in (t.name, t.datatype, *t.shape)])
         if form in self._forms:
             return  # one of the same names, datatypes and shapes was checked already
+        signature.resolve(request.model_version)
         signature.check(request)
         if len(self._forms) < FORMS_MAX:
             self._forms.add(form)

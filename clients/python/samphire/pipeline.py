@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from samphire import keys
-from samphire.contract import CANVAS_TASK, INFER_TASK, CanvasStart, InputTensor
+from samphire.contract import CANVAS_TASK, INFER_TASK, CanvasStart, InputTensor, check_model_name
 from samphire.encoder import Blob, Encoded, Inputs, Limits, Parameters, TensorEncoder, request_for
 from samphire.envelope import describe, encode_task, new_task_id
 from samphire.errors import InvalidInputError
@@ -53,8 +53,9 @@ class Step:
     ) -> None:
         if not isinstance(inputs, Mapping):
             raise InvalidInputError(f"expected inputs as a mapping of name to array, given {type(inputs).__name__}")
-        if isinstance(outputs, str):
+        if isinstance(outputs, str) or not isinstance(outputs, Iterable):
             raise InvalidInputError(f"expected outputs as a list of names, given {outputs!r}")
+        check_model_name(model)
         self.model = model
         self.inputs = dict(inputs)
         self.version = version
@@ -206,6 +207,7 @@ def _signature(
             _check_fit(name, output, signatures.get(step.model), signatures.get(output.step.model))
     signature = signatures.get(step.model)
     if signature is not None:
+        signature.resolve(request.model_version)
         signature.check(request)
     blobs += tensors.blobs
     times = {"expires": options.headers["expires"]} if "expires" in options.headers else {}

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import CancelledError
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
@@ -139,15 +140,33 @@ class Client:
     makes connections of its own.
     """
 
-    def __init__(self, broker_url: str | None = None, **options: Any) -> None:
-        self._arguments = (broker_url, options)
+    def __init__(
+        self,
+        broker_url: str | None = None,
+        *,
+        tenant: str = "",
+        queue_limit: int = 1_000_000,
+        inline_limit_bytes: int = 8 * 2**10,
+        max_request_bytes: int = 16 * 2**20,
+        blob_ttl_s: int = 86_400,
+        validate: bool = True,
+    ) -> None:
+        self._make = partial(
+            AsyncClient,
+            broker_url,
+            tenant=tenant,
+            queue_limit=queue_limit,
+            inline_limit_bytes=inline_limit_bytes,
+            max_request_bytes=max_request_bytes,
+            blob_ttl_s=blob_ttl_s,
+            validate=validate,
+        )
         self._lock = threading.Lock()
         self._start()
         _clients.add(self)
 
     def _start(self) -> None:
-        broker_url, options = self._arguments
-        self._client = AsyncClient(broker_url, **options)
+        self._client = self._make()
         self._loop: _LoopThread | None = None
         self._closed = False
 
@@ -272,7 +291,7 @@ class Client:
         model: str,
         batches: Iterable[Inputs],
         *,
-        return_exceptions: Literal[True],
+        return_exceptions: bool,
         progress: Progress | None = ...,
         window: int = ...,
         window_bytes: int = ...,

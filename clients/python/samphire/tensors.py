@@ -122,9 +122,14 @@ def array_to_bytes(name: str, value: Any) -> tuple[str, list[int], bytes]:
     Strings (dtype `U`, `S` or `object` of str or bytes) become BYTES, str as UTF-8.
 
     Raises:
-        InvalidInputError: the dtype has no counterpart in the protocol.
+        InvalidInputError: no array, or its dtype has no counterpart in the protocol.
     """
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # lists of unequal lengths
+        raise InvalidInputError(
+            f"tensor {name!r}: expected an array, given what numpy makes none of: {error}"
+        ) from error
     shape = list(array.shape)
     dtype = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
     datatype = _NAMES.get(dtype)

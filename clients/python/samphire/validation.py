@@ -76,25 +76,28 @@ class ModelSignature:
                 )
         if not given:
             raise InvalidInputError(f"model {self.name!r}: expected at least one input, given none")
-        rows = [self._check_tensor(tensor) for tensor in request.inputs if tensor.from_ is UNSET]
-        if any(tensor.from_ is not UNSET for tensor in request.inputs):
-            for tensor in request.inputs:
-                self._spec_of(tensor)
-            rows = rows or [1]  # theirs are known when the task before has ended
-        if len(set(rows)) > 1:
-            counts = ", ".join(f"{t.name}: {n}" for t, n in zip(request.inputs, rows, strict=True))
-            raise InvalidInputError(f"model {self.name!r}: expected as many rows in every input, given {counts}")
+        rows: dict[str, int] = {}
+        for tensor in request.inputs:
+            if tensor.from_ is UNSET:
+                rows[tensor.name] = self._check_tensor(tensor)
+            else:
+                self._spec_of(tensor)  # the rest is known when the task before has ended
+        counts = set(rows.values()) or {1}
+        if len(counts) > 1:
+            given_rows = ", ".join(f"{name}: {count}" for name, count in rows.items())
+            raise InvalidInputError(f"model {self.name!r}: expected as many rows in every input, given {given_rows}")
+        (count,) = counts
         for output in request.outputs:
             if output.name not in self.outputs:
                 raise InvalidInputError(
                     f"model {self.name!r} has the outputs {_names(self.outputs)}, asked for {output.name!r}"
                 )
-        if self.max_batch_size and rows[0] > self.max_batch_size:
+        if self.max_batch_size and count > self.max_batch_size:
             raise InvalidInputError(
                 f"model {self.name!r} takes at most {self.max_batch_size} rows (its max_batch_size), "
-                f"given {rows[0]}: submit the rows as several tasks"
+                f"given {count}: submit the rows as several tasks"
             )
-        return rows[0]
+        return count
 
     def _spec_of(self, tensor: InputTensor) -> TensorSpec:
         spec = self.inputs.get(tensor.name)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 FRESH_S = 2.0
 """A signature in use is looked up again after this long, so new versions are noticed."""
 
-UNUSED_FRESH_S = 30.0
+UNUSED_FRESH_S = 5.0
 """And one that is not in use, which clients may still want to know."""
 
 CHECK_S = 0.5
