@@ -11,11 +11,13 @@ import numpy as np
 from celery import Celery
 from numpy.typing import NDArray
 
-from samphire import AsyncClient, InvalidInputError, SamphireError
+from samphire import AsyncClient, InvalidInputError, SamphireError, Step, keys
+from samphire.connection import key_text
 from samphire.contract import INFER_TASK
 from samphire.keys import INTAKE
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.stack import Stack, serve
+from samphire_broker.overview import broker_connection
 
 ROUNDS = 20
 """How often the held-out images go through, one task an image, to have something to time."""
@@ -39,7 +41,12 @@ async def show(stack: Stack, *, keep: bool) -> None:
         await _classify(client, images, labels)
         await _draw(client, images, labels)
         await asyncio.to_thread(_plain_celery, stack.broker_url, images[0], int(labels[0]))
+        await _chain(client, images, labels)
         await _bad_request(client)
+        await _dead_letter(client, stack.broker_url)
+    click.echo(
+        f"\nFlower shows every task: {stack.flower_url} (user samphire, password in {stack.flower_password_file})"
+    )
     if keep:
         click.echo(
             f"\nThe stack goes on: SAMPHIRE_BROKER_URL={stack.broker_url} SAMPHIRE_TRITON_URLS={stack.triton_grpc}"
@@ -90,11 +97,36 @@ def _plain_celery(broker_url: str, image: NDArray[np.float32], label: int) -> No
     click.echo(f"\nplain Celery: send_task({INFER_TASK!r}, queue={INTAKE!r}) says {said}, is {label}")
 
 
+async def _chain(client: AsyncClient, images: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+    """Two versions of a model side by side, and one model more that joins what they say."""
+    first, second = (Step("digits", {"image": images[1:2]}, version=version) for version in (1, 2))
+    joined = Step("identity", {"input_fp32": [first["probabilities"], second["probabilities"]]})
+    task = await client.chain([first, second], joined)
+    probabilities = (await task.result(timeout_s=TIMEOUT_S)).outputs["output_fp32"]
+    said = ", ".join(f"version {n} says {p.argmax()} ({p.max():.0%})" for n, p in enumerate(probabilities, 1))
+    click.echo(f"a chain, digits 1 + digits 2 -> identity: {said}, is {labels[1]}")
+
+
 async def _bad_request(client: AsyncClient) -> None:
-    task = await client.submit("digits", {"image": np.zeros((1, 7, 7), np.float32)})
+    try:
+        await client.submit("digits", {"image": np.zeros((1, 7, 7), np.float32)})
+    except InvalidInputError as error:
+        click.echo(f"\na bad request is not even queued: {type(error).__name__}: {error}")
+    else:
+        raise SamphireError("a request of the wrong shape was queued")
+
+
+async def _dead_letter(client: AsyncClient, broker_url: str) -> None:
+    """A request that only the model itself can find wrong: it fails, and its message is kept."""
+    task = await client.submit("normalize_text", {"text": np.array([[b"\xff is no UTF-8"]], dtype=object)})
     try:
         await task.result(timeout_s=TIMEOUT_S)
-    except InvalidInputError as error:
-        click.echo(f"a bad request: {type(error).__name__}: {error}")
+    except SamphireError as error:
+        click.echo(f"a failure of the model: {type(error).__name__}: {error}")
     else:
-        raise SamphireError("a request of the wrong shape was answered")
+        raise SamphireError("bytes that are no UTF-8 were normalized")
+    with broker_connection(broker_url) as broker:
+        reason, message = broker.hmget(keys.DEAD_PREFIX + task.id, ["reason", "message"])
+    if message is None:
+        raise SamphireError("the failed task has left no dead letter")
+    click.echo(f"its dead letter, {keys.DEAD_PREFIX}{task.id}: reason {key_text(reason)}, {len(message)} bytes as sent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import msgspec
@@ -13,6 +14,8 @@ from samphire.errors import BrokerUnavailableError, ProtocolError, UnknownModelE
 from samphire.validation import ModelSignature
 
 FRESH_S = 5.0
+UNKNOWN_FRESH_S = 0.5
+"""What is not known now may be told soon: a worker has just started."""
 NAMED_MAX = 20
 
 _decode = msgspec.json.Decoder(ModelSignature).decode
@@ -31,8 +34,8 @@ class Catalogue:
         Raises:
             UnknownModelError: the workers know all models, and there is none of that name.
         """
-        found, at = self._known.get(model, (None, -FRESH_S))
-        if not fresh and time.monotonic() - at < FRESH_S:
+        found, at = self._known.get(model, (None, -math.inf))
+        if not fresh and time.monotonic() - at < (UNKNOWN_FRESH_S if found is None else FRESH_S):
             return found
         try:
             found = await self._look_up(model)
