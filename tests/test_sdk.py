@@ -203,6 +203,16 @@ def test_cancel(client: Client) -> None:
         queued[-1].result(TIMEOUT_S)
 
 
+def test_a_cancelled_chain_does_not_begin(client: Client) -> None:
+    """Not one of its steps."""
+    first = Step("identity", fp32(1))
+    task = client.chain(first, Step("identity", {"input_fp32": first["output_fp32"]}), delay_s=60)
+    eventually(lambda: task.status() == "scheduled", 10, "the schedule")
+    assert task.cancel() is True
+    with pytest.raises(TaskCancelledError):
+        task.result(TIMEOUT_S)
+
+
 def test_a_cancel_without_a_worker_stands(valkey: Valkey) -> None:
     """The caller is told that nobody has taken it up yet."""
     with Client(valkey.url) as client:

@@ -18,6 +18,8 @@ from samphire.publisher import Publisher
 from samphire_broker.settings import Settings
 from samphire_broker.store import (
     CANCELLED,
+    DUE,
+    REPLACED,
     Claimed,
     LeaseLostError,
     Letter,
@@ -413,13 +415,15 @@ def test_scheduled_tasks_wait_for_their_time(valkey: Valkey) -> None:
         async with worker(valkey) as w, worker(valkey, "w2") as other:
             claims = await w.claim()
             now = time.time()
-            due = [now - 1, now - 2, now + 60]
+            due = [now + 0.4, now + 0.2, now + 60]
             tasks = [(claim.field, claim.message.decode(), at) for claim, at in zip(claims, due, strict=True)]
             assert await other.store.schedule(tasks) == [0, 0, 0]
             assert await w.store.schedule(tasks) == [1, 1, 1]
             assert await w.store.schedule(tasks) == [0, 0, 0]
             assert valkey.client.hlen("worker:w1:inflight") == 0
             assert everywhere(valkey) == ["a", "b", "c"]
+            assert await w.store.return_due() == 0
+            await asyncio.sleep(0.5)
             assert await w.store.return_due() == 2
             assert [claim.message for claim in await other.claim()] == [b"b", b"a"]
             assert await w.store.return_due() == 0
@@ -460,12 +464,101 @@ def test_what_has_not_started_can_be_cancelled(valkey: Valkey) -> None:
             assert await w.start(dropped) == [CANCELLED, CANCELLED]
             again = [(claim.field, claim.message.decode(), time.time() + 60) for claim in dropped]
             assert await w.store.schedule(again) == [CANCELLED, CANCELLED]
+            assert await w.store.is_cancelled("queued") and not await w.store.is_cancelled("running")
             ends = [Settlement(claim.field, claim.message.decode(), "cancelled", META, "") for claim in dropped]
             assert await w.store.settle(ends) == [1, 1]
             assert everywhere(valkey) == ["running"]
             assert not valkey.client.exists(keys.CANCELLED)
+            valkey.client.delete(keys.CANCELLED_LATELY)  # a minute later
             assert await w.claim() == []
             assert not w.store.suspects
+
+    run(test)
+
+
+def test_a_revocation_may_name_anybodys_task(valkey: Valkey) -> None:
+    """It is marked, and its state is not touched: only if it is ever claimed it ends."""
+
+    async def test() -> None:
+        push(valkey, "ours")
+        async with worker(valkey) as w:
+            assert await w.store.cancel(META, ["ours", "somebody's"]) == {"ours": "marked", "somebody's": "marked"}
+            assert (status(valkey, "ours"), status(valkey, "somebody's")) == (None, None)
+            (claim,) = await w.claim()
+            assert await w.start([claim]) == [CANCELLED]
+            step = (("inference.n", "owed"),)
+            assert await w.store.settle([Settlement(claim.field, "ours", "cancelled", META, "", pushes=step)]) == [1]
+        assert status(valkey, "ours") == "REVOKED"
+        assert valkey.client.lrange("inference.n", 0, -1) == [b"owed"]
+        assert valkey.client.zrange(keys.CANCELLED, 0, -1) == [b"somebody's"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "expired", "failed"])
+def test_a_cancelled_task_pays_what_it_owes_however_it_ends(valkey: Valkey, ending: str) -> None:
+    """A chord waits for it."""
+
+    async def test() -> None:
+        push(valkey, "a")
+        async with worker(valkey) as w:
+            valkey.client.rpush(keys.CANCELS, " a")
+            await w.store.cancel(META)
+            (claim,) = await w.claim()
+            step = (("inference.n", "owed"),)
+            assert await w.store.settle([Settlement(claim.field, "a", ending, "{}", "", pushes=step)]) == [1]
+        assert status(valkey, "a") == "REVOKED"
+        assert valkey.client.llen("inference.n") == 1
+
+    run(test)
+
+
+def test_the_time_that_counts_is_the_brokers(valkey: Valkey) -> None:
+    """What is due by its clock stays with the worker, whose own clock may be behind."""
+
+    async def test() -> None:
+        push(valkey, "a", "b")
+        async with worker(valkey) as w:
+            a, b = await w.claim()
+            tasks = [(a.field, "a", time.time() - 1), (b.field, "b", time.time() + 60)]
+            assert await w.store.schedule(tasks) == [DUE, 1]
+            push(valkey, "b")
+            (again,) = await w.claim()
+            assert await w.store.schedule([(again.field, "b", time.time() + 60)]) == [REPLACED]
+            assert await w.store.release([a.field]) == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("key", [keys.CANCELLED, keys.CANCELS, keys.DELETES, keys.meta_key("a")])
+def test_keys_of_other_types_stop_nothing(valkey: Valkey, key: str) -> None:
+    """Whoever made them."""
+
+    async def test() -> None:
+        push(valkey, "a")
+        valkey.client.rpush(key, "junk") if key != keys.meta_key("a") else valkey.client.sadd(key, "junk")
+        valkey.client.rpush(keys.DELETES, "a") if key == keys.meta_key("a") else None
+        async with worker(valkey) as w:
+            (claim,) = await w.claim()
+            assert await w.store.schedule([(claim.field, "a", 0)]) == [DUE]
+            await w.store.cancel(META, ["a"])
+            await w.store.delete_results()
+            if key != keys.meta_key("a"):
+                assert await w.start([claim]) in ([0], [CANCELLED])
+                assert await w.settle(claim) == 1
+
+    run(test)
+
+
+def test_a_cancel_request_writes_to_clients_streams_only(valkey: Valkey) -> None:
+    """The name of any other key is not taken for one."""
+
+    async def test() -> None:
+        valkey.client.rpush(keys.CANCELS, "scheduled one", "dead two", "events:* three", "events:c four")
+        async with worker(valkey) as w:
+            assert set((await w.store.cancel(META)).values()) == {"cancelled"}
+        assert valkey.client.exists("scheduled", "dead", "events:*") == 0
+        assert valkey.client.xlen("events:c") == 1
 
     run(test)
 

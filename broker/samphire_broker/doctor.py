@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-from samphire import Client, SamphireError, keys
+from samphire import Client, SamphireError, UnknownModelError, keys
 from samphire.connection import key_text, redact
 from samphire_broker.overview import Overview, broker_connection, look
 from samphire_broker.settings import Settings
@@ -263,7 +263,7 @@ def _compare(name: str, values: Any, echo: Callable[[], Any]) -> Finding:
         echoed = echo()
     except (InferenceServerException, SamphireError) as error:
         text = str(error)
-        if "identity" in text:
+        if isinstance(error, UnknownModelError) or "unknown model" in text:
             return Finding(name, "skipped", "the model `identity`, which ships with Samphire, is not there")
         return Finding(name, "error", text, "look at the logs of worker and Triton")
     if echoed is None or not np.array_equal(echoed, values):

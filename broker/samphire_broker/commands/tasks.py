@@ -179,11 +179,19 @@ def result(client: Client, *, task_id: str, timeout_s: float, delete: bool, save
         fail(f"task {task_id} is {status}, or unknown: --timeout-s waits for it", NO_ANSWER)
     answer = task.result(max(timeout_s, 5.0), delete=delete)
     if save is not None:
-        arrays = {name: a.astype("S") if a.dtype == object else a for name, a in answer.outputs.items()}
+        arrays = {name: _for_npz(name, array) for name, array in answer.outputs.items()}
         with save.open("wb") as target:
             np.savez(target, **arrays)
         say(f"saved {', '.join(answer.outputs)} to {save}")
     print_result(answer, as_json=as_json)
+
+
+def _for_npz(name: str, array: Any) -> Any:
+    if array.dtype != object:
+        return array
+    if any(element.endswith(b"\0") for element in array.ravel()):
+        fail(f"output {name!r} has byte strings that end with zero bytes, which an .npz file drops: use --json")
+    return array.astype("S")
 
 
 @click.command()

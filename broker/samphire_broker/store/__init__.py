@@ -2,6 +2,8 @@
 
 from samphire_broker.store.store import (
     CANCELLED,
+    DUE,
+    REPLACED,
     Claimed,
     LeaseLostError,
     Letter,
@@ -15,6 +17,8 @@ from samphire_broker.store.store import (
 
 __all__ = [
     "CANCELLED",
+    "DUE",
+    "REPLACED",
     "Claimed",
     "LeaseLostError",
     "Letter",

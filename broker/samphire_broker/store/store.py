@@ -29,6 +29,9 @@ INLINE_RESULT_BYTES = 1024
 STREAM_TTL_S = 3600
 CANCELLED = -3
 """What `start` and `schedule` say of a task that was cancelled: it is to be settled as such."""
+DUE, REPLACED = 2, 3
+"""What `schedule` says of a task whose time has come, and of one that has taken another's place."""
+CANCELLED_MAX = 100_000
 CANCELLED_TTL_S = 7 * 86_400
 CANCELS_MAX = 500
 DUE_MAX = 500
@@ -194,7 +197,7 @@ class Store:
             args += (turn.share, turn.group + 1)  # Lua counts from 1
         args += rooms
         lists = [turn.list_key for turn in turns]
-        key_names = [self._lease, self._inflight, keys.SUSPECTS, keys.CANCELLED, *lists]
+        key_names = [self._lease, self._inflight, keys.SUSPECTS, keys.CANCELLED_LATELY, *lists]
         try:
             reply = await self._run("claim", key_names, args, self._claims)
         except ProtocolError as error:
@@ -254,17 +257,20 @@ class Store:
 
         Args:
             meta: the result to store, with an empty task id.
-            task_ids: tasks that nobody but the stored result tells about.
+            task_ids: tasks that a revocation names; they may be anybody's.
 
         Returns:
-            "cancelled" by task id, or Celery's state of a task that is past cancelling.
+            "cancelled" or "marked" by task id, or Celery's state of a task that is past cancelling.
         """
         args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
-        args += [CANCELLED_TTL_S, meta, keys.WAKE_CHANNEL, CANCELS_MAX]
-        args += [f" {task_id}" for task_id in task_ids]
-        key_names = [keys.CANCELS, keys.CANCELLED, keys.SCHEDULED, keys.SCHEDULED_MESSAGES]
+        args += [CANCELLED_TTL_S, CANCELLED_MAX, meta, keys.WAKE_CHANNEL, CANCELS_MAX, *task_ids]
+        key_names = [keys.CANCELS, keys.CANCELLED, keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.CANCELLED_LATELY]
         reply = [key_text(value) for value in await self._run("cancel", key_names, args)]
         return dict(zip(reply[::2], reply[1::2], strict=True))
+
+    async def is_cancelled(self, task_id: str) -> bool:
+        """Whether a task was cancelled before it was claimed."""
+        return await self._rest.execute("ZSCORE", keys.CANCELLED, task_id) is not None
 
     async def delete_results(self) -> int:
         """Delete results that clients have read and no longer need; how many they named."""

@@ -11,10 +11,10 @@ Sources: Open Inference Protocol v2 (inference request and response JSON objects
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from samphire.errors import InvalidInputError
 
@@ -165,11 +165,21 @@ Body = tuple[list[Raw], InferRequest, Canvas]
 """Body of a `samphire.infer` message: positional arguments, keyword arguments, canvas."""
 
 
+class ChordMember(Struct, forbid_unknown_fields=True):
+    """What Celery's backend reads of the request of a task that belongs to a chord."""
+
+    id: Annotated[str, Meta(min_length=1, max_length=255)]
+    group: Annotated[str, Meta(min_length=1, max_length=255)]
+    chord: dict[str, Any]
+    group_index: int | float | None = None
+    root_id: str | None = None
+    parent_id: str | None = None
+
+
 class ChordPart(Struct, forbid_unknown_fields=True):
     """Keyword arguments of `samphire.chord_part`: the end of a task that belongs to a chord."""
 
-    request: dict[str, Any]
-    """What Celery's backend reads of the task's request: id, group, group_index, chord, root_id."""
+    request: ChordMember
     state: str
     result: Any
 

@@ -18,14 +18,24 @@ from functools import partial
 from typing import Any, Protocol
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, Raw
 
-from samphire.contract import Body, CanvasStart, CanvasStartBody, ChordPart, ChordPartBody, Envelope, InferRequest
+from samphire.contract import (
+    Body,
+    Canvas,
+    CanvasStart,
+    CanvasStartBody,
+    ChordPart,
+    ChordPartBody,
+    Envelope,
+    InferRequest,
+)
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 
 _encode = msgspec.json.Encoder().encode
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
 _decode_body = msgspec.json.Decoder(Body).decode
+_decode_canvas = msgspec.json.Decoder(tuple[Raw, Raw, Canvas]).decode
 _decode_canvas_start = msgspec.json.Decoder(CanvasStartBody).decode
 _decode_chord_part = msgspec.json.Decoder(ChordPartBody).decode
 _NO_CANVAS: dict[str, Any] = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
@@ -141,6 +151,14 @@ def decode_body(envelope: Envelope, max_bytes: int) -> Body:
     data = _open_body(envelope, max_bytes)
     body: Body = _parse(_decode_body, data, "the arguments are not an inference request")
     return body
+
+
+def decode_canvas(envelope: Envelope, max_bytes: int) -> Canvas | None:
+    """The canvas of a message whose arguments may be wrong; None where that cannot be read either."""
+    try:
+        return _decode_canvas(_open_body(envelope, max_bytes))[2]
+    except (InvalidInputError, msgspec.DecodeError, RecursionError):
+        return None
 
 
 def decode_chord_part(envelope: Envelope, max_bytes: int) -> ChordPart:

@@ -19,7 +19,8 @@ Written by workers only:
     task:<id>                    HASH    attempts: workers lost with this task started; expires
     scheduled                    ZSET    ids of tasks that wait for their time, by that time
     scheduled:messages           HASH    task id -> "<queue list> <message>"
-    cancelled                    SET     ids of tasks that were cancelled before they were claimed; expires
+    cancelled                    ZSET    ids of tasks that were cancelled before they were claimed, by time; trimmed
+    cancelled:lately             STRING  present for a minute after a cancellation
     catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
                                          are all models; expires when no worker renews it
     suspects                     STRING  present while some task:<id> may be; expires
@@ -35,6 +36,9 @@ Written by workers only:
     dead                         ZSET    dead letters by time of death
     dead:<letter id>             HASH    message, queue, task_id, model, reason, error, attempts, worker,
                                          died_at; expires
+
+Written as Celery does, by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups
+and chords; expire) and _kombu.binding.<exchange> (one for each queue name that a next step names).
 
 A worker's connection is named `samphire:<wid>`. Scripts get every key that they touch either as KEYS or
 as a prefix named in their first lines; Redis Cluster is not supported.
@@ -62,6 +66,7 @@ CONNECTION_PREFIX = "samphire:"
 SCHEDULED = "scheduled"
 SCHEDULED_MESSAGES = "scheduled:messages"
 CANCELLED = "cancelled"
+CANCELLED_LATELY = "cancelled:lately"
 CATALOGUE = "catalogue"
 CATALOGUE_COMPLETE = "*"
 SUSPECTS = "suspects"
@@ -76,6 +81,18 @@ _QUEUE_NAME = re.compile(r"inference(\.[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}(@[A-Za-
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
+
+
+_OWN_KEYS = {WORKERS, SUSPECTS, DEAD, SCHEDULED, CANCELLED, CATALOGUE, "unacked", "unacked_index", "unacked_mutex"}
+_OWN_PREFIXES = (
+    *("sub:", META_PREFIX, "celery-taskset-meta-", TASK_PREFIX, STREAM_PREFIX, WORKER_PREFIX, DEAD_PREFIX),
+    *(RESULT_BLOB_PREFIX, f"{SCHEDULED}:", f"{CANCELLED}:", "_kombu."),
+)
+
+
+def may_be_queue(name: str) -> bool:
+    """Whether a worker may push to a key that a producer has named: never to what holds state."""
+    return name not in _OWN_KEYS and not name.startswith(_OWN_PREFIXES)
 
 
 def queue_name(model: str, tenant: str = "") -> str:

@@ -7,18 +7,23 @@ a task's body. What it would send is captured instead (`CapturingTransport`), an
 The parts of a chord are the exception: Celery counts them in Redis, and the last one needs the stored results
 of all. So a task that belongs to a chord pushes, with its end, a message `samphire.chord_part`; whoever claims
 it lets Celery's backend do its work (it recognises a part that it has seen), at least once.
+
+Producers name the queues of next steps, and workers push with rights that producers lack: a queue whose name
+is that of a key with state is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
+from billiard.einfo import ExceptionInfo
 from celery import Celery
 from celery.app.task import Context
 from celery.app.trace import build_tracer
@@ -30,7 +35,8 @@ from kombu.transport import redis as kombu_redis
 from redis.exceptions import RedisError
 
 from samphire import keys
-from samphire.contract import CHORD_PART_TASK, INFER_TASK, CanvasStart, ChordPart, InferResponse
+from samphire.connection import translate
+from samphire.contract import CHORD_PART_TASK, INFER_TASK, CanvasStart, ChordMember, ChordPart, InferResponse
 from samphire.envelope import encode_task, new_task_id
 from samphire.errors import BrokerUnavailableError, InvalidInputError, SamphireError, error_from_name
 from samphire_broker.store import OtherEnd
@@ -54,17 +60,43 @@ class _Outbox:
     children: list[Any] = field(default_factory=list)
 
 
-_outbox = _Outbox()
-"""Of the one thread that looks at canvases, one task after the other."""
+class _Here(threading.local):
+    """The outbox of the thread that looks at canvases, one task after the other."""
+
+    outbox = _Outbox()
 
 
-class _CapturingChannel(kombu_redis.Channel):
+_here = _Here()
+
+
+class _CheckedChannel(kombu_redis.Channel):
+    """Pushes to queues, and to no other key."""
+
+    def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
+        if not keys.may_be_queue(queue):
+            raise InvalidInputError(f"expected the name of a queue for a next step, given {queue[:200]!r}")
+        self._push(queue, message, **kwargs)
+
+    def _push(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
+        super()._put(queue, message, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _put_fanout(self, exchange: str, message: dict[str, Any], routing_key: str, **kwargs: Any) -> None:
+        raise InvalidInputError(f"a next step cannot go to the fanout exchange {exchange[:200]!r}")
+
+
+class _CapturingChannel(_CheckedChannel):
     """Declares and looks up as ever, but keeps what would be pushed."""
 
-    def _put(self, queue: str, message: dict[str, Any], **_kwargs: Any) -> None:
+    def _push(self, queue: str, message: dict[str, Any], **_kwargs: Any) -> None:
         priority = self._get_message_priority(message, reverse=False)  # type: ignore[no-untyped-call]
         key = self._q_for_pri(queue, priority)  # type: ignore[no-untyped-call]
-        _outbox.pushes.append((key, msgspec.json.encode(message).decode()))
+        _here.outbox.pushes.append((key, msgspec.json.encode(message).decode()))
+
+
+class CheckedTransport(kombu_redis.Transport):
+    """kombu's Redis transport, which pushes to queues only."""
+
+    Channel = _CheckedChannel
 
 
 class CapturingTransport(kombu_redis.Transport):
@@ -80,13 +112,13 @@ class CapturingBackend(RedisBackend):  # type: ignore[misc]
         self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_kwargs: Any
     ) -> Any:
         meta = self._get_result_meta(result=result, state=state, traceback=None, request=request)
-        if task_id == _outbox.task_id:
-            _outbox.children = meta.get("children") or []
+        if task_id == _here.outbox.task_id:
+            _here.outbox.children = meta.get("children") or []
             return result
         headers = getattr(request, "headers", None) or {}
         meta["task_id"] = task_id
         stream = str(headers.get("samphire_stream") or "")
-        _outbox.others.append(OtherEnd(task_id, _STATES.get(state, "failed"), self.encode(meta), stream))
+        _here.outbox.others.append(OtherEnd(task_id, _STATES.get(state, "failed"), self.encode(meta), stream))
         return result
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **_kwargs: Any) -> None:
@@ -94,13 +126,10 @@ class CapturingBackend(RedisBackend):  # type: ignore[misc]
         if not request.id or not request.group:
             return
         names = ("id", "group", "group_index", "chord", "root_id", "parent_id")
-        part = ChordPart(
-            {name: getattr(request, name, None) for name in names},
-            state,
-            self.encode_result(result, state),
-        )
+        member = msgspec.convert({name: getattr(request, name, None) for name in names}, ChordMember)
+        part = ChordPart(member, state, self.encode_result(result, state))
         message = encode_task(CHORD_PART_TASK, new_task_id(), part, keys.INTAKE, 0)
-        _outbox.pushes.append((keys.INTAKE, message.decode()))
+        _here.outbox.pushes.append((keys.INTAKE, message.decode()))
 
 
 def _not_of_a_canvas(record: logging.LogRecord) -> bool:
@@ -115,14 +144,15 @@ class Canvas:
     """Runs Celery's canvas code in threads of its own, one task at a time."""
 
     def __init__(self, app: Celery, hostname: str) -> None:
-        self._app = app
+        self._conf = app.conf
         self._hostname = hostname
         self._outcome: Any = None
         self._trace: Callable[..., Any] | None = None
         self._capturing: Celery | None = None
-        # Celery looks its application up by thread; of what is captured nothing may go through the worker's own.
+        self._counting: Celery | None = None
+        # Celery looks its application up by thread: nothing here may go through the worker's own.
         self._captures = ThreadPoolExecutor(1, CAPTURING_THREAD, initializer=self._make_tracer)
-        self._parts = ThreadPoolExecutor(1, "samphire-chord", initializer=app.set_current)
+        self._parts = ThreadPoolExecutor(1, "samphire-chord", initializer=self._make_counting)
 
     def close(self) -> None:
         """End the threads."""
@@ -133,55 +163,55 @@ class Canvas:
         """What a task that succeeded owes to others.
 
         Raises:
-            InvalidInputError: its canvas is not one that Celery understands.
-            BrokerUnavailableError: nothing was found out.
+            InvalidInputError: its canvas is not one that Celery understands, or that may be sent.
+            BrokerUnavailableError, BrokerMemoryFullError: nothing was found out; it may be asked again.
         """
-        return await self._in_thread(self._captures, self._run, request, msgspec.to_builtins(answer))
+        return await _in_thread(self._captures, self._run, request, msgspec.to_builtins(answer))
 
     async def after_failure(self, request: Request, error: SamphireError) -> Steps:
         """What a task that failed owes to others; raises as `after_success` does."""
         # A fresh exception: Celery clears the frames of the traceback, which are alive here.
         fresh = error_from_name(type(error).__name__, str(error))
-        return await self._in_thread(self._captures, self._run, request, fresh)
+        return await _in_thread(self._captures, self._run, request, fresh)
 
     async def after_revocation(self, request: Request, reason: str) -> Steps:
         """What a task that was cancelled or has expired owes to others; raises as `after_success` does."""
-        return await self._in_thread(self._captures, self._revoke, request, reason)
+        return await _in_thread(self._captures, self._revoke, request, reason)
 
     async def start(self, task_id: str, canvas: CanvasStart) -> Steps:
         """The first tasks of a canvas whose last one has the given id; raises as `after_success` does."""
-        return await self._in_thread(self._captures, self._start, task_id, canvas)
+        return await _in_thread(self._captures, self._start, task_id, canvas)
 
     async def return_part(self, part: ChordPart) -> None:
         """Count a part of a chord; the last one sends the chord's body. Raises as `after_success` does."""
-        await self._in_thread(self._parts, self._return_part, part)
+        await _in_thread(self._parts, self._return_part, part)
 
-    async def _in_thread(self, thread: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(thread, work, *args)
-        except (OperationalError, RedisError, OSError) as error:
-            raise BrokerUnavailableError(f"the next steps were not found out: {error}") from error
-        except SamphireError:
-            raise
-        except Exception as error:
-            raise InvalidInputError(f"the canvas of the task is not understood: {error!r}") from error
+    # -- in the threads -----------------------------------------------------------------------------
 
-    # -- in the thread ------------------------------------------------------------------------------
-
-    def _make_tracer(self) -> None:
-        conf = self._app.conf
-        capturing = Celery("samphire.canvas", set_as_current=False)
-        capturing.conf.update(
+    def _make_app(self, name: str, transport: type, backend: str) -> Celery:
+        conf = self._conf
+        made = Celery(name, set_as_current=False)
+        made.conf.update(
             broker_url=conf.broker_url,
-            broker_transport=f"{__name__}:CapturingTransport",
+            broker_transport=f"{__name__}:{transport.__name__}",
             broker_transport_options=conf.broker_transport_options,
-            result_backend=f"{__name__}:CapturingBackend+{conf.result_backend}",
+            result_backend=backend,
             result_expires=conf.result_expires,
             task_routes=conf.task_routes,
             task_serializer="json",
             result_serializer="json",
             accept_content=["json"],
         )
+        made.finalize()
+        made.set_current()
+        return made
+
+    def _make_counting(self) -> None:
+        self._counting = self._make_app("samphire.chord", CheckedTransport, self._conf.result_backend)
+
+    def _make_tracer(self) -> None:
+        backend = f"{__name__}:{CapturingBackend.__name__}+{self._conf.result_backend}"
+        capturing = self._make_app("samphire.canvas", CapturingTransport, backend)
 
         def outcome(*_args: Any, **_kwargs: Any) -> Any:
             if isinstance(self._outcome, Exception):
@@ -189,24 +219,21 @@ class Canvas:
             return self._outcome
 
         capturing.task(name=INFER_TASK, shared=False)(outcome)
-        capturing.finalize()
-        capturing.set_current()
-        self._capturing = capturing
         self._trace = build_tracer(INFER_TASK, capturing.tasks[INFER_TASK], app=capturing, hostname=self._hostname)
+        # Unknown again, an inference as errback is sent like any task instead of being called on the spot.
+        capturing.tasks.unregister(INFER_TASK)
+        self._capturing = capturing
 
     def _start(self, task_id: str, canvas: CanvasStart) -> Steps:
-        global _outbox
-        _outbox = _Outbox()
+        _here.outbox = _Outbox()
         signature = Signature.from_dict(canvas.signature, app=self._capturing)
         result = signature.apply_async(task_id=task_id)
         if result.id != task_id:
             raise InvalidInputError(f"expected a canvas that ends with the task {task_id}, given one with {result.id}")
-        pushes, others, _ = _steps()
-        return pushes, others, []
+        return tuple(_here.outbox.pushes), tuple(_here.outbox.others), []
 
     def _begin(self, request: Request) -> dict[str, Any]:
-        global _outbox
-        _outbox = _Outbox(request.task_id)
+        _here.outbox = _Outbox(request.task_id)
         queue, priority = keys.split_list(request.claim.list_key)
         delivery = {"exchange": "", "routing_key": queue, "priority": priority, "redelivered": False}
         return {**(request.canvas or {}), "delivery_info": delivery, "hostname": self._hostname}
@@ -219,9 +246,13 @@ class Canvas:
             traced = self._trace(request.task_id, (), {}, celery_request)
         finally:
             self._outcome = None
-        error = getattr(traced.retval, "exception", None)
-        if traced.info is None and isinstance(error, Exception):  # the tracer itself failed, and says it so
-            raise error
+        if isinstance(traced.retval, ExceptionInfo) and traced.retval.internal:  # the tracer itself failed
+            wrapped = traced.retval.exception
+            raise getattr(wrapped, "exc", wrapped)
+        if traced.info is not None and not isinstance(
+            outcome, Exception
+        ):  # it failed to send, and calls that a failure
+            raise traced.info.retval
         return _steps()
 
     def _revoke(self, request: Request, reason: str) -> Steps:
@@ -234,12 +265,57 @@ class Canvas:
         return _steps()
 
     def _return_part(self, part: ChordPart) -> None:
-        backend = self._app.backend
+        assert self._counting is not None
+        backend = self._counting.backend
         result = part.result
         if part.state != "SUCCESS":
             result = backend.exception_to_python(result)
-        backend.on_chord_part_return(Context(part.request), part.state, result)
+        backend.on_chord_part_return(Context(msgspec.to_builtins(part.request)), part.state, result)
+        if _is_unfinished(backend, part.request.group):
+            # A worker that was lost had taken the body on, or a reply was: Celery lets it be taken on again some
+            # seconds later, and nobody else will.
+            raise BrokerUnavailableError(f"the body of chord {part.request.group} is still taken on by another")
+
+
+def _is_unfinished(backend: Any, group: str) -> bool:
+    """Whether all parts of a chord are there and its body was not sent (see `on_chord_part_return`)."""
+    client = backend.client
+    parts, difference, size, claim = (backend.get_key_for_group(group, suffix) for suffix in (".j", ".t", ".s", ".c"))
+    expected = client.get(size)
+    if expected is None:
+        return False
+    count = client.zcard(parts) if backend._chord_zset else client.llen(parts)
+    whole: bool = count == int(expected) + int(client.get(difference) or 0)
+    return whole and client.get(claim) != b"done"
 
 
 def _steps() -> Steps:
-    return tuple(_outbox.pushes), tuple(_outbox.others), _outbox.children
+    return tuple(_here.outbox.pushes), tuple(_here.outbox.others), _here.outbox.children
+
+
+async def _in_thread(thread: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> T:
+    """Run `work`; whatever it raises, a stored SystemExit too, is one task's error and never the worker's."""
+
+    def run() -> tuple[T | None, BaseException | None]:
+        try:
+            return work(*args), None
+        except BaseException as error:  # noqa: BLE001
+            return None, error
+
+    result, error = await asyncio.get_running_loop().run_in_executor(thread, run)
+    if error is None:
+        return result  # type: ignore[return-value]
+    raise _translated(error) from error
+
+
+def _translated(error: BaseException) -> SamphireError:
+    if isinstance(error, SamphireError):
+        return error
+    cause = error.__cause__ if isinstance(error, OperationalError) else error
+    if isinstance(cause, RedisError | OSError):
+        known = translate(cause)
+        if known.retryable:
+            return known
+    elif isinstance(error, OperationalError):
+        return BrokerUnavailableError(f"the next steps were not found out: {error}")
+    return InvalidInputError(f"the canvas of the task is not understood: {error!r}")

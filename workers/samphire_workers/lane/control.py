@@ -18,6 +18,7 @@ from samphire_workers.lane import step
 from samphire_workers.lane.lane import Lane
 from samphire_workers.lane.request import Request
 
+ID_MAX_CHARACTERS = 255
 SHOWN_MAX = 1000
 """Most tasks that one answer lists."""
 
@@ -79,7 +80,8 @@ def query_task(state: Any, ids: Any, **_: Any) -> dict[str, Any]:
 @control_command(variadic="task_id", signature="[id1 [id2 [... [idN]]]]")  # type: ignore[untyped-decorator]
 def revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> Any:
     """Revoke task by task id (or list of ids); one that has started goes on."""
-    ids = {task_id} if isinstance(task_id, str) else set(task_id or ())
+    named = [task_id] if isinstance(task_id, str) else list(task_id or ())
+    ids = {name for name in named if isinstance(name, str) and 1 <= len(name) <= ID_MAX_CHARACTERS}
     worker_state.revoked.update(ids)
     verdicts: dict[str, str] | None = None
     for lane in step.serving:

@@ -59,14 +59,15 @@ def resolve(infer: InferRequest, args: Sequence[Raw]) -> None:
         )
     if all(tensor.from_ is UNSET and tensor.part is UNSET for tensor in infer.inputs):
         return
+    for tensor in infer.inputs:
+        if tensor.from_ is UNSET and tensor.part is not UNSET:
+            raise InvalidInputError(f"input {tensor.name!r}: part goes with from, given part alone")
     parent = _parent(infer, args)
     infer.inputs = [tensor if tensor.from_ is UNSET else _taken(tensor, parent) for tensor in infer.inputs]
 
 
 def _parent(infer: InferRequest, args: Sequence[Raw]) -> ParentResult | list[ParentResult]:
-    tensor = next(t for t in infer.inputs if t.from_ is not UNSET or t.part is not UNSET)
-    if tensor.from_ is UNSET:
-        raise InvalidInputError(f"input {tensor.name!r}: part goes with from, given part alone")
+    tensor = next(t for t in infer.inputs if t.from_ is not UNSET)
     if not args:
         raise InvalidInputError(
             f"input {tensor.name!r}: from {tensor.from_!r} takes an output of the task before, and there is none: "

@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from samphire.contract import (
     CHORD_PART_TASK,
     CONTRACT_VERSION,
     INFER_TASK,
+    Canvas,
     CanvasStart,
     ChordPart,
     Envelope,
@@ -32,7 +34,8 @@ from samphire.contract import (
     check_model_name,
     check_tenant,
 )
-from samphire.envelope import decode_body, decode_canvas_start, decode_chord_part, decode_envelope
+from samphire.encoder import LONGEST_S
+from samphire.envelope import decode_body, decode_canvas, decode_canvas_start, decode_chord_part, decode_envelope
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 from samphire.tensors import ITEM_SIZES, check_bytes, element_count, values_to_bytes
 from samphire.validation import ModelSignature, check_request_size
@@ -90,6 +93,8 @@ class Request:
     attempts: int = 0
     """Workers that were lost with this task started."""
     times: Times = _NO_TIMES
+    taken_in_at: float = 0.0
+    """When its micro-batch was made, by the monotonic clock."""
     started_at: float | None = None
     """When it went to Triton, in s since 1970."""
     canvas: dict[str, Any] | None = None
@@ -162,9 +167,12 @@ def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError
             raise InvalidInputError(
                 f"expected the task {INFER_TASK} on an inference queue, given {envelope.headers.task[:200]!r}"
             )
-        args, infer, canvas = decode_body(envelope, settings.max_message_bytes)
-        if canvas:
-            request.canvas = {**_decode_json(claim.message)["headers"], **msgspec.to_builtins(canvas)}
+        try:
+            args, infer, canvas = decode_body(envelope, settings.max_message_bytes)
+        except InvalidInputError:
+            request.canvas = _canvas_request(claim, decode_canvas(envelope, settings.max_message_bytes))
+            raise
+        request.canvas = _canvas_request(claim, canvas)
         if claim.size > KEEP_MESSAGE_BYTES:  # decoded: the bytes are only in the way
             request.claim = claim._replace(message=b"")
             envelope.body = ""
@@ -186,6 +194,13 @@ def _checked_stream(stream: str) -> str:
     return stream if _STREAM.fullmatch(stream) else ""
 
 
+def _canvas_request(claim: Claimed, canvas: Canvas | None) -> dict[str, Any] | None:
+    """What Celery's tracer reads of a task, if it has next steps or belongs to a chord."""
+    if not canvas:
+        return None
+    return {**_decode_json(claim.message)["headers"], **msgspec.to_builtins(canvas)}
+
+
 def _times(headers: Headers) -> Times:
     limit, soft_limit = headers.timelimit or (None, None)
     if not (headers.eta or headers.expires or headers.samphire_deadline or limit or soft_limit):
@@ -205,9 +220,12 @@ def _instant(what: str, value: str | float) -> float:
         return value
     try:
         instant = datetime.fromisoformat(value)
-        return (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp()
+        seconds = (instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError) as error:
         raise InvalidInputError(f"expected {what} as a time in ISO 8601, given {value[:100]!r}") from error
+    if what == "eta" and seconds > time.time() + LONGEST_S:
+        raise InvalidInputError(f"expected eta within ten years, given {value[:100]!r}")
+    return seconds
 
 
 class Checked(NamedTuple):

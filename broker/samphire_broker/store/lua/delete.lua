@@ -10,8 +10,8 @@ local ids = redis.call('LRANGE', KEYS[1], 0, ARGV[4] - 1)
 redis.call('LTRIM', KEYS[1], #ids, -1)
 for n = 1, #ids do
   local key = ARGV[1] .. ids[n]
-  local meta = redis.call('GET', key)
-  if meta and string.match(meta, '"status": ?"(%u+)"') == 'SUCCESS' then
+  local meta = redis.pcall('GET', key)
+  if type(meta) == 'string' and string.match(meta, '"status": ?"(%u+)"') == 'SUCCESS' then
     local prefix = ARGV[2] .. ids[n] .. ':'
     for blob in string.gmatch(meta, '"key":"([^"]*)"') do
       if string.sub(blob, 1, #prefix) == prefix then
@@ -19,8 +19,8 @@ for n = 1, #ids do
       end
     end
     local id = cjson.encode(ids[n])
-    redis.call('SET', key, '{"status":"SUCCESS","task_id":' .. id .. ',"result":' .. ARGV[3] ..
-      ',"traceback":null,"children":[],"date_done":null}', 'KEEPTTL')
+    local rest = string.match(meta, '.*(,"traceback":.*)$') or ',"traceback":null,"children":[],"date_done":null}'
+    redis.call('SET', key, '{"status":"SUCCESS","task_id":' .. id .. ',"result":' .. ARGV[3] .. rest, 'KEEPTTL')
   end
 end
 return #ids

@@ -44,7 +44,7 @@ end
 if next(letters) then
   redis.call('ZCARD', KEYS[3])
 end
-local some_cancelled = redis.call('SCARD', KEYS[4]) > 0
+local some_cancelled = redis.call('TYPE', KEYS[4]).ok == 'zset'
 local old = redis.call('MGET', unpack(metas))
 local reply = {}
 for n = 1, #fields do
@@ -58,6 +58,9 @@ local terminal = {SUCCESS = true, FAILURE = true, REVOKED = true}
 local ended = {}
 local function has_ended(key, before)
   return ended[key] or (before and terminal[string.match(before, '"status": ?"(%u+)"')])
+end
+local function is_revoked(before)
+  return before and string.match(before, '"status": ?"(%u+)"') == 'REVOKED'
 end
 local function finish(key, id, state, meta, stream)
   ended[key] = true
@@ -82,7 +85,8 @@ for n = 1, #tasks do
         redis.call('UNLINK', unpack(blobs))
       end
     end
-    if fresh or state == 'cancelled' or id == '' then
+    local marked = some_cancelled and id ~= '' and redis.call('ZREM', KEYS[4], id) == 1
+    if fresh or id == '' or ((marked or state == 'cancelled') and is_revoked(old[n])) then
       for _, push in ipairs(pushes) do
         redis.call('LPUSH', lists[push[1]], push[2])
         redis.call('PUBLISH', ARGV[9], push[1])
@@ -93,9 +97,6 @@ for n = 1, #tasks do
           finish(key, unpack(other))
         end
       end
-    end
-    if some_cancelled and id ~= '' then
-      redis.call('SREM', KEYS[4], id)
     end
     if letters[n] then
       local key = ARGV[6] .. letter[1]

@@ -15,7 +15,7 @@ for n = 1, #tasks do
   hashes[n] = ARGV[2] .. tasks[n][2]
 end
 local old = redis.call('MGET', unpack(metas))
-local some_cancelled = redis.call('SCARD', KEYS[3]) > 0
+local some_cancelled = redis.call('TYPE', KEYS[3]).ok == 'zset'
 local some_lost = redis.call('EXISTS', unpack(hashes)) > 0
 local reply, states, started, ended = {}, {}, {}, {}
 for n = 1, #metas do
@@ -23,7 +23,7 @@ for n = 1, #metas do
   local state = old[n] and string.match(old[n], '"status": ?"(%u+)"')
   if redis.call('HEXISTS', KEYS[1], field) == 0 then
     reply[n] = -1
-  elseif state == 'REVOKED' or (some_cancelled and redis.call('SISMEMBER', KEYS[3], id) == 1) then
+  elseif state == 'REVOKED' or (some_cancelled and redis.call('ZSCORE', KEYS[3], id)) then
     reply[n] = -3
   elseif state == 'SUCCESS' or state == 'FAILURE' then
     reply[n] = -2

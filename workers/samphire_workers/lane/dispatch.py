@@ -1,0 +1,223 @@
+"""From micro-batch to answer: load, start, ask Triton; and what follows when it does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+
+from samphire.errors import (
+    EndpointTimeoutError,
+    EndpointUnavailableError,
+    ModelFaultError,
+    SamphireError,
+    UnknownModelError,
+    WorkerCrashError,
+)
+from samphire_broker.settings import Settings
+from samphire_broker.store import CANCELLED, Store, WorkerInfo
+from samphire_workers.lane import batching
+from samphire_workers.lane.budget import ByteBudget
+from samphire_workers.lane.catalogue import Catalogue
+from samphire_workers.lane.endings import Endings, our_error
+from samphire_workers.lane.events import TaskEvents
+from samphire_workers.lane.outcome import TimeLimitError
+from samphire_workers.lane.pace import Pace
+from samphire_workers.lane.persist import persist
+from samphire_workers.lane.request import Request, fetch, has_refs, load
+from samphire_workers.triton import Endpoints, Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Runs micro-batches on the endpoints, and ends their tasks."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        endpoints: Endpoints,
+        catalogue: Catalogue,
+        endings: Endings,
+        info: WorkerInfo,
+        events: TaskEvents,
+        pace: Pace,
+        *,
+        release: Callable[[Sequence[Request]], Awaitable[None]],
+        let_go: Callable[[Sequence[str]], None],
+        room_again: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._endpoints = endpoints
+        self._catalogue = catalogue
+        self._endings = endings
+        self._info = info
+        self._events = events
+        self._pace = pace
+        self._release = release
+        self._let_go = let_go
+        self._room_again = room_again
+        self._budget = ByteBudget(settings.inflight_max_bytes // 2)
+        self.under_way: Counter[str] = Counter()
+        """Micro-batches under way, by model."""
+
+    async def run_batch(self, model: str, batch: list[Request]) -> None:
+        """Bring one micro-batch to its end; it was counted as under way by who made it."""
+        began = time.monotonic()
+        for request in batch:
+            request.taken_in_at = began
+        nbytes = sum(request.nbytes for request in batch)
+        try:
+            async with self._budget.hold(nbytes):
+                loaded = await self._load(batch)
+                if self._store.suspects:
+                    await self._infer(model, await self._start(loaded))
+                elif loaded:
+                    await self._start_and_infer(model, loaded)
+        finally:
+            self.under_way[model] -= 1
+            self._room_again()
+
+    async def _start_and_infer(self, model: str, batch: list[Request]) -> None:
+        """Ask the model while the start is written: no task here was ever started by a lost worker."""
+        now = time.time()
+        for request in batch:
+            request.started_at = now
+        starting = asyncio.create_task(self._start(batch))
+        try:
+            answers = await self._ask(model, batch)
+        except SamphireError as error:
+            await self._ended_badly(model, await starting, error)
+            return
+        started = {request.claim.field for request in await starting}
+        await self._endings.succeed(
+            [
+                (request, outputs)
+                for request, outputs in zip(batch, answers, strict=True)
+                if request.claim.field in started
+            ]
+        )
+
+    async def _load(self, batch: Sequence[Request]) -> list[Request]:
+        loaded: list[Request] = []
+        for request in batch:
+            try:
+                fetched: dict[str, bytes] = {}
+                if has_refs(request):
+                    fetched = await persist(lambda r=request: fetch(r, self._store))  # type: ignore[misc]
+                load(request, fetched)
+            except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+                self._endings.fail(request, our_error(error))
+            else:
+                loaded.append(request)
+        return loaded
+
+    async def _start(self, batch: Sequence[Request]) -> list[Request]:
+        if not batch:
+            return []
+        marks = [(request.claim.field, request.task_id) for request in batch]
+        verdicts = await persist(lambda: self._store.start(marks, self._info))
+        started: list[Request] = []
+        dropped: list[str] = []
+        for request, verdict in zip(batch, verdicts, strict=True):
+            if verdict == CANCELLED:
+                self._endings.revoke(request, "cancelled")
+                continue
+            if verdict < 0:
+                # Not ours any more, or a duplicate of a task that has ended: there is nothing to write.
+                logger.info("task %s dropped (%d)", request.task_id, verdict, extra={"action": "dropped"})
+                dropped.append(request.claim.field)
+                self._events.dropped(request)
+                continue
+            request.attempts = verdict
+            if verdict >= self._settings.max_attempts:
+                self._endings.fail(request, WorkerCrashError(f"{verdict} workers were lost with this task started"))
+                continue
+            request.started_at = request.started_at or time.time()
+            self._events.started(request)
+            started.append(request)
+        self._let_go(dropped)
+        return started
+
+    async def _infer(self, model: str, batch: list[Request]) -> None:
+        suspects = [request for request in batch if request.attempts]
+        if suspects and len(batch) > 1:
+            # A worker was lost with them: they run alone, so their neighbours are safe.
+            calm = [request for request in batch if not request.attempts]
+            for part in ([calm] if calm else []) + [[suspect] for suspect in suspects]:
+                await self._infer(model, part)
+            return
+        if not batch:
+            return
+        try:
+            answers = await self._ask(model, batch)
+        except SamphireError as error:
+            await self._ended_badly(model, batch, error)
+        else:
+            await self._endings.succeed(list(zip(batch, answers, strict=True)))
+
+    async def _ended_badly(self, model: str, batch: list[Request], error: SamphireError) -> None:
+        if isinstance(error, EndpointUnavailableError):
+            self._catalogue.forget(model)
+            logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
+            await self._release(batch)
+        elif len(batch) == 1 or isinstance(error, EndpointTimeoutError):
+            for request in batch:  # a time-out is nobody's content, and asking again piles up
+                self._endings.fail(request, error)
+        else:  # somebody's content: find out whose
+            middle = len(batch) // 2
+            await self._infer(model, batch[:middle])
+            await self._infer(model, batch[middle:])
+
+    async def _ask(self, model: str, batch: list[Request]) -> list[list[Tensor]]:
+        infer = batch[0].request
+        parameters = {name: value for name, value in infer.parameters.items() if name != "micro_batch"}
+        timeout_s = self._timeout_s(batch)
+        endpoint = self._endpoints.pick()
+        try:
+            outputs = await endpoint.infer(
+                model,
+                batch[0].version,
+                batching.merge(batch),
+                [output.name for output in infer.outputs],
+                parameters,
+                timeout_s,
+            )
+        except EndpointTimeoutError as error:
+            raise self._time_error(batch[0], timeout_s, error) from error
+        except EndpointUnavailableError:
+            if not await endpoint.is_ready():
+                self._endpoints.mark_away(endpoint)
+            raise
+        except UnknownModelError as error:
+            # It was known a moment ago: unloaded, or retired, under way.
+            raise EndpointUnavailableError(str(error)) from error
+        except SamphireError:
+            raise
+        except Exception as error:
+            logger.exception("a micro-batch failed", extra={"action": "batch_failed"})
+            raise ModelFaultError(f"the request could not be sent: {error!r}") from error
+        finally:
+            self._pace.took(model, time.monotonic() - batch[0].taken_in_at)
+        return batching.split(batch, outputs)
+
+    def _timeout_s(self, batch: Sequence[Request]) -> float:
+        """How long Triton may take: as long as the member that can wait longest."""
+        times = batch[0].times  # the limits are those of all members
+        deadline_s = max(request.times.deadline for request in batch) - time.time()
+        return max(0.001, min(self._settings.triton_timeout_s, times.limit, times.soft_limit, deadline_s))
+
+    @staticmethod
+    def _time_error(request: Request, timeout_s: float, error: EndpointTimeoutError) -> EndpointTimeoutError:
+        times = request.times
+        if timeout_s == times.soft_limit:
+            return TimeLimitError(times.soft_limit, soft=True)
+        if timeout_s == times.limit:
+            return TimeLimitError(times.limit, soft=False)
+        if times.deadline <= time.time():
+            return EndpointTimeoutError(f"the deadline has passed while the model worked: {error}")
+        return error

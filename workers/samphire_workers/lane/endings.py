@@ -1,0 +1,147 @@
+"""How tasks end: what is settled, with the claim checks and next steps that go with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Literal
+
+from samphire.contract import CanvasStart, ChordPart, InferResponse, Ref
+from samphire.errors import InvalidInputError, ModelFaultError, SamphireError
+from samphire_broker.settings import Settings
+from samphire_broker.store import Settlement, Store
+from samphire_workers.lane import outcome
+from samphire_workers.lane.canvas import Canvas
+from samphire_workers.lane.events import TaskEvents
+from samphire_workers.lane.outcome import PASSED_ON_BYTES, Steps, takes_claim_checks, with_steps
+from samphire_workers.lane.persist import persist
+from samphire_workers.lane.request import Request
+from samphire_workers.lane.settler import Settler
+from samphire_workers.triton import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class Endings:
+    """Ends tasks. What takes more than a moment (a canvas) goes on in a task of the lane's own."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        settler: Settler,
+        canvas: Canvas,
+        events: TaskEvents,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._settler = settler
+        self._canvas = canvas
+        self._events = events
+        self._spawn = spawn
+
+    async def succeed(self, answered: Sequence[tuple[Request, list[Tensor]]]) -> None:
+        """End tasks that Triton has answered."""
+        done = outcome.now_text()
+        for request, outputs in answered:
+            try:
+                refs = await self._claim_checks(request, outputs)
+                answer = outcome.response(request, outputs, refs)
+                settlement = outcome.success(request, answer, done)
+                passed_on = answer if request.canvas is None else await self._passed_on(request, outputs, answer)
+            except Exception as error:  # noqa: BLE001 - an answer that cannot be written is this task's alone
+                self.fail(request, ModelFaultError(f"the answer cannot be read: {our_error(error)}"))
+                continue
+            request.tensors = []
+            if request.canvas is None:
+                self._settler.add(settlement)
+                self._events.succeeded(request)
+            else:
+                self._spawn(self._succeed_with_steps(request, settlement, passed_on))
+
+    def fail(self, request: Request, error: SamphireError) -> None:
+        """End a task, or an unreadable message, as a dead letter."""
+        logger.info("task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"})
+        settlement = outcome.failure(request, error)
+        if request.canvas is None:
+            self._settler.add(settlement)
+        else:
+            self._spawn(self._end_with_steps(request, settlement, lambda: self._canvas.after_failure(request, error)))
+        try:
+            self._events.failed(request, error)
+        except Exception:
+            logger.exception("no event for task %s", request.task_id, extra={"action": "event_failed"})
+
+    def revoke(self, request: Request, state: Literal["cancelled", "expired"]) -> None:
+        """End a task that is not to be run."""
+        settlement = outcome.revoked(request, state)
+        if request.canvas is None:
+            self._settler.add(settlement)
+        else:
+            self._spawn(
+                self._end_with_steps(request, settlement, lambda: self._canvas.after_revocation(request, state))
+            )
+        self._events.revoked(request, expired=state == "expired")
+
+    async def run_errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
+        """Do what a message that is no inference asks for, and end it; it has no result of its own."""
+        done = Settlement(request.claim.field, "", "succeeded", "", "")
+        try:
+            if isinstance(errand, ChordPart):
+                await persist(lambda: self._canvas.return_part(errand))
+            elif await persist(lambda: self._store.is_cancelled(request.task_id)):
+                self.revoke(request, "cancelled")
+                return
+            else:
+                done = with_steps(done, await persist(lambda: self._canvas.start(request.task_id, errand)))
+        except SamphireError as error:
+            self.fail(request, error)
+        else:
+            self._settler.add(done)
+
+    async def _claim_checks(self, request: Request, outputs: Sequence[Tensor]) -> dict[str, Ref]:
+        above = self._settings.inline_output_bytes
+        if not takes_claim_checks(request) or all(len(tensor.data) <= above for tensor in outputs):
+            return {}
+        return await persist(lambda: outcome.store_large(request, outputs, self._store, above))
+
+    async def _passed_on(self, request: Request, outputs: Sequence[Tensor], answer: InferResponse) -> InferResponse:
+        """The answer as the next steps get it: what is large as a claim check, so that messages stay small."""
+        if takes_claim_checks(request) or all(len(tensor.data) <= PASSED_ON_BYTES for tensor in outputs):
+            return answer
+        refs = await persist(lambda: outcome.store_large(request, outputs, self._store, PASSED_ON_BYTES))
+        return outcome.response(request, outputs, refs)
+
+    async def _succeed_with_steps(self, request: Request, settlement: Settlement, answer: InferResponse) -> None:
+        try:
+            steps = await persist(lambda: self._canvas.after_success(request, answer))
+        except SamphireError as error:
+            self.fail(request, error)
+        else:
+            self._settler.add(with_steps(settlement, steps))
+            self._events.succeeded(request)
+
+    async def _end_with_steps(
+        self, request: Request, settlement: Settlement, find_steps: Callable[[], Awaitable[Steps]]
+    ) -> None:
+        try:
+            settlement = with_steps(settlement, await persist(find_steps))
+        except SamphireError as error:
+            logger.warning("task %s: %s", settlement.task_id, error, extra={"action": "no_steps"})
+            if request.canvas is not None and request.canvas.get("chord"):
+                # A chord waits for this task, whatever else of its canvas is not understood.
+                request.canvas = {**request.canvas, "callbacks": None, "errbacks": None, "chain": None}
+                try:
+                    settlement = with_steps(settlement, await persist(find_steps))
+                except SamphireError as again:
+                    logger.warning("task %s: %s", settlement.task_id, again, extra={"action": "no_chord_part"})
+        self._settler.add(settlement)
+
+
+def our_error(error: Exception) -> SamphireError:
+    """The error as one of ours: what a message made our code stumble over is that message's fault."""
+    if isinstance(error, SamphireError):
+        return error
+    logger.error("unexpected error", exc_info=error, extra={"action": "unexpected"})
+    return InvalidInputError(f"the request cannot be processed: {type(error).__name__}: {str(error)[:500]}")
