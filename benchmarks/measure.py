@@ -163,7 +163,7 @@ class _Memory:
 
 async def _publish(client: AsyncClient, server: redis.Redis, count: int) -> float:
     """Publish through `map`, and return the seconds until the broker has all of it."""
-    results = client.map("identity", ({"input_fp32": ROW} for _ in range(count)), window=count)
+    results = client.map("identity", ({"input_fp32": ROW} for _ in range(count)), window=count, window_bytes=2**40)
     began = time.perf_counter()
     first = asyncio.ensure_future(anext(results))
     while server.llen(keys.queue_list(QUEUE, keys.PRIORITIES["normal"])) < count:

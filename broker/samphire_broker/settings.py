@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     inline_output_bytes: int = Field(default=8 * 2**10, ge=0)
     """Outputs over this size go to SDK clients as claim checks."""
 
-    events_per_s: int = Field(default=1500, ge=0)
+    events_per_s: int = Field(default=600, ge=0)
     """Cap of the Celery task events that a worker sends; events of failures are always sent."""
 
     queue_weights: dict[str, int] = Field(default_factory=dict)

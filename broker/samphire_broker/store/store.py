@@ -126,6 +126,12 @@ class WorkerInfo:
     pid: int
 
 
+def _packed(settlement: Settlement) -> tuple[Any, ...]:
+    """As `settle.lua` takes it: most tasks have nothing beside their result."""
+    extra = settlement[5:]
+    return (*settlement[:5], extra) if any(extra) else settlement[:5]
+
+
 def _script(name: str) -> Script:
     return Script((resources.files("samphire_broker.store") / "lua" / f"{name}.lua").read_text())
 
@@ -236,7 +242,7 @@ class Store:
         """End tasks, at most `BATCH_MAX`; 1 for each that was still ours, 0 for each that was not."""
         args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [INLINE_RESULT_BYTES, keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
-        args += [keys.WAKE_CHANNEL, _pack(settlements)]
+        args += [keys.WAKE_CHANNEL, _pack([_packed(settlement) for settlement in settlements])]
         key_names = [self._inflight, self._started, keys.DEAD, keys.CANCELLED]
         ours: list[int] = await self._run("settle", key_names, args, self._endings)
         return ours

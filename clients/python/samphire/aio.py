@@ -391,8 +391,14 @@ class AsyncClient:
                         if inputs is _END:
                             exhausted = True
                             break
-                        encoded.append(await self._encode(encode, model, inputs))
-                        nbytes += encoded[-1].nbytes
+                        try:
+                            one = encode(inputs)
+                        except InvalidInputError:
+                            one = await self._encode(encode, model, inputs)
+                        encoded.append(one)
+                        nbytes += len(one.message)
+                        if one.blobs:
+                            nbytes += sum(len(data) for _, data in one.blobs)
                     if not encoded:
                         break
                     sizes.sent(len(encoded), nbytes)

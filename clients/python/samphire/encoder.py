@@ -35,11 +35,6 @@ class Encoded(NamedTuple):
     message: bytes
     blobs: list[Blob]
 
-    @property
-    def nbytes(self) -> int:
-        """Size on the wire."""
-        return len(self.message) + sum(len(data) for _, data in self.blobs)
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -139,10 +134,12 @@ def request_for(
 class TensorEncoder:
     """Turns arrays into tensors of one task, and the large ones into claim checks."""
 
+    __slots__ = ("_limits", "_nbytes", "_task_id", "blobs")
+
     def __init__(self, task_id: str, limits: Limits) -> None:
         self._task_id = task_id
         self._limits = limits
-        self._sizes: list[tuple[str, int]] = []
+        self._nbytes = 0
         self.blobs: list[Blob] = []
 
     def tensor(self, name: str, value: Any) -> InputTensor:
@@ -152,13 +149,15 @@ class TensorEncoder:
             InvalidInputError: no array of a known datatype, or over the limit of a request.
         """
         datatype, shape, data = array_to_bytes(name, value)
-        self._sizes.append((name, len(data)))
-        check_request_size(self._sizes, self._limits.request_bytes)
-        if len(data) <= self._limits.inline_bytes:
+        size = len(data)
+        self._nbytes += size
+        if self._nbytes > self._limits.request_bytes:
+            check_request_size([("inputs before it", self._nbytes - size), (name, size)], self._limits.request_bytes)
+        if size <= self._limits.inline_bytes:
             return InputTensor(name, datatype, shape, raw=binascii.b2a_base64(data, newline=False).decode())
         key = f"{keys.BLOB_PREFIX}{self._task_id}:{len(self.blobs)}"
         self.blobs.append((key, data))
-        return InputTensor(name, datatype, shape, ref=Ref(key, len(data), hashlib.sha256(data).hexdigest()))
+        return InputTensor(name, datatype, shape, ref=Ref(key, size, hashlib.sha256(data).hexdigest()))
 
 
 class Encoder:

@@ -67,8 +67,10 @@ def new_task_id() -> str:
 def describe(request: InferRequest) -> str:
     """The request without its numbers, for Celery's argsrepr and for logs: `image FP32[1,64]`."""
     tensors = ", ".join(
-        f"{t.name} {t.datatype}{t.shape}" if t.from_ is UNSET else f"{t.name} from {t.from_}"
-        for t in request.inputs[:8]
+        [
+            f"{t.name} {t.datatype}{t.shape}" if t.from_ is UNSET else f"{t.name} from {t.from_}"
+            for t in request.inputs[:8]
+        ]
     )
     version = f" v{request.model_version}" if request.model_version else ""
     return f"{request.model_name}{version}: {tensors}"[:400]
