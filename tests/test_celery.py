@@ -287,10 +287,10 @@ def test_a_next_step_cannot_go_to_a_key_with_state(infer: Infer, stack: Up, queu
     with stack.redis() as client:
         before = client.exists(queue)
         sent = chain(infer(tensor(1)), infer(*FROM_PARENT, queue=queue)).apply_async()
-        with pytest.raises(Exception, match="expected the name of a queue for a next step|WRONGTYPE"):
+        with pytest.raises(Exception, match=r"expected the name of a queue for a next step|WRONGTYPE"):
             sent.parent.get(timeout=TIMEOUT_S)
         part = chord([infer(tensor(1)), infer(tensor(2))], infer(*FROM_PARENT, queue=queue)).apply_async()
-        with pytest.raises(Exception, match="expected the name of a queue|WRONGTYPE"):
+        with pytest.raises(Exception, match=r"expected the name of a queue|WRONGTYPE"):
             part.get(timeout=TIMEOUT_S)
         assert client.exists(queue) == before
     assert values(infer(tensor(1)).apply_async().get(timeout=TIMEOUT_S)) == [1]
