@@ -22,7 +22,9 @@ BrokerUnavailableError(TransientError, ConnectionError)
 ClientClosedError(SamphireError)
 EndpointTimeoutError(TransientError, TimeoutError)
 EndpointUnavailableError(TransientError)
+IdempotencyConflictError(InvalidInputError)
 InvalidInputError(SamphireError, ValueError)
+LetterGoneError(SamphireError)
 ModelFaultError(SamphireError)
 PayloadTooLargeError(InvalidInputError)
 ProtocolError(SamphireError)
@@ -39,28 +41,37 @@ WorkerCrashError(SamphireError)
 """
 
 CLASSES = """
-AsyncClient(broker_url=, *, tenant=, queue_limit=, inline_limit_bytes=, max_request_bytes=, blob_ttl_s=, validate=)
+AsyncClient(broker_url=, *, tenant=, queue_limit=, inline_limit_bytes=, max_request_bytes=, blob_ttl_s=, \
+idempotency_ttl_s=, validate=)
     async chain(*stages, priority=, eta=, delay_s=, deadline_s=)
     async close()
+    dead_letters
     async for map(model, batches, *, return_exceptions=, progress=, window=, window_bytes=, version=, priority=, \
 outputs=, parameters=, deadline_s=)
     async signature(model)
-    async submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=)
+    async submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=, \
+idempotency_key=)
     task(task_id)
 AsyncTask
     async cancel(timeout_s=)
     async for events(after=)
     async result(timeout_s=, *, delete=)
     async status()
-Client(broker_url=, *, tenant=, queue_limit=, inline_limit_bytes=, max_request_bytes=, blob_ttl_s=, validate=)
+Client(broker_url=, *, tenant=, queue_limit=, inline_limit_bytes=, max_request_bytes=, blob_ttl_s=, \
+idempotency_ttl_s=, validate=)
     chain(*stages, priority=, eta=, delay_s=, deadline_s=)
     close()
+    dead_letters
     map(model, batches, *, return_exceptions=, progress=, window=, window_bytes=, version=, priority=, outputs=, \
 parameters=, deadline_s=)
     signature(model)
-    submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=)
+    submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=, \
+idempotency_key=)
     task(task_id)
+DeadLetter(id, task_id, model, queue, reason, error, attempts, worker, died_at, message=)
 InferResult(task_id, model_name, model_version, outputs)
+LetterFilter(model=, reason=, since=, until=)
+    fits(letter)
 ModelSignature(name, versions, inputs, outputs, max_batch_size, decoupled=)
     champion
     check(request)

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from samphire import Client, SamphireError, keys
+from samphire import Client, SamphireError, WorkerCrashError, keys
 from samphire_broker.embedded.ports import LOOPBACK, choose_port
 from samphire_broker.embedded.triton import SHARED_MEMORY
 from tests.stacks import (
@@ -366,3 +366,36 @@ def test_a_workers_memory_is_bounded_whatever_is_queued(tmp_path: Path) -> None:
             watcher.join()
         print(f"most {most / 2**20:.0f} MB")
         assert most < 300 * 2**20, f"{most / 2**20:.0f} MB"
+
+
+def stubs(up: Up, model: str) -> list[psutil.Process]:
+    """The processes of a Python model."""
+    return [p for p in up.children() if "triton_python_backend_stub" in p.name() and f"/{model}/" in str(p.cmdline())]
+
+
+def test_a_request_that_kills_its_model_is_isolated(stack: Up, client: Client) -> None:
+    """Its neighbours are answered, the model comes back by itself, the guilty one is a dead letter at its budget."""
+    values = [float(n) for n in range(20)]
+    values[7] = 666.0
+    before = {p.pid for p in stubs(stack, "deadly")}
+    assert before
+    tasks = [client.submit("deadly", {"x": np.array([[value]], np.float32)}) for value in values]
+    for value, task in zip(values, tasks, strict=True):
+        if value == 666:
+            with pytest.raises(WorkerCrashError):
+                task.result(120)
+        else:
+            assert task.result(120).outputs["y"].tolist() == [[2 * value]]
+    assert not before & {p.pid for p in stubs(stack, "deadly")}  # it did die
+    assert client.dead_letters.get(tasks[7].id).reason == "worker_crash"
+    assert client.submit("deadly", {"x": np.ones((1, 1), np.float32)}).result(TIMEOUT_S)
+
+
+def test_a_model_whose_process_is_killed_comes_back(stack: Up, client: Client) -> None:
+    """Although Triton goes on to say that it is ready."""
+    victims = stubs(stack, "deadly")
+    assert victims
+    for process in victims:
+        kill(process.pid)
+    results = list(client.map("deadly", [{"x": np.array([[n]], np.float32)} for n in range(50)]))
+    assert [result.outputs["y"].tolist() for result in results] == [[[2.0 * n]] for n in range(50)]

@@ -345,6 +345,7 @@ def test_a_failed_task_becomes_a_dead_letter(valkey: Valkey) -> None:
         assert kept == {
             b"message": b"a",
             b"queue": QUEUE.encode(),
+            b"list": keys.queue_list(QUEUE, 6).encode(),
             b"task_id": b"a",
             b"model": b"m",
             b"reason": b"invalid_input",
@@ -757,7 +758,7 @@ def test_submits_that_are_too_many_together_each_have_their_chance(valkey: Valke
         publisher = Publisher(valkey.url, queue_limit=3, blob_ttl_s=60)
         submits = [publisher.publish(QUEUE, 3, [str(i).encode()], []) for i in range(5)]
         results = await asyncio.gather(*submits, return_exceptions=True)
-        assert [type(result) for result in results] == [type(None)] * 3 + [QueueFullError] * 2
+        assert [type(result) for result in results] == [str] * 3 + [QueueFullError] * 2
         assert everywhere(valkey) == ["0", "1", "2"]
         await publisher.close()
 
@@ -775,6 +776,25 @@ def test_a_full_broker_refuses_before_it_is_full(valkey: Valkey) -> None:
             await publisher.publish(QUEUE, 0, [b"a"], [])
         assert everywhere(valkey) == []
         await publisher.close()
+
+    run(test)
+
+
+def test_a_submit_whose_reply_was_lost_is_carried_out_once(valkey: Valkey) -> None:
+    """The caller need not know: it is asked again, and nothing is queued twice."""
+
+    async def test() -> None:
+        async with cutting_proxy(valkey.url) as proxy:
+            publisher = Publisher(proxy.url, queue_limit=0, blob_ttl_s=60)
+            await publisher.publish(QUEUE, 0, [b"warm"], [])  # the server knows the script now
+            for number in range(5):
+                proxy.cut_next = True
+                await publisher.publish(QUEUE, 0, [f"{number}".encode()], [(f"sub:blob:{number}:0", b"data")])
+                assert proxy.cuts == number + 1
+            await publisher.close()
+        assert valkey.client.lrange(QUEUE, 0, -1) == [b"4", b"3", b"2", b"1", b"0", b"warm"]
+        marks = list(valkey.client.scan_iter(f"{keys.ONCE_PREFIX}*"))
+        assert len(marks) == 6 and all(valkey.client.ttl(mark) > 0 for mark in marks)
 
     run(test)
 

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 5.0
 PROBE_INTERVAL_S = 0.5
+RELOAD_S = 60.0
 _UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 _ERRORS: Mapping[grpc.StatusCode, type[SamphireError]] = {
@@ -54,6 +55,10 @@ _ERRORS: Mapping[grpc.StatusCode, type[SamphireError]] = {
 }
 
 
+class StubDiedError(EndpointUnavailableError):
+    """The process of a Python model has died; the model says that it is ready, and never answers again."""
+
+
 def translate(code: grpc.StatusCode, details: str) -> SamphireError:
     """Return the Samphire error for a gRPC status and Triton's message.
 
@@ -63,7 +68,7 @@ def translate(code: grpc.StatusCode, details: str) -> SamphireError:
     if code is grpc.StatusCode.UNAVAILABLE and "timeout expired" in details:
         return EndpointTimeoutError(details)
     if code is grpc.StatusCode.INTERNAL and "is not healthy" in details:
-        return EndpointUnavailableError(details)
+        return StubDiedError(details)
     return _ERRORS[code](details or code.name)
 
 
@@ -169,6 +174,11 @@ class Endpoint:
         except SamphireError:  # the control API is closed to us
             return set()
         return {entry.name for entry in index.models}
+
+    async def reload(self, model: str) -> None:
+        """Unload a model and load it again: to load what is loaded already does nothing."""
+        await self._call("RepositoryModelUnload", service_pb2.RepositoryModelUnloadRequest(model_name=model), RELOAD_S)
+        await self._call("RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest(model_name=model), RELOAD_S)
 
     async def infer(
         self,

@@ -2,6 +2,7 @@
 
 import click
 
+from samphire_broker.commands.dead_letters import dead_letters
 from samphire_broker.commands.doctor import doctor
 from samphire_broker.commands.stack import demo, up
 from samphire_broker.commands.tasks import cancel, queues, result, submit, watch
@@ -17,5 +18,5 @@ def samphire() -> None:
     """
 
 
-for command in (up, demo, submit, watch, result, cancel, queues, doctor):
+for command in (up, demo, submit, watch, result, cancel, queues, dead_letters, doctor):
     samphire.add_command(command)

@@ -36,6 +36,7 @@ CANCELLED_TTL_S = 7 * 86_400
 CANCELS_MAX = 500
 DUE_MAX = 500
 DELETES_MAX = 500
+LETTERS_MAX = 200
 CATALOGUE_TTL_S = 60
 BATCH_MAX = 1000
 """Most tasks that one call of a script takes."""
@@ -158,7 +159,20 @@ class Store:
         self._next_number = 1
         self.suspects = True
         """Whether some task was started by a worker that was lost, or was cancelled, as of the last claim."""
-        names = ("beat", "claim", "start", "settle", "release", "route", "reap", "schedule", "due", "cancel", "delete")
+        names = (
+            "beat",
+            "claim",
+            "start",
+            "settle",
+            "release",
+            "route",
+            "reap",
+            "schedule",
+            "due",
+            "cancel",
+            "delete",
+            "letters",
+        )
         self._scripts = {name: _script(name) for name in names}
 
     async def close(self) -> None:
@@ -283,6 +297,11 @@ class Store:
         args: list[Argument] = [keys.META_PREFIX, keys.RESULT_BLOB_PREFIX, DELETED, DELETES_MAX]
         return int(await self._run("delete", [keys.DELETES], args))
 
+    async def serve_letters(self) -> int:
+        """Redrive and purge the dead letters that clients name; how many they named."""
+        args: list[Argument] = [keys.DEAD_PREFIX, keys.META_PREFIX, keys.TASK_PREFIX, keys.WAKE_CHANNEL, LETTERS_MAX]
+        return int(await self._run("letters", [keys.LETTERS, keys.DEAD], args))
+
     async def publish_catalogue(self, signatures: Mapping[str, bytes], gone: Collection[str]) -> None:
         """Tell clients what the models take, and which are gone; what no worker renews expires."""
         if gone:
@@ -291,10 +310,14 @@ class Store:
             await self._rest.execute("HSET", keys.CATALOGUE, *(part for item in signatures.items() for part in item))
             await self._rest.execute("EXPIRE", keys.CATALOGUE, CATALOGUE_TTL_S)
 
-    async def release(self, fields: Sequence[str]) -> int:
-        """Hand claims back to the heads of their lists; returns how many were still ours."""
-        args = [keys.META_PREFIX, *fields]
-        return int(await self._run("release", [self._inflight, self._started], args))
+    async def release(self, fields: Sequence[str], *, blamed: bool = False) -> int:
+        """Hand claims back to the heads of their lists; returns how many were still ours.
+
+        With `blamed` it counts as an attempt of those that had started: one of them may be to blame.
+        """
+        args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, self._settings.dead_letter_ttl_s, int(blamed)]
+        key_names = [self._inflight, self._started, keys.SUSPECTS]
+        return int(await self._run("release", key_names, [*args, *fields]))
 
     async def route(self, moves: Sequence[tuple[str, str, str]]) -> int:
         """Move claims (field, queue, list) on to other queues; returns how many were still ours."""

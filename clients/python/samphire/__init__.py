@@ -7,13 +7,16 @@
 """
 
 from samphire.aio import AsyncClient, AsyncTask, TaskEvent
+from samphire.dead_letters import DeadLetter, LetterFilter
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerUnavailableError,
     ClientClosedError,
     EndpointTimeoutError,
     EndpointUnavailableError,
+    IdempotencyConflictError,
     InvalidInputError,
+    LetterGoneError,
     ModelFaultError,
     PayloadTooLargeError,
     ProtocolError,
@@ -40,10 +43,14 @@ __all__ = [
     "BrokerUnavailableError",
     "Client",
     "ClientClosedError",
+    "DeadLetter",
     "EndpointTimeoutError",
     "EndpointUnavailableError",
+    "IdempotencyConflictError",
     "InferResult",
     "InvalidInputError",
+    "LetterFilter",
+    "LetterGoneError",
     "ModelFaultError",
     "ModelSignature",
     "Output",

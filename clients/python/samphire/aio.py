@@ -17,7 +17,18 @@ from samphire import keys
 from samphire.catalogue import Catalogue
 from samphire.connection import DEFAULT_BROKER_URL, redact
 from samphire.contract import check_tenant
-from samphire.encoder import Encoded, Encoder, Inputs, Limits, Parameters, priority_step, request_for, when
+from samphire.dead_letters import AsyncDeadLetters
+from samphire.encoder import (
+    Encoded,
+    Encoder,
+    Inputs,
+    Limits,
+    Parameters,
+    idempotency,
+    priority_step,
+    request_for,
+    when,
+)
 from samphire.errors import ClientClosedError, InvalidInputError, ResultTimeoutError, SamphireError
 from samphire.keys import Priority
 from samphire.pipeline import Stage, StepOptions, encode_chain, stages_of
@@ -131,6 +142,7 @@ class AsyncClient:
         inline_limit_bytes: larger tensors travel as claim checks, beside the queue.
         max_request_bytes: largest sum of a request's tensors.
         blob_ttl_s: lifetime of claim checks; a task that waits longer fails.
+        idempotency_ttl_s: how long an idempotency key is known; results should live as long.
         validate: check requests against what the workers tell of the models, before anything is queued.
     """
 
@@ -143,11 +155,15 @@ class AsyncClient:
         inline_limit_bytes: int = 8 * 2**10,
         max_request_bytes: int = 16 * 2**20,
         blob_ttl_s: int = 86_400,
+        idempotency_ttl_s: int = 3600,
         validate: bool = True,
     ) -> None:
         check_tenant(tenant)
         self.broker_url = broker_url or os.environ.get("SAMPHIRE_BROKER_URL") or DEFAULT_BROKER_URL
         self.tenant = tenant
+        if idempotency_ttl_s < 1:
+            raise InvalidInputError(f"expected idempotency_ttl_s of at least 1, given {idempotency_ttl_s}")
+        self._idempotency_ttl_s = idempotency_ttl_s
         self._limits = Limits(inline_limit_bytes, max_request_bytes)
         self._stream = keys.stream_key(uuid.uuid4().hex)
         self._publisher = Publisher(self.broker_url, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
@@ -189,6 +205,7 @@ class AsyncClient:
         eta: datetime | None = None,
         delay_s: float | None = None,
         deadline_s: float | None = None,
+        idempotency_key: str | None = None,
     ) -> AsyncTask:
         """Queue one inference and return its handle, as soon as the broker has it.
 
@@ -203,17 +220,23 @@ class AsyncClient:
             delay_s: not before so many seconds from now.
             deadline_s: of use for so many seconds from now: what has not started by then ends as expired, what
                 is running is given up.
+            idempotency_key: a second submit with the same key, of this tenant and model, within
+                `idempotency_ttl_s` gives the task of the first, also when that has ended.
 
         Raises:
             InvalidInputError: the request can never succeed; nothing was queued.
+            IdempotencyConflictError: the key belongs to a task that was asked for something else.
             QueueFullError, BrokerMemoryFullError: refused; nothing was queued.
             BrokerUnavailableError: no answer; the task may or may not be queued.
         """
         headers = when(eta, delay_s, deadline_s).headers()
         encode = await self._encoder(model, version, priority, outputs, parameters, headers)
         task_id, message, blobs = await self._encode(encode, model, inputs)
-        await self._publisher.publish(keys.queue_name(model, self.tenant), priority_step(priority), [message], blobs)
-        return AsyncTask(self, task_id, "once")
+        queue, step, key = keys.queue_name(model, self.tenant), priority_step(priority), None
+        if idempotency_key is not None:
+            key = idempotency(idempotency_key, encode.request, task_id, self._idempotency_ttl_s)
+        known = await self._publisher.publish(queue, step, [message], blobs, key)
+        return AsyncTask(self, known, "often") if known else AsyncTask(self, task_id, "once")
 
     async def chain(
         self,
@@ -322,6 +345,12 @@ class AsyncClient:
                 if isinstance(result, SamphireError) and not return_exceptions:
                     raise result
                 yield result
+
+    @property
+    def dead_letters(self) -> AsyncDeadLetters:
+        """What failed for good, or was no task; see `AsyncDeadLetters`."""
+        self._check_usable()
+        return AsyncDeadLetters(self._publisher.connection)
 
     async def signature(self, model: str) -> ModelSignature | None:
         """What a model takes and returns, as the workers tell it; None where no worker has told.

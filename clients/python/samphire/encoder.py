@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
+import msgspec
+
 from samphire import keys
 from samphire.contract import INFER_TASK, InferRequest, InputTensor, Ref, RequestedOutput, check_model_name
 from samphire.envelope import describe, encode_task, new_task_id
 from samphire.errors import InvalidInputError
+from samphire.publisher import IdempotencyKey
 from samphire.tensors import array_to_bytes
 from samphire.validation import CHAMPION, ModelSignature, check_request_size
+
+_canonical = msgspec.json.Encoder(order="deterministic").encode
 
 FORMS_MAX = 256
 LONGEST_S = 10 * 365 * 86_400
@@ -34,6 +39,21 @@ class Encoded(NamedTuple):
     task_id: str
     message: bytes
     blobs: list[Blob]
+
+
+def idempotency(key: str, request: InferRequest, task_id: str, ttl_s: int) -> IdempotencyKey:
+    """What tells a repeated submit from another: the key, of a tenant and model, and a digest of what is asked for.
+
+    Raises:
+        InvalidInputError: the key is no text of 1 to 255 characters.
+    """
+    if not isinstance(key, str) or not 1 <= len(key) <= 255:
+        raise InvalidInputError(f"expected an idempotency key of 1 to 255 characters, given {key!r}")
+    scope = "\0".join((request.tenant, request.model_name, key))
+    tensors = [(t.name, t.datatype, t.shape, t.ref.sha256 if isinstance(t.ref, Ref) else t.raw) for t in request.inputs]
+    asked = (request.model_version, [output.name for output in request.outputs], request.parameters, tensors)
+    name = hashlib.sha256(scope.encode()).hexdigest()
+    return IdempotencyKey(keys.IDEMPOTENCY_PREFIX + name, task_id, hashlib.sha256(_canonical(asked)).hexdigest(), ttl_s)
 
 
 @dataclass(frozen=True)
@@ -172,6 +192,8 @@ class Encoder:
         self._queue = keys.queue_name(template.model_name, template.tenant)
         self._signature: ModelSignature | None = None
         self._forms: set[object] = set()
+        self.request = template
+        """The last one that was encoded."""
 
     def headers(self, headers: Mapping[str, Any]) -> None:
         """Headers of the messages from now on, beside that of the client."""
@@ -199,6 +221,7 @@ class Encoder:
         request.inputs = [tensors.tensor(name, value) for name, value in inputs.items()]
         if self._signature is not None:
             self._check(self._signature, request)
+        self.request = request
         message = encode_task(
             INFER_TASK,
             task_id,

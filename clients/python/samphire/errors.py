@@ -3,6 +3,7 @@
     SamphireError
     ├── InvalidInputError          the request itself is wrong; the same request never succeeds
     │   ├── UnknownModelError      no endpoint has such a model or version
+    │   ├── IdempotencyConflictError   the key belongs to a task that was asked for something else
     │   └── PayloadTooLargeError   a tensor, message or request over a stated limit
     ├── TransientError             may succeed later, unchanged
     │   ├── EndpointUnavailableError   the Triton, or the model on it, is away
@@ -16,6 +17,7 @@
     │   ├── TaskExpiredError       its time ran out before it was started
     │   ├── TaskCancelledError     somebody cancelled it
     │   └── ResultDeletedError     its result was read, and deleted as asked for
+    ├── LetterGoneError            there is no such dead letter
     ├── ResultTimeoutError         the result did not come within `timeout_s`; the task goes on
     ├── ProtocolError              stored data is not what this version of Samphire writes
     └── ClientClosedError          the client was closed while it was in use
@@ -45,6 +47,10 @@ class InvalidInputError(SamphireError, ValueError):
 
 class UnknownModelError(InvalidInputError):
     """No endpoint has this model."""
+
+
+class IdempotencyConflictError(InvalidInputError):
+    """The idempotency key belongs to another request."""
 
 
 class PayloadTooLargeError(InvalidInputError):
@@ -99,6 +105,10 @@ class TaskCancelledError(TaskGoneError):
 
 class ResultDeletedError(TaskGoneError):
     """The result was read before, and deleted."""
+
+
+class LetterGoneError(SamphireError):
+    """There is no such dead letter."""
 
 
 class ResultTimeoutError(SamphireError, TimeoutError):

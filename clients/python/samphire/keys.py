@@ -6,8 +6,12 @@ Written by producers (an ACL can hold them to these):
     <queue>\\x06\\x163|6|9         LIST    the same, priorities 3 (normal), 6 (low) and 9
     sub:queues                   SET     names of the queues that the SDK has submitted to
     sub:blob:<task id>:<n>       STRING  claim check of a task's n-th tensor; expires
+    sub:once:<call>              STRING  this submit was carried out; expires after minutes
+    sub:key:<digest>             STRING  idempotency key of a tenant and model -> "<task id> <digest of what was asked
+                                         for>"; expires
     sub:cancels                  LIST    requests to cancel: "<event stream or nothing> <task id>"
     sub:deletes                  LIST    ids of tasks whose results are read and no longer needed
+    sub:letters                  LIST    requests about dead letters: "redrive <letter id>", "purge <letter id>"
     sub:wake                     CHANNEL a queue was empty and no longer is
 
     A queue is `inference.<model>`, `inference.<model>@<tenant>`, or the intake `inference`.
@@ -34,7 +38,7 @@ Written by workers only:
     worker:<wid>:inflight        HASH    <n>:<queue list> -> message, from claim to settlement
     worker:<wid>:started         HASH    <n>:<queue list> -> task id, from start to settlement
     dead                         ZSET    dead letters by time of death
-    dead:<letter id>             HASH    message, queue, task_id, model, reason, error, attempts, worker,
+    dead:<letter id>             HASH    message, queue, list, task_id, model, reason, error, attempts, worker,
                                          died_at; expires
 
 Written as Celery does, by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups
@@ -52,8 +56,11 @@ from typing import Literal
 
 INTAKE = "inference"
 QUEUES = "sub:queues"
+ONCE_PREFIX = "sub:once:"
+IDEMPOTENCY_PREFIX = "sub:key:"
 CANCELS = "sub:cancels"
 DELETES = "sub:deletes"
+LETTERS = "sub:letters"
 WAKE_CHANNEL = "sub:wake"
 BLOB_PREFIX = "sub:blob:"
 RESULT_BLOB_PREFIX = "result:blob:"

@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from samphire import keys
 from samphire.direct import Argument, DirectConnection, Script
-from samphire.errors import BrokerMemoryFullError, ClientClosedError, QueueFullError, SamphireError
+from samphire.errors import (
+    BrokerMemoryFullError,
+    BrokerUnavailableError,
+    ClientClosedError,
+    IdempotencyConflictError,
+    QueueFullError,
+    SamphireError,
+)
 
 BATCH_MESSAGES = 512
 BATCH_BYTES = 4 * 2**20
 MEMORY_CHECK_INTERVAL_S = 0.1
 RETRY_AFTER_S = 1.0
+ONCE_TTL_S = 300
+"""How long the broker knows that it has carried out a call: longer than anybody repeats it."""
+REPEAT_FOR_S = 3.0
+REPEAT_MIN_S = 0.05
+REPEAT_MAX_S = 0.5
+
+
+class IdempotencyKey(NamedTuple):
+    """What makes two submits one."""
+
+    key: str
+    task_id: str
+    digest: str
+    ttl_s: int
 
 
 class Outgoing(NamedTuple):
@@ -27,7 +50,9 @@ class Outgoing(NamedTuple):
     priority: int
     messages: list[bytes]
     blobs: list[tuple[str, bytes]]
-    accepted: asyncio.Future[None]
+    accepted: asyncio.Future[str]
+    """The id of the task that the idempotency key has; empty where these messages were queued."""
+    idempotency: IdempotencyKey | None = None
 
     @property
     def nbytes(self) -> int:
@@ -36,7 +61,7 @@ class Outgoing(NamedTuple):
 
 
 class Publisher:
-    """Pushes messages to queues: one call of `submit.lua` a batch, never repeated after a lost reply.
+    """Pushes messages to queues: one call of `submit.lua` a batch, repeated after a lost reply, carried out once.
     One connection is enough, since one call is under way at a time.
     """
 
@@ -62,10 +87,18 @@ class Publisher:
         self._waiting.clear()
         await self.connection.close()
 
-    async def publish(self, queue: str, priority: int, messages: list[bytes], blobs: list[tuple[str, bytes]]) -> None:
-        """Return once the broker has the messages.
+    async def publish(
+        self,
+        queue: str,
+        priority: int,
+        messages: list[bytes],
+        blobs: list[tuple[str, bytes]],
+        idempotency: IdempotencyKey | None = None,
+    ) -> str:
+        """Return once the broker has the messages: "", or the id of the task that the idempotency key has already.
 
         Raises:
+            IdempotencyConflictError: that task was asked for something else; nothing was queued.
             QueueFullError: the queue's limit is reached; nothing was queued.
             BrokerMemoryFullError: 80 % of the broker's memory is used; nothing was queued.
             BrokerUnavailableError: no answer; the messages may or may not be queued.
@@ -73,15 +106,14 @@ class Publisher:
         """
         if self._closed:
             raise ClientClosedError
-        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        outgoing = Outgoing(queue, priority, messages, blobs, accepted)
+        accepted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        outgoing = Outgoing(queue, priority, messages, blobs, accepted, idempotency)
         if self._busy:  # joins the next batch
             self._waiting.append(outgoing)
-            await accepted
-            return
+            return await accepted
         self._busy = True
         try:
-            await self._send([outgoing])
+            return await self._send([outgoing])
         finally:
             self._busy = bool(self._waiting) and not self._closed
             if self._busy:
@@ -108,7 +140,7 @@ class Publisher:
 
     async def _send_together(self, batch: list[Outgoing]) -> None:
         try:
-            await self._send(batch)
+            known = await self._send(batch)
         except QueueFullError as error:
             if len(batch) == 1:
                 _fail(batch, error)
@@ -120,7 +152,7 @@ class Publisher:
         else:
             for outgoing in batch:
                 if not outgoing.accepted.done():
-                    outgoing.accepted.set_result(None)
+                    outgoing.accepted.set_result(known)
 
     def _take(self) -> list[Outgoing]:
         """Remove what fits into one call: submits to the same list, in their order."""
@@ -131,12 +163,13 @@ class Publisher:
             count += len(following.messages)
             nbytes += following.nbytes
             same_list = following.queue == first.queue and following.priority == first.priority
+            same_list = same_list and first.idempotency is None and following.idempotency is None
             if not same_list or count > BATCH_MESSAGES or nbytes > BATCH_BYTES:
                 break
             batch.append(self._waiting.popleft())
         return batch
 
-    async def _send(self, batch: Sequence[Outgoing]) -> None:
+    async def _send(self, batch: Sequence[Outgoing]) -> str:
         queue, priority = batch[0].queue, batch[0].priority
         messages = list(chain.from_iterable(outgoing.messages for outgoing in batch))
         blobs = [blob for outgoing in batch for blob in outgoing.blobs]
@@ -144,21 +177,24 @@ class Publisher:
         check_memory = now - self._memory_checked > MEMORY_CHECK_INTERVAL_S
         if check_memory:
             self._memory_checked = now
-        args: list[Argument] = [
-            queue,
-            self._queue_limit,
-            int(check_memory),
-            keys.WAKE_CHANNEL,
-            self._blob_ttl_s,
-            len(blobs),
-            *(part for blob in blobs for part in blob),
-            *messages,
-        ]
-        reply = await self.connection.call(
-            self._script,
-            [keys.queue_list(queue, priority), *keys.queue_lists(queue), keys.QUEUES],
-            args,
-        )
+        idempotency = batch[0].idempotency
+        args: list[Argument] = [queue, self._queue_limit, int(check_memory), keys.WAKE_CHANNEL, self._blob_ttl_s]
+        args.append(ONCE_TTL_S)
+        args += ("", "", "") if idempotency is None else (idempotency.ttl_s, idempotency.task_id, idempotency.digest)
+        args.append(len(blobs))
+        args += [part for blob in blobs for part in blob]
+        args += messages
+        key_names = [keys.queue_list(queue, priority), *keys.queue_lists(queue), keys.QUEUES]
+        key_names.append(keys.ONCE_PREFIX + uuid.uuid4().hex)
+        if idempotency is not None:
+            key_names.append(idempotency.key)
+        reply = await self._call(key_names, args)
+        if reply[0] == b"same":
+            return str(reply[1].decode())
+        if reply[0] == b"conflict":
+            raise IdempotencyConflictError(
+                f"the idempotency key belongs to task {reply[1].decode()}, which was asked for something else"
+            )
         if reply[0] == b"full":
             raise QueueFullError(
                 f"queue {queue!r} holds {reply[1]} messages; its limit is {self._queue_limit}, "
@@ -171,6 +207,20 @@ class Publisher:
                 f"the broker uses {int(reply[1]):,} of {int(reply[2]):,} bytes; submits are refused above 80 %",
                 retry_after_s=RETRY_AFTER_S,
             )
+        return ""
+
+    async def _call(self, key_names: Sequence[str], args: Sequence[Argument]) -> Any:
+        """Call the script; what lost replies leave open is settled by calling again, which does nothing twice."""
+        give_up = time.monotonic() + REPEAT_FOR_S
+        delay_s = REPEAT_MIN_S
+        while True:
+            try:
+                return await self.connection.call(self._script, key_names, args)
+            except BrokerUnavailableError:
+                if self._closed or time.monotonic() + delay_s > give_up:
+                    raise
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # full herds of clients come back in turn
+            delay_s = min(2 * delay_s, REPEAT_MAX_S)
 
 
 def _fail(batch: Iterable[Outgoing], error: SamphireError) -> None:

@@ -1,14 +1,29 @@
--- submit: push messages to one list of a queue, with their claim checks, all or nothing.
--- KEYS  1 the list to push to   2-5 the queue's lists of every priority   6 sub:queues
+-- submit: push messages to one list of a queue, with their claim checks, all or nothing, and once.
+-- KEYS  1 the list to push to   2-5 the queue's lists of every priority   6 sub:queues   7 sub:once:<call>
+--       8 sub:key:<…>, of a submit that has an idempotency key
 -- ARGV  1 queue   2 limit of queued messages (0: none)   3 "1" to check the memory   4 channel to wake lanes
---       5 lifetime of claim checks in s   6 number of claim checks, then each as key, bytes; then the messages
--- Returns {"ok", length} or, with nothing written, {"full", length} or {"memory", used, maximum}.
+--       5 lifetime of claim checks in s   6 lifetime in s of the mark that this call was carried out
+--       7 lifetime of the idempotency key in s   8 task id   9 digest of what is asked for (7-9: "" without a key)
+--      10 number of claim checks, then each as key, bytes; then the messages
+-- A call that is repeated because its reply was lost finds the mark, and does nothing more.
+-- Returns {"ok", length}, {"same", task id} where the key has a task already, or, with nothing written,
+-- {"conflict", task id} where that task was asked for something else, {"full", length} or {"memory", used, maximum}.
+if redis.call('EXISTS', KEYS[7]) == 1 then
+  return {'ok', 0}
+end
+if KEYS[8] then
+  local known = redis.call('GET', KEYS[8])
+  if known then
+    local id, digest = string.match(known, '^(%S+) (%S+)$')
+    return {digest == ARGV[9] and 'same' or 'conflict', id}
+  end
+end
 local length = 0
 for i = 2, 5 do
   length = length + redis.call('LLEN', KEYS[i])
 end
-local blobs = tonumber(ARGV[6])
-local first = 7 + 2 * blobs
+local blobs = tonumber(ARGV[10])
+local first = 11 + 2 * blobs
 local count = #ARGV - first + 1
 local limit = tonumber(ARGV[2])
 if limit > 0 and length + count > limit then
@@ -26,7 +41,11 @@ if ARGV[3] == '1' then
 end
 -- SADD comes first: out of memory, it is refused before anything is written.
 redis.call('SADD', KEYS[6], ARGV[1])
-for i = 7, first - 1, 2 do
+redis.call('SETEX', KEYS[7], ARGV[6], '1')
+if KEYS[8] then
+  redis.call('SETEX', KEYS[8], ARGV[7], ARGV[8] .. ' ' .. ARGV[9])
+end
+for i = 11, first - 1, 2 do
   redis.call('SET', ARGV[i], ARGV[i + 1], 'EX', ARGV[5])
 end
 for i = first, #ARGV, 1000 do -- unpack takes at most 7,999 values

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
 from samphire.aio import AsyncClient, AsyncTask, Counted, Progress, TaskEvent
+from samphire.dead_letters import AsyncDeadLetters, DeadLetter, LetterFilter, Letters
 from samphire.encoder import Inputs, Parameters
 from samphire.errors import ClientClosedError, SamphireError
 from samphire.keys import Priority
@@ -133,6 +134,35 @@ class Task:
             yield from iterator
 
 
+class DeadLetters:
+    """See `AsyncDeadLetters`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def _run(self, use: Callable[[AsyncDeadLetters], Coroutine[Any, Any, T]]) -> T:
+        async def run() -> T:
+            return await use(self._client._client.dead_letters)
+
+        return self._client._run(run)
+
+    def list(self, which: LetterFilter | None = None, *, limit: int | None = 100) -> Letters:
+        """See `AsyncDeadLetters.list`."""
+        return self._run(lambda letters: letters.list(which, limit=limit))
+
+    def get(self, letter_id: str) -> DeadLetter:
+        """See `AsyncDeadLetters.get`."""
+        return self._run(lambda letters: letters.get(letter_id))
+
+    def redrive(self, letter_ids: Iterable[str], *, rate_per_s: float | None = None, timeout_s: float = 30.0) -> int:
+        """See `AsyncDeadLetters.redrive`."""
+        return self._run(lambda letters: letters.redrive(letter_ids, rate_per_s=rate_per_s, timeout_s=timeout_s))
+
+    def purge(self, letter_ids: Iterable[str], *, timeout_s: float = 30.0) -> int:
+        """See `AsyncDeadLetters.purge`."""
+        return self._run(lambda letters: letters.purge(letter_ids, timeout_s=timeout_s))
+
+
 class Client:
     """Submits tasks and reads their results, blocking; may be shared by threads, and survives a fork.
 
@@ -149,6 +179,7 @@ class Client:
         inline_limit_bytes: int = 8 * 2**10,
         max_request_bytes: int = 16 * 2**20,
         blob_ttl_s: int = 86_400,
+        idempotency_ttl_s: int = 3600,
         validate: bool = True,
     ) -> None:
         self._make = partial(
@@ -159,6 +190,7 @@ class Client:
             inline_limit_bytes=inline_limit_bytes,
             max_request_bytes=max_request_bytes,
             blob_ttl_s=blob_ttl_s,
+            idempotency_ttl_s=idempotency_ttl_s,
             validate=validate,
         )
         self._lock = threading.Lock()
@@ -237,6 +269,7 @@ class Client:
         eta: datetime | None = None,
         delay_s: float | None = None,
         deadline_s: float | None = None,
+        idempotency_key: str | None = None,
     ) -> Task:
         """See `AsyncClient.submit`."""
         task = self._run(
@@ -250,9 +283,10 @@ class Client:
                 eta=eta,
                 delay_s=delay_s,
                 deadline_s=deadline_s,
+                idempotency_key=idempotency_key,
             )
         )
-        return Task(self, task.id, "once")
+        return Task(self, task.id, task._look)
 
     def chain(
         self,
@@ -329,6 +363,11 @@ class Client:
                     if isinstance(result, SamphireError) and not return_exceptions:
                         raise result
                     yield result
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """See `AsyncClient.dead_letters`."""
+        return DeadLetters(self)
 
     def signature(self, model: str) -> ModelSignature | None:
         """See `AsyncClient.signature`."""

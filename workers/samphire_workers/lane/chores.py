@@ -26,7 +26,7 @@ async def keep_clock(store: Store, cancel: Cancel) -> None:
     """Return scheduled tasks when they are due, and do what clients ask for, for ever."""
     while True:
         done = 0
-        for chore in (store.return_due, lambda: _count(cancel), store.delete_results):
+        for chore in (store.return_due, lambda: _count(cancel), store.delete_results, store.serve_letters):
             try:
                 done += await chore()
             except SamphireError as error:

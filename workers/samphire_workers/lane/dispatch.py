@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from samphire.errors import (
     EndpointTimeoutError,
@@ -27,9 +28,16 @@ from samphire_workers.lane.outcome import TimeLimitError
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.request import Request, fetch, has_refs, load
-from samphire_workers.triton import Endpoints, Tensor
+from samphire_workers.triton import Endpoint, Endpoints, StubDiedError, Tensor
 
 logger = logging.getLogger(__name__)
+
+
+class Release(Protocol):
+    """Hands requests back to their queues."""
+
+    async def __call__(self, requests: Sequence[Request], *, blamed: bool = False) -> None:
+        """With `blamed` it counts as an attempt of those that had started."""
 
 
 class Dispatcher:
@@ -46,7 +54,7 @@ class Dispatcher:
         events: TaskEvents,
         pace: Pace,
         *,
-        release: Callable[[Sequence[Request]], Awaitable[None]],
+        release: Release,
         let_go: Callable[[Sequence[str]], None],
         room_again: Callable[[], None],
     ) -> None:
@@ -62,6 +70,8 @@ class Dispatcher:
         self._let_go = let_go
         self._room_again = room_again
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
+        self._reloads: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._reloaded_at: dict[tuple[str, str], float] = {}
         self.under_way: Counter[str] = Counter()
         """Micro-batches under way, by model."""
 
@@ -161,7 +171,12 @@ class Dispatcher:
             await self._endings.succeed(list(zip(batch, answers, strict=True)))
 
     async def _ended_badly(self, model: str, batch: list[Request], error: SamphireError) -> None:
-        if isinstance(error, EndpointUnavailableError):
+        if isinstance(error, StubDiedError):
+            # One of them has taken the model's process down: they come back alone, each with an attempt less.
+            self._catalogue.forget(model)
+            logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
+            await self._release(batch, blamed=True)
+        elif isinstance(error, EndpointUnavailableError):
             self._catalogue.forget(model)
             logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
             await self._release(batch)
@@ -189,6 +204,9 @@ class Dispatcher:
             )
         except EndpointTimeoutError as error:
             raise self._time_error(batch[0], timeout_s, error) from error
+        except StubDiedError:
+            await self._reload(endpoint, model)
+            raise
         except EndpointUnavailableError:
             if not await endpoint.is_ready():
                 self._endpoints.mark_away(endpoint)
@@ -204,6 +222,20 @@ class Dispatcher:
         finally:
             self._pace.took(model, time.monotonic() - batch[0].taken_in_at)
         return batching.split(batch, outputs)
+
+    async def _reload(self, endpoint: Endpoint, model: str) -> None:
+        """Bring a model back whose process has died; whoever finds it first, the others wait."""
+        began = time.monotonic()
+        async with self._reloads[model]:
+            if self._reloaded_at.get((endpoint.url, model), 0.0) > began:
+                return  # while this one waited
+            try:
+                await endpoint.reload(model)
+            except SamphireError as error:  # the control API is closed to us: somebody else has to
+                logger.warning("model %s was not reloaded: %s", model, error, extra={"action": "reload_failed"})
+            else:
+                logger.info("model %s was reloaded", model, extra={"action": "reloaded"})
+            self._reloaded_at[endpoint.url, model] = time.monotonic()
 
     def _timeout_s(self, batch: Sequence[Request]) -> float:
         """How long Triton may take: as long as the member that can wait longest."""

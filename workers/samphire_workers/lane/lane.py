@@ -57,6 +57,8 @@ IDLE_CHECK_S = 0.25
 another priority than the highest wakes nobody."""
 
 DISCOVER_S = 1.0
+SCANS_A_LOOK = 20
+"""Steps of a thousand keys: a plain producer's queue for a tenant is found although there are many results."""
 
 LOOK_EVERYWHERE_S = 0.05
 """A lane that is woken for one queue again and again looks into all of them after this long."""
@@ -232,7 +234,12 @@ class Lane:
         while True:
             try:
                 queues = await self._store.known_queues()
-                cursor, found = await self._store.find_queues(cursor)
+                found: set[str] = set()
+                for _ in range(SCANS_A_LOOK):
+                    cursor, some = await self._store.find_queues(cursor)
+                    found |= some
+                    if not cursor:
+                        break
             except SamphireError as error:
                 logger.warning("queues were not looked up: %s", error, extra={"action": "discovery_failed"})
                 queues, found = set(), set()
@@ -354,11 +361,11 @@ class Lane:
                 self._let_go([request.claim.field])
         self._sort_out(due)
 
-    async def _release(self, requests: Sequence[Request]) -> None:
+    async def _release(self, requests: Sequence[Request], *, blamed: bool = False) -> None:
         fields = [request.claim.field for request in requests]
         for request in requests:
             self._events.dropped(request)
-        await self._hand_back(requests, lambda: self._store.release(fields))
+        await self._hand_back(requests, lambda: self._store.release(fields, blamed=blamed))
 
     async def _hand_back(self, requests: Sequence[Request], action: Callable[[], Awaitable[int]]) -> None:
         try:

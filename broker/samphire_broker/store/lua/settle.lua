@@ -93,7 +93,8 @@ local function bury(field, id, letter, message)
   local time = call('TIME')
   local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
   local key = ARGV[6] .. letter[1]
-  call('HSET', key, 'message', message, 'queue', match(field, '^%d+:([^\6]*)'), 'task_id', id, 'model', letter[2],
+  call('HSET', key, 'message', message, 'queue', match(field, '^%d+:([^\6]*)'),
+    'list', match(field, '^%d+:(.*)$'), 'task_id', id, 'model', letter[2],
     'reason', letter[3], 'error', letter[4], 'attempts', letter[5], 'worker', ARGV[8],
     'died_at', string.format('%.6f', now))
   call('EXPIRE', key, ARGV[7])
