@@ -28,6 +28,7 @@ from samphire_workers.lane.outcome import TimeLimitError
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.request import Request, fetch, has_refs, load
+from samphire_workers.lane.turnstile import Turnstile
 from samphire_workers.triton import Endpoint, Endpoints, StubDiedError, Tensor
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Dispatcher:
         self._let_go = let_go
         self._room_again = room_again
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
+        self._turnstiles: defaultdict[str, Turnstile] = defaultdict(Turnstile)
         self._reloads: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._reloaded_at: dict[tuple[str, str], float] = {}
         self.under_way: Counter[str] = Counter()
@@ -173,7 +175,6 @@ class Dispatcher:
     async def _ended_badly(self, model: str, batch: list[Request], error: SamphireError) -> None:
         if isinstance(error, StubDiedError):
             # One of them has taken the model's process down: they come back alone, each with an attempt less.
-            self._catalogue.forget(model)
             logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
             await self._release(batch, blamed=True)
         elif isinstance(error, EndpointUnavailableError):
@@ -193,19 +194,23 @@ class Dispatcher:
         parameters = {name: value for name, value in infer.parameters.items() if name != "micro_batch"}
         timeout_s = self._timeout_s(batch)
         endpoint = self._endpoints.pick()
+        asked_at = time.monotonic()
         try:
-            outputs = await endpoint.infer(
-                model,
-                batch[0].version,
-                batching.merge(batch),
-                [output.name for output in infer.outputs],
-                parameters,
-                timeout_s,
-            )
+            async with self._turnstiles[model].through(alone=len(batch) == 1 and batch[0].attempts > 0):
+                asked_at = time.monotonic()
+                outputs = await endpoint.infer(
+                    model,
+                    batch[0].version,
+                    batching.merge(batch),
+                    [output.name for output in infer.outputs],
+                    parameters,
+                    timeout_s,
+                )
         except EndpointTimeoutError as error:
             raise self._time_error(batch[0], timeout_s, error) from error
         except StubDiedError:
-            await self._reload(endpoint, model)
+            if not await self._reload(endpoint, model, asked_at):
+                self._catalogue.forget(model)
             raise
         except EndpointUnavailableError:
             if not await endpoint.is_ready():
@@ -223,19 +228,19 @@ class Dispatcher:
             self._pace.took(model, time.monotonic() - batch[0].taken_in_at)
         return batching.split(batch, outputs)
 
-    async def _reload(self, endpoint: Endpoint, model: str) -> None:
-        """Bring a model back whose process has died; whoever finds it first, the others wait."""
-        began = time.monotonic()
+    async def _reload(self, endpoint: Endpoint, model: str, asked_at: float) -> bool:
+        """Bring a model back whose process has died; whoever finds it first, the others wait. Whether it is back."""
         async with self._reloads[model]:
-            if self._reloaded_at.get((endpoint.url, model), 0.0) > began:
-                return  # while this one waited
+            if self._reloaded_at.get((endpoint.url, model), 0.0) > asked_at:
+                return True  # it was the process before
             try:
                 await endpoint.reload(model)
             except SamphireError as error:  # the control API is closed to us: somebody else has to
                 logger.warning("model %s was not reloaded: %s", model, error, extra={"action": "reload_failed"})
-            else:
-                logger.info("model %s was reloaded", model, extra={"action": "reloaded"})
+                return False
+            logger.info("model %s was reloaded", model, extra={"action": "reloaded"})
             self._reloaded_at[endpoint.url, model] = time.monotonic()
+            return True
 
     def _timeout_s(self, batch: Sequence[Request]) -> float:
         """How long Triton may take: as long as the member that can wait longest."""
