@@ -50,7 +50,7 @@ def test_every_grpc_status_is_translated() -> None:
     [
         (grpc.StatusCode.UNAVAILABLE, "Request timeout expired", errors.EndpointTimeoutError),
         (grpc.StatusCode.UNAVAILABLE, "failed to connect", errors.EndpointUnavailableError),
-        (grpc.StatusCode.INTERNAL, "Stub process 'x' is not healthy.", errors.EndpointUnavailableError),
+        (grpc.StatusCode.INTERNAL, "Stub process 'x' is not healthy.", triton.StubDiedError),
         (grpc.StatusCode.INTERNAL, "division by zero", errors.ModelFaultError),
         (grpc.StatusCode.INVALID_ARGUMENT, "wrong shape", errors.InvalidInputError),
     ],

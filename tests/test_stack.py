@@ -290,17 +290,15 @@ def test_a_broker_restart_under_load_loses_nothing_that_was_accepted(tmp_path: P
     """The worker and the client reconnect by themselves; every accepted task is answered."""
     with running_stack(tmp_path) as up:
         before = up.ready["pids"]
-        accepted, refused = [], 0
+        accepted = []
         stopping = threading.Event()
         with Client(up.broker_url) as client:
 
             def submit() -> None:
-                nonlocal refused
                 while not stopping.is_set():
                     try:
                         accepted.append(client.submit("identity", {"input_fp32": X}))
-                    except SamphireError:
-                        refused += 1
+                    except SamphireError:  # most are repeated by the client until the broker is back
                         time.sleep(0.05)
 
             submitter = threading.Thread(target=submit)
@@ -312,7 +310,6 @@ def test_a_broker_restart_under_load_loses_nothing_that_was_accepted(tmp_path: P
             eventually(lambda: len(accepted) > count + 200, 30, "more tasks")
             stopping.set()
             submitter.join(30)
-            assert refused, "the outage was noticed"
             for task in accepted:
                 task.result(TIMEOUT_S)
         assert up.ready["pids"]["worker"] == before["worker"], "the worker was not restarted"
