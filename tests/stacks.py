@@ -42,6 +42,21 @@ def eventually(check: Callable[[], Any], timeout_s: float = 30.0, what: str = "t
     raise AssertionError(f"{what} did not come true within {timeout_s} s")
 
 
+def samphire(broker_url: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the `samphire` command on a broker; whatever happens, it shows no traceback."""
+    ended = subprocess.run(
+        [SAMPHIRE, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=clean_environment() | {"SAMPHIRE_BROKER_URL": broker_url},
+    )
+    assert "Traceback" not in ended.stderr
+    return ended
+
+
 @dataclass
 class Valkey:
     """A running server."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -24,7 +23,7 @@ from samphire import (
 )
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store
-from tests.stacks import SAMPHIRE, Up, Valkey, clean_environment
+from tests.stacks import Up, Valkey, samphire
 
 TIMEOUT_S = 30
 
@@ -35,20 +34,6 @@ def fail(client: Client, value: float = -1) -> str:
     with pytest.raises(ModelFaultError):
         task.result(TIMEOUT_S)
     return task.id
-
-
-def samphire(url: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    ended = subprocess.run(
-        [SAMPHIRE, "dead-letters", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=clean_environment() | {"SAMPHIRE_BROKER_URL": url},
-    )
-    assert "Traceback" not in ended.stderr
-    return ended
 
 
 def test_letters_are_found_by_model_reason_and_time(client: Client, stack: Up) -> None:
@@ -165,21 +150,24 @@ def test_the_command(client: Client, stack: Up, tmp_path: Any) -> None:
     """List, show, redrive and purge, each as a person and as a script would."""
     url = stack.broker_url
     task_id = fail(client)
-    listed = [json.loads(line) for line in samphire(url, "list", "--model", "picky", "--json").stdout.splitlines()]
+    listed = [
+        json.loads(line)
+        for line in samphire(url, "dead-letters", "list", "--model", "picky", "--json").stdout.splitlines()
+    ]
     assert listed[0]["id"] == task_id and "message" not in listed[0]
-    assert task_id in samphire(url, "list", "--reason", "model_fault", "--since", "2020-01-01").stdout
-    shown = samphire(url, "show", task_id, "--save", str(tmp_path / "message"))
+    assert task_id in samphire(url, "dead-letters", "list", "--reason", "model_fault", "--since", "2020-01-01").stdout
+    shown = samphire(url, "dead-letters", "show", task_id, "--save", str(tmp_path / "message"))
     assert "negative" in shown.stdout
     assert json.loads((tmp_path / "message").read_bytes())["headers"]["id"] == task_id
-    assert samphire(url, "redrive", task_id, "--json").stdout == '{"redriven": 1}\n'
+    assert samphire(url, "dead-letters", "redrive", task_id, "--json").stdout == '{"redriven": 1}\n'
     with pytest.raises(ModelFaultError):
         client.task(task_id).result(TIMEOUT_S)
-    refused = samphire(url, "purge", task_id, stdin="n\n")
+    refused = samphire(url, "dead-letters", "purge", task_id, stdin="n\n")
     assert refused.returncode == 1 and client.dead_letters.get(task_id)
-    assert samphire(url, "purge", task_id, "--yes").stdout == "1 purged\n"
-    gone = samphire(url, "show", task_id)
+    assert samphire(url, "dead-letters", "purge", task_id, "--yes").stdout == "1 purged\n"
+    gone = samphire(url, "dead-letters", "show", task_id)
     assert gone.returncode == 1 and "LetterGoneError" in gone.stderr
     for arguments in (["purge"], ["redrive"], ["redrive", "a", "--all"], ["list", "--reason", "bad"]):
-        assert samphire(url, *arguments).returncode == 2
-    assert samphire(url, "purge", "--model", "picky", "--yes").returncode == 0
+        assert samphire(url, "dead-letters", *arguments).returncode == 2
+    assert samphire(url, "dead-letters", "purge", "--model", "picky", "--yes").returncode == 0
     assert client.dead_letters.list(LetterFilter(model="picky")) == []

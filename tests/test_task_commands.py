@@ -11,21 +11,7 @@ import numpy as np
 import pytest
 
 from samphire import Client, keys
-from tests.stacks import SAMPHIRE, Up, Valkey, clean_environment, eventually
-
-
-def samphire(url: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    ended = subprocess.run(
-        [SAMPHIRE, *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=clean_environment() | {"SAMPHIRE_BROKER_URL": url},
-    )
-    assert "Traceback" not in ended.stderr
-    return ended
+from tests.stacks import Up, Valkey, eventually, samphire
 
 
 def lines(ended: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:

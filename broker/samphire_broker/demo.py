@@ -44,9 +44,8 @@ async def show(stack: Stack, *, keep: bool) -> None:
         await _chain(client, images, labels)
         await _bad_request(client)
         await _dead_letter(client, stack.broker_url)
-    click.echo(
-        f"\nFlower shows every task: {stack.flower_url} (user samphire, password in {stack.flower_password_file})"
-    )
+    hint = "" if keep else "; --keep leaves it running"
+    click.echo(f"\nFlower shows every task: {stack.flower_url} (password in {stack.flower_password_file}{hint})")
     if keep:
         click.echo(
             f"\nThe stack goes on: SAMPHIRE_BROKER_URL={stack.broker_url} SAMPHIRE_TRITON_URLS={stack.triton_grpc}"

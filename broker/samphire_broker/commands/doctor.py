@@ -7,14 +7,12 @@ from pathlib import Path
 
 import click
 
-from samphire_broker.commands.output import FAILED, print_json, reports_errors, say
+from samphire_broker.commands.output import FAILED, print_json, say, with_broker_url
 
 MARKS = {"ok": "ok", "warning": "WARN", "error": "FAIL", "skipped": "-"}
 
 
 @click.command()
-@click.option("--broker-url", envvar="SAMPHIRE_BROKER_URL", show_envvar=True, help="Default: redis://localhost:6379/0")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one finding a line.")
 @click.option(
     "--bundle", type=click.Path(path_type=Path, dir_okay=False), help="Pack a support file (.zip), without secrets."
 )
@@ -24,7 +22,7 @@ MARKS = {"ok": "ok", "warning": "WARN", "error": "FAIL", "skipped": "-"}
     envvar="SAMPHIRE_DATA_DIR",
     help="The stack's data directory, whose logs go into the support file.",
 )
-@reports_errors
+@with_broker_url
 def doctor(broker_url: str | None, as_json: bool, bundle: Path | None, data_dir: Path | None) -> None:
     """Check everything that could be wrong, and say how to mend it; fails if something is."""
     from samphire_broker.doctor import examine, write_bundle  # its packages take a second to load

@@ -22,7 +22,7 @@ from samphire import (
 from samphire.connection import redact
 from samphire.tensors import array_to_bytes, bytes_to_values
 
-FAILED, USAGE, BROKER_AWAY, NO_ANSWER = 1, 2, 3, 4
+FAILED, BROKER_AWAY, NO_ANSWER = 1, 3, 4  # 2 is click's, for wrong usage
 SHOWN_VALUES = 12
 
 
@@ -42,7 +42,7 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value))
 
 
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command end with a message and an exit code instead of a traceback."""
 
     @functools.wraps(command)
@@ -59,15 +59,20 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def with_broker_url(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `--broker-url` and `--json`, and let it end with a message instead of a traceback."""
+    broker_url = click.option(
+        "--broker-url", envvar="SAMPHIRE_BROKER_URL", show_envvar=True, help="Default: redis://localhost:6379/0"
+    )
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, one value a line.")
+    return broker_url(as_json(_reports_errors(command)))
+
+
 def with_client(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command a client, by `--broker-url`, and `--json`."""
 
-    @click.option(
-        "--broker-url", envvar="SAMPHIRE_BROKER_URL", show_envvar=True, help="Default: redis://localhost:6379/0"
-    )
-    @click.option("--json", "as_json", is_flag=True, help="Print JSON, one value a line.")
+    @with_broker_url
     @functools.wraps(command)
-    @reports_errors
     def run(broker_url: str | None, **kwargs: Any) -> None:
         try:
             client = Client(broker_url)

@@ -19,8 +19,8 @@ from samphire_broker.commands.output import (
     fail,
     print_json,
     print_result,
-    reports_errors,
     say,
+    with_broker_url,
     with_client,
 )
 from samphire_broker.overview import overview
@@ -215,9 +215,7 @@ def cancel(client: Client, *, task_ids: tuple[str, ...], timeout_s: float, as_js
 
 
 @click.command()
-@click.option("--broker-url", envvar="SAMPHIRE_BROKER_URL", show_envvar=True, help="Default: redis://localhost:6379/0")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@reports_errors
+@with_broker_url
 def queues(broker_url: str | None, as_json: bool) -> None:
     """Show what waits where, and who works."""
     seen = overview(broker_url)

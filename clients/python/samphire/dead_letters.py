@@ -95,10 +95,7 @@ class AsyncDeadLetters:
         Raises:
             LetterGoneError: there is none of that id.
         """
-        letter = await self._read(letter_id, "message")
-        if letter is None:
-            raise LetterGoneError(f"no dead letter {letter_id!r}: it was redriven or purged, or its time is over")
-        return letter
+        return _found(letter_id, await self._read(letter_id, "message"))
 
     async def redrive(
         self, letter_ids: Iterable[str], *, rate_per_s: float | None = None, timeout_s: float = 30.0
@@ -123,7 +120,7 @@ class AsyncDeadLetters:
     async def _ask(self, verb: str, letter_ids: Sequence[str], rate_per_s: float | None, timeout_s: float) -> int:
         if rate_per_s is not None and not rate_per_s > 0:
             raise InvalidInputError(f"expected rate_per_s above 0, given {rate_per_s}")
-        deaths = {letter_id: (await self.get(letter_id)).died_at for letter_id in letter_ids}
+        deaths = {letter_id: _found(letter_id, await self._read(letter_id)).died_at for letter_id in letter_ids}
         began = time.monotonic()
         for number, letter_id in enumerate(letter_ids):
             if rate_per_s is not None:
@@ -156,3 +153,9 @@ class AsyncDeadLetters:
             datetime.fromtimestamp(float(texts["died_at"]), UTC),
             values[-1] if more else None,
         )
+
+
+def _found(letter_id: str, letter: DeadLetter | None) -> DeadLetter:
+    if letter is None:
+        raise LetterGoneError(f"no dead letter {letter_id!r}: it was redriven or purged, or its time is over")
+    return letter

@@ -249,9 +249,8 @@ class Canvas:
         if isinstance(traced.retval, ExceptionInfo) and traced.retval.internal:  # the tracer itself failed
             wrapped = traced.retval.exception
             raise getattr(wrapped, "exc", wrapped)
-        if traced.info is not None and not isinstance(
-            outcome, Exception
-        ):  # it failed to send, and calls that a failure
+        failed = traced.info is not None
+        if failed and not isinstance(outcome, Exception):  # it could not send, which Celery calls the task's failure
             raise traced.info.retval
         return _steps()
 

@@ -31,6 +31,7 @@ class QueuePlanner:
     def __init__(self, weights: Mapping[str, int]) -> None:
         self._weights = weights
         self._queues: list[str] = []
+        self._known: set[str] = set()
         self._turn = 0
         self._plans: dict[tuple[int, int, frozenset[str], frozenset[str]], Plan] = {}
 
@@ -41,8 +42,9 @@ class QueuePlanner:
 
     def add(self, queues: Collection[str]) -> list[str]:
         """Serve these queues too; returns those that are new."""
-        new = sorted(set(queues) - set(self._queues))
+        new = sorted(set(queues) - self._known)  # asked with every claim, and nearly always nothing
         if new:
+            self._known.update(new)
             self._queues = sorted([*self._queues, *new])
             self._plans.clear()
         return new

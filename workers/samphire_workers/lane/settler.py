@@ -6,14 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from samphire.errors import TransientError
 from samphire_broker.store import Settlement, Store
+from samphire_workers.lane.persist import persist
 
 logger = logging.getLogger(__name__)
 
 BATCH = 256
 BATCH_BYTES = 4 * 2**20
-RETRY_S = 0.25
 
 
 class Settler:
@@ -47,13 +46,7 @@ class Settler:
             self._none.set()
 
     async def _send(self, batch: Sequence[Settlement]) -> None:
-        while True:
-            try:
-                ours = await self._store.settle(batch)
-                break
-            except TransientError as error:  # fenced, so it may be repeated
-                logger.warning("settling failed: %s", error, extra={"action": "settle_failed"})
-                await asyncio.sleep(RETRY_S)
+        ours = await persist(lambda: self._store.settle(batch))  # fenced, so it may be repeated
         for settlement, still_ours in zip(batch, ours, strict=True):
             if not still_ours:
                 logger.warning(
