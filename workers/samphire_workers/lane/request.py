@@ -139,54 +139,62 @@ def home_of(list_key: str) -> tuple[str, str]:
 def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError | None]:
     """Decode a message as far as it can be; the error, if any, is what makes it a dead letter."""
     request = Request(claim)
+    error: InvalidInputError | None = None
+    try:
+        _read_into(request, claim, settings)
+    except InvalidInputError as found:
+        # Its frames hold the message, and it is in them: a circle that would keep megabytes until it is looked for.
+        error = found.with_traceback(None)
+        error.__cause__ = error.__context__ = None
+    if claim.size > KEEP_MESSAGE_BYTES:  # decoded, or given up: the bytes are only in the way
+        request.claim = claim._replace(message=b"")
+        if request.envelope is not None:
+            request.envelope.body = ""
+    return request, error
+
+
+def _read_into(request: Request, claim: Claimed, settings: Settings) -> None:
     if claim.size > settings.max_message_bytes:
         found = _ID_IN_TAIL.search(claim.message)
         stream = _STREAM_IN_TAIL.search(claim.message)
         request.task_id = found.group(1).decode(errors="replace") if found else ""
         request.stream = _checked_stream(stream.group(1).decode(errors="replace")) if stream else ""
-        return request, PayloadTooLargeError(
+        raise PayloadTooLargeError(
             f"expected a message of at most {settings.max_message_bytes} bytes, given {claim.size}: "
             "send large tensors as claim checks (ref)"
         )
-    try:
-        envelope = decode_envelope(claim.message)
-        request.envelope = envelope
-        if not 1 <= len(envelope.headers.id) <= 255:
-            raise InvalidInputError(f"expected a task id of 1 to 255 characters, given {envelope.headers.id[:300]!r}")
-        request.task_id = envelope.headers.id
-        request.stream = _checked_stream(envelope.headers.samphire_stream)
-        if envelope.headers.task == CHORD_PART_TASK:
-            request.errand = decode_chord_part(envelope, settings.max_message_bytes)
-            request.task_id = ""  # it has no result of its own
-            return request, None
-        if envelope.headers.task == CANVAS_TASK:
-            request.errand = decode_canvas_start(envelope, settings.max_message_bytes)
-            request.times = _times(envelope.headers)
-            return request, None
-        if envelope.headers.task != INFER_TASK:
-            raise InvalidInputError(
-                f"expected the task {INFER_TASK} on an inference queue, given {envelope.headers.task[:200]!r}"
-            )
-        try:
-            args, infer, canvas = decode_body(envelope, settings.max_message_bytes)
-        except InvalidInputError:
-            request.canvas = _canvas_request(claim, decode_canvas(envelope, settings.max_message_bytes))
-            raise
-        request.canvas = _canvas_request(claim, canvas)
-        if claim.size > KEEP_MESSAGE_BYTES:  # decoded: the bytes are only in the way
-            request.claim = claim._replace(message=b"")
-            envelope.body = ""
+    envelope = decode_envelope(claim.message)
+    request.envelope = envelope
+    if not 1 <= len(envelope.headers.id) <= 255:
+        raise InvalidInputError(f"expected a task id of 1 to 255 characters, given {envelope.headers.id[:300]!r}")
+    request.task_id = envelope.headers.id
+    request.stream = _checked_stream(envelope.headers.samphire_stream)
+    if envelope.headers.task == CHORD_PART_TASK:
+        request.errand = decode_chord_part(envelope, settings.max_message_bytes)
+        request.task_id = ""  # it has no result of its own
+        return
+    if envelope.headers.task == CANVAS_TASK:
+        request.errand = decode_canvas_start(envelope, settings.max_message_bytes)
         request.times = _times(envelope.headers)
-        if infer.contract != CONTRACT_VERSION:
-            raise InvalidInputError(f"expected contract version {CONTRACT_VERSION}, given {infer.contract}")
-        request.infer = infer
-        resolve(infer, args)
-        if not request.at_home:
-            check_model_name(infer.model_name)
-            check_tenant(infer.tenant)
-    except InvalidInputError as error:
-        return request, error
-    return request, None
+        return
+    if envelope.headers.task != INFER_TASK:
+        raise InvalidInputError(
+            f"expected the task {INFER_TASK} on an inference queue, given {envelope.headers.task[:200]!r}"
+        )
+    try:
+        args, infer, canvas = decode_body(envelope, settings.max_message_bytes)
+    except InvalidInputError:
+        request.canvas = _canvas_request(claim, decode_canvas(envelope, settings.max_message_bytes))
+        raise
+    request.canvas = _canvas_request(claim, canvas)
+    request.times = _times(envelope.headers)
+    if infer.contract != CONTRACT_VERSION:
+        raise InvalidInputError(f"expected contract version {CONTRACT_VERSION}, given {infer.contract}")
+    request.infer = infer
+    resolve(infer, args)
+    if not request.at_home:
+        check_model_name(infer.model_name)
+        check_tenant(infer.tenant)
 
 
 def _checked_stream(stream: str) -> str:
