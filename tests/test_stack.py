@@ -263,10 +263,10 @@ def test_a_task_that_takes_workers_down_is_dead_lettered_and_its_neighbours_are_
         with Client(up.broker_url) as client, up.redis() as server:
             poison = client.submit("identity", {"input_fp32": X})
             good = client.submit("identity", {"input_fp32": X})
-            server.hset(f"task:{poison.id}", "attempts", 3)  # as three reaps would have left it
-            server.set(keys.SUSPECTS, 1)
+            server.hset(f"task:{poison.id}", mapping={"attempts": 3, "crashes": 3})  # as three reaps would have left it
+            server.sadd(keys.TRIED, poison.id)
             os.kill(pid, signal.SIGCONT)
-            with pytest.raises(SamphireError, match="3 workers were lost"):
+            with pytest.raises(SamphireError, match="3 attempts, 3 of them"):
                 poison.result(TIMEOUT_S)
             good.result(TIMEOUT_S)
             assert server.hget(f"dead:{poison.id}", "reason") == b"worker_crash"

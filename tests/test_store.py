@@ -26,6 +26,7 @@ from samphire_broker.store import (
     OtherEnd,
     Settlement,
     Store,
+    Tried,
     Turn,
     WorkerInfo,
 )
@@ -34,6 +35,7 @@ from tests.stacks import Valkey
 
 QUEUE = "inference.m"
 LISTS = [keys.queue_list(QUEUE, step) for step in keys.PRIORITY_STEPS]
+ATTEMPT = '{"error": "lost"}'
 TURNS = [Turn(key, share, 0) for key, share in zip(LISTS, [8, 4, 2, 1], strict=True)]
 
 
@@ -52,7 +54,7 @@ class Worker:
     async def claim(self, most: int = 200, max_bytes: int = 10**9, room: int = 200) -> list[Claimed]:
         return await self.store.claim(TURNS, [room], most, max_bytes)
 
-    async def start(self, claims: list[Claimed]) -> list[int]:
+    async def start(self, claims: list[Claimed]) -> list[int | Tried]:
         return await self.store.start([(claim.field, claim.message.decode()) for claim in claims], self.info)
 
     async def settle(self, claim: Claimed, meta: str = '{"status":"SUCCESS"}') -> int:
@@ -352,6 +354,9 @@ def test_a_failed_task_becomes_a_dead_letter(valkey: Valkey) -> None:
             b"error": b"Error: bad",
             b"attempts": b"2",
             b"worker": b"w1",
+            b"history": b"[{}]",
+            b"run": b"1",
+            b"stream": b"events:c",
         }
         assert valkey.client.ttl("dead:a") > 0
         event = {b"failed": b"a", b"result": b'{"status":"FAILURE"}'}  # settled alone, and small
@@ -436,8 +441,8 @@ def test_scheduled_tasks_wait_for_their_time(valkey: Valkey) -> None:
 META = '{"status":"REVOKED","task_id":"","result":{}}'
 
 
-def test_what_has_not_started_can_be_cancelled(valkey: Valkey) -> None:
-    """Queued and scheduled end at once; started and ended ones say what they are; the message is dropped later."""
+def test_tasks_can_be_cancelled(valkey: Valkey) -> None:
+    """Queued and scheduled end at once, the message is dropped later; running ones where they run; ended ones stay."""
 
     async def test() -> None:
         push(valkey, "queued", "running", "done", "later")
@@ -450,7 +455,7 @@ def test_what_has_not_started_can_be_cancelled(valkey: Valkey) -> None:
             valkey.client.rpush(keys.CANCELS, "events:c queued", " running", "no-space", "events:c done")
             assert await w.store.cancel(META, ["later", "queued"]) == {
                 "queued": "REVOKED",  # asked for twice
-                "running": "STARTED",
+                "running": "running",
                 "done": "SUCCESS",
                 "later": "cancelled",
             }
@@ -465,11 +470,16 @@ def test_what_has_not_started_can_be_cancelled(valkey: Valkey) -> None:
             assert await w.start(dropped) == [CANCELLED, CANCELLED]
             again = [(claim.field, claim.message.decode(), time.time() + 60) for claim in dropped]
             assert await w.store.schedule(again) == [CANCELLED, CANCELLED]
-            assert await w.store.is_cancelled("queued") and not await w.store.is_cancelled("running")
+            assert await w.store.is_cancelled("queued") and not await w.store.is_cancelled("done")
             ends = [Settlement(claim.field, claim.message.decode(), "cancelled", META, "") for claim in dropped]
             assert await w.store.settle(ends) == [1, 1]
             assert everywhere(valkey) == ["running"]
+            assert valkey.client.zrange(keys.CANCELLED, 0, -1) == [b"running"]  # whoever runs it is told, and again
+            assert await w.store.cancel(META) == {"running": "running"}
+            ends = [Settlement(claims["running"].field, "running", "cancelled", META, "")]
+            assert await w.store.settle(ends) == [1]
             assert not valkey.client.exists(keys.CANCELLED)
+            assert await w.store.cancel(META) == {}
             valkey.client.delete(keys.CANCELLED_LATELY)  # a minute later
             assert await w.claim() == []
             assert not w.store.suspects
@@ -608,14 +618,14 @@ def test_a_lost_workers_claims_return_and_only_started_ones_count(valkey: Valkey
             claims = await lost.claim()
             await lost.start(claims[:1])
             beat = (await other.store.others())["w1"]
-            assert (await other.store.reap("w1", None)).moved == -1  # its lease still holds
-            assert await other.store.reap("w1", beat) == (3, 1, 0)
+            assert (await other.store.reap("w1", None, ATTEMPT)).moved == -1  # its lease still holds
+            assert await other.store.reap("w1", beat, ATTEMPT) == (3, 1, 0)
             assert await lost.settle(claims[0]) == 0
             assert await lost.store.settle([failed(claims[1], "b")]) == [0]
             again = await other.claim()
             assert [claim.message for claim in again] == [b"a", b"b", b"c"]
             assert other.store.suspects
-            assert await other.start(again) == [1, 0, 0]
+            assert await other.start(again) == [Tried(1, 1), 0, 0]
             assert await other.store.others() == {}
         assert everywhere(valkey) == ["a", "b", "c"]
 
@@ -631,7 +641,7 @@ def test_a_worker_that_beats_is_not_reaped(valkey: Valkey) -> None:
             await living.claim()
             seen = (await other.store.others())["w1"]
             await living.beat()
-            assert (await other.store.reap("w1", seen)).moved == -1
+            assert (await other.store.reap("w1", seen, ATTEMPT)).moved == -1
         assert valkey.client.hlen("worker:w1:inflight") == 1
 
     run(test)

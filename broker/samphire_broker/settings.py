@@ -9,12 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from samphire.connection import DEFAULT_BROKER_URL
+from samphire.contract import ATTEMPTS_MAX, BACKOFF_MAX_S, Backoff
 
 FsyncPolicy = Literal["always", "everysec"]
+
+
+class ModelRetry(BaseModel):
+    """What is different for one model; the rest is as for all."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_attempts: int | None = Field(default=None, ge=1, le=ATTEMPTS_MAX)
+    backoff_base_s: float | None = Field(default=None, ge=0, le=BACKOFF_MAX_S)
+    backoff_cap_s: float | None = Field(default=None, ge=0, le=BACKOFF_MAX_S)
+    backoff_jitter: float | None = Field(default=None, ge=0, le=1)
 
 
 class Settings(BaseSettings):
@@ -44,8 +56,23 @@ class Settings(BaseSettings):
     lease_s: float = Field(default=15.0, ge=1)
     """A worker whose heartbeat is older than this has lost its claims."""
 
-    max_attempts: int = Field(default=3, ge=1)
-    """How many workers a task may take down before it becomes a dead letter."""
+    max_attempts: int = Field(default=3, ge=1, le=ATTEMPTS_MAX)
+    """How often a task is tried, over failed attempts and lost workers together, before it becomes a dead letter."""
+
+    backoff_base_s: float = Field(default=0.5, ge=0, le=BACKOFF_MAX_S)
+    """Longest wait before the second attempt; it doubles with each."""
+
+    backoff_cap_s: float = Field(default=60.0, ge=0, le=BACKOFF_MAX_S)
+    """Longest wait of all."""
+
+    backoff_jitter: float = Field(default=1.0, ge=0, le=1)
+    """The part of the wait that is drawn by lot: 1 is full jitter."""
+
+    model_retries: dict[str, ModelRetry] = Field(default_factory=dict)
+    """JSON object: by model, an object with its own max_attempts, backoff_base_s, backoff_cap_s, backoff_jitter."""
+
+    shutdown_timeout_s: float = Field(default=60.0, ge=0)
+    """How long a worker that is asked to end goes on with what it holds; then it hands it back."""
 
     claim_max: int = Field(default=128, ge=1, le=1000)
     """Most messages that one claim moves."""
@@ -96,6 +123,16 @@ class Settings(BaseSettings):
             if weight < 1:
                 raise ValueError(f"expected a weight of at least 1 for {model!r}, given {weight}")
         return weights
+
+    def backoff(self, model: str) -> Backoff:
+        """How long tasks of a model wait before they are tried again."""
+        own = self.model_retries.get(model, ModelRetry())
+        base_s, cap_s, jitter = own.backoff_base_s, own.backoff_cap_s, own.backoff_jitter
+        return Backoff(
+            self.backoff_base_s if base_s is None else base_s,
+            self.backoff_cap_s if cap_s is None else cap_s,
+            self.backoff_jitter if jitter is None else jitter,
+        )
 
     @cached_property
     def lease_ms(self) -> int:

@@ -1,4 +1,4 @@
-"""The Triton adapter: gRPC to one endpoint or several, its errors in Samphire's words.
+"""The Triton adapter: gRPC to one endpoint, its errors in Samphire's words.
 
 Source: the GRPCInferenceService of the Open Inference Protocol with Triton's extensions, as generated in
 `tritonclient.grpc.service_pb2`. Requests are built on that level because a lane already holds a tensor's
@@ -8,7 +8,7 @@ bytes and needs no numpy in between.
 from __future__ import annotations
 
 import asyncio
-import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,17 +22,23 @@ from samphire.errors import (
     InvalidInputError,
     ModelFaultError,
     PayloadTooLargeError,
+    QueueFullError,
     SamphireError,
     UnknownModelError,
 )
 from samphire.validation import ModelSignature, TensorSpec
 
-logger = logging.getLogger(__name__)
-
 CONTROL_TIMEOUT_S = 5.0
-PROBE_INTERVAL_S = 0.5
+"""A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
 RELOAD_S = 60.0
-_UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A channel's own pauses between two tries to connect grow to two minutes; a server that is back must be seen.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
 
 _ERRORS: Mapping[grpc.StatusCode, type[SamphireError]] = {
     grpc.StatusCode.OK: ModelFaultError,
@@ -59,17 +65,62 @@ class StubDiedError(EndpointUnavailableError):
     """The process of a Python model has died; the model says that it is ready, and never answers again."""
 
 
-def translate(code: grpc.StatusCode, details: str) -> SamphireError:
+def translate(code: grpc.StatusCode, details: str, retry_after_s: float | None = None) -> SamphireError:
     """Return the Samphire error for a gRPC status and Triton's message.
 
-    Triton's status alone does not tell: UNAVAILABLE is also its queue's timeout, and INTERNAL is also a
-    Python stub that died.
+    Triton's status alone does not tell: UNAVAILABLE is also its queue's timeout and a queue that is full, and
+    INTERNAL is also a Python stub that died. docs/errors.md lists what the real server says.
     """
+    kind = _ERRORS[code]
     if code is grpc.StatusCode.UNAVAILABLE and "timeout expired" in details:
-        return EndpointTimeoutError(details)
-    if code is grpc.StatusCode.INTERNAL and "is not healthy" in details:
-        return StubDiedError(details)
-    return _ERRORS[code](details or code.name)
+        kind = EndpointTimeoutError
+    elif code is grpc.StatusCode.UNAVAILABLE and "maximum queue size" in details:
+        kind = QueueFullError
+    elif code is grpc.StatusCode.INTERNAL and "is not healthy" in details:
+        kind = StubDiedError
+    return kind(details or code.name, retry_after_s=retry_after_s)
+
+
+def _pushback_s(error: grpc.aio.AioRpcError) -> float | None:
+    """When the server, or a proxy before it, asks to be left alone; gRPC's A6 and HTTP's `retry-after`."""
+    metadata: Any = error.trailing_metadata() or ()  # an iterable of pairs, whatever its type says
+    for key, value in metadata:
+        try:
+            if key == "grpc-retry-pushback-ms":
+                return max(0.0, int(value) / 1000)
+            if key == "retry-after":
+                return max(0.0, float(value))
+        except ValueError:
+            continue
+    return None
+
+
+class Running:
+    """A request under way; `stop` ends the wait for it, and cancels it at the server."""
+
+    def __init__(self) -> None:
+        self._call: Any = None
+        self.why: SamphireError | None = None
+
+    def stop(self, why: SamphireError) -> None:
+        """End it: who waits gets `why`."""
+        if self.why is None:
+            self.why = why
+            if self._call is not None:
+                self._call.cancel()
+
+    async def wait(self, call: Any) -> Any:
+        """The answer of a call."""
+        if self.why is not None:
+            call.cancel()
+            raise self.why
+        self._call = call
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if self.why is None:
+                raise
+            raise self.why from None
 
 
 class Tensor(NamedTuple):
@@ -115,18 +166,25 @@ class Endpoint:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._channel = grpc.aio.insecure_channel(url, options=_UNLIMITED)
+        self._channel = grpc.aio.insecure_channel(url, options=_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._running: set[Running] = set()
+
+    def stop_all(self, why: SamphireError) -> None:
+        """End all requests under way here: who waits for one gets `why`."""
+        for running in list(self._running):
+            running.stop(why)
 
     async def close(self) -> None:
         """Close the channel."""
         await self._channel.close(None)
 
-    async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
+    async def _call(self, method: str, request: Any, timeout_s: float, running: Running | None = None) -> Any:
+        call = getattr(self._stub, method)(request, timeout=timeout_s)
         try:
-            return await getattr(self._stub, method)(request, timeout=timeout_s)
+            return await (call if running is None else running.wait(call))
         except grpc.aio.AioRpcError as error:
-            raise translate(error.code(), error.details() or "") from error
+            raise translate(error.code(), error.details() or "", _pushback_s(error)) from error
 
     async def is_ready(self) -> bool:
         """Whether the server answers and is ready."""
@@ -188,8 +246,16 @@ class Endpoint:
         outputs: Iterable[str],
         parameters: Mapping[str, object],
         timeout_s: float,
+        running: Running,
     ) -> list[Tensor]:
-        """Run one request and return its outputs, in the model's order."""
+        """Run one request and return its outputs, in the model's order.
+
+        The time that is left goes along as Triton's `timeout`, unless the request says its own: a model whose queue
+        policy lets requests say so drops what it has not begun by then.
+
+        Raises:
+            SamphireError: what `running` was stopped with.
+        """
         request = service_pb2.ModelInferRequest(model_name=model, model_version=version)
         for tensor in tensors:
             request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
@@ -199,7 +265,13 @@ class Endpoint:
             request.outputs.add(name=name)
         if parameters:
             set_parameters(request.parameters, parameters)
-        answer = await self._call("ModelInfer", request, timeout_s)
+        if "timeout" not in request.parameters:
+            request.parameters["timeout"].int64_param = math.ceil(timeout_s * 1e6)
+        self._running.add(running)
+        try:
+            answer = await self._call("ModelInfer", request, timeout_s, running)
+        finally:
+            self._running.discard(running)
         if len(answer.raw_output_contents) != len(answer.outputs):
             raise ModelFaultError(
                 f"model {model!r} answered {len(answer.outputs)} outputs with the bytes of "
@@ -215,51 +287,3 @@ def _spec(tensor: Any, *, optional: bool = False) -> TensorSpec:
     name = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
     datatype = "BYTES" if name == "STRING" else name
     return TensorSpec(tensor.name, datatype, tuple(tensor.dims), optional)
-
-
-class Endpoints:
-    """The endpoints of a worker: which answer, and whose turn it is."""
-
-    def __init__(self, urls: Sequence[str]) -> None:
-        self._all = [Endpoint(url) for url in urls]
-        self._ready: list[Endpoint] = []
-        self._turn = 0
-        self.some_ready = asyncio.Event()
-
-    async def watch(self) -> None:
-        """Keep track of which endpoints are ready, for ever."""
-        while True:
-            for endpoint in self._all:
-                ready = await endpoint.is_ready()
-                if ready and endpoint not in self._ready:
-                    logger.info("endpoint %s is ready", endpoint.url, extra={"action": "endpoint_ready"})
-                    self._ready.append(endpoint)
-                elif not ready:
-                    self.mark_away(endpoint)
-            if self._ready:
-                self.some_ready.set()
-            await asyncio.sleep(PROBE_INTERVAL_S)
-
-    def mark_away(self, endpoint: Endpoint) -> None:
-        """Send nothing to this endpoint until it has answered a probe again."""
-        if endpoint in self._ready:
-            logger.warning("endpoint %s is away", endpoint.url, extra={"action": "endpoint_away"})
-            self._ready.remove(endpoint)
-        if not self._ready:
-            self.some_ready.clear()
-
-    def pick(self) -> Endpoint:
-        """The next ready endpoint, in turn.
-
-        Raises:
-            EndpointUnavailableError: none is ready.
-        """
-        if not self._ready:
-            raise EndpointUnavailableError(f"no endpoint of {', '.join(e.url for e in self._all)} is ready")
-        self._turn += 1
-        return self._ready[self._turn % len(self._ready)]
-
-    async def close(self) -> None:
-        """Close all channels."""
-        for endpoint in self._all:
-            await endpoint.close()

@@ -69,7 +69,10 @@ def list_letters(client: Client, *, which: LetterFilter, limit: int, as_json: bo
 
 def _fields(letter: DeadLetter) -> dict[str, Any]:
     fields = asdict(letter) | {"died_at": letter.died_at.isoformat()}
+    fields["history"] = [asdict(attempt) | {"at": attempt.at.isoformat()} for attempt in letter.history]
     message = fields.pop("message")
+    if message is None:
+        del fields["history"]  # a list of letters does not tell of it
     return fields if message is None else fields | {"message": message.decode(errors="replace")}
 
 
@@ -86,7 +89,10 @@ def show(client: Client, *, letter_id: str, save: Path | None, as_json: bool) ->
     if as_json:
         print_json(_fields(letter))
         return
-    for name, value in _fields(letter).items():
+    fields = _fields(letter)
+    for attempt in fields.pop("history"):
+        click.echo(f"attempt   {attempt['at']}  {attempt['worker']}  {attempt['error']}")
+    for name, value in fields.items():
         click.echo(f"{name:<9} {value}")
 
 

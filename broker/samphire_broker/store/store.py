@@ -81,6 +81,24 @@ class Letter(NamedTuple):
     reason: str
     error: str
     attempts: int
+    attempt: str = "{}"
+    """The last attempt, JSON; those before it are on the store."""
+
+
+class Later(NamedTuple):
+    """When a task is tried again."""
+
+    delay_s: float
+    attempt: str
+    """What to keep of the attempt that is over, JSON."""
+
+
+class Tried(NamedTuple):
+    """What `start` says of a task that was tried before."""
+
+    attempts: int
+    crashes: int
+    """Those of them that took a worker or a model's process down."""
 
 
 class OtherEnd(NamedTuple):
@@ -93,7 +111,7 @@ class OtherEnd(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """The end of a task, or of a message that cannot be read, and all that is committed with it."""
+    """The end of a task, of its attempt, or of a message that cannot be read, and all that is committed with it."""
 
     field: str
     task_id: str
@@ -108,6 +126,8 @@ class Settlement(NamedTuple):
     """Next steps: (list, message); text, since Lua's MessagePack knows no bytes."""
     others: tuple[OtherEnd, ...] = ()
     letter: Letter | tuple[()] = ()
+    retry: Later | tuple[()] = ()
+    """Of a task whose state is "retrying": it waits with the scheduled ones."""
 
 
 class Reaped(NamedTuple):
@@ -158,7 +178,7 @@ class Store:
         self._started = f"{self._lease}:started"
         self._next_number = 1
         self.suspects = True
-        """Whether some task was started by a worker that was lost, or was cancelled, as of the last claim."""
+        """Whether some task was tried before, or was cancelled, as of the last claim."""
         names = (
             "beat",
             "claim",
@@ -217,7 +237,7 @@ class Store:
             args += (turn.share, turn.group + 1)  # Lua counts from 1
         args += rooms
         lists = [turn.list_key for turn in turns]
-        key_names = [self._lease, self._inflight, keys.SUSPECTS, keys.CANCELLED_LATELY, *lists]
+        key_names = [self._lease, self._inflight, keys.TRIED, keys.CANCELLED_LATELY, *lists]
         try:
             reply = await self._run("claim", key_names, args, self._claims)
         except ProtocolError as error:
@@ -244,20 +264,21 @@ class Store:
             found.append(Claimed(field, size, message))
         return found
 
-    async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int]:
+    async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int | Tried]:
         """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
         args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, info.hostname, info.pid]
         args.append(_pack(tasks))
         key_names = [self._inflight, self._started, keys.CANCELLED]
-        verdicts: list[int] = await self._run("start", key_names, args, self._starts)
-        return verdicts
+        verdicts = await self._run("start", key_names, args, self._starts)
+        return [verdict if isinstance(verdict, int) else Tried(*verdict) for verdict in verdicts]
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
-        """End tasks, at most `BATCH_MAX`; 1 for each that was still ours, 0 for each that was not."""
+        """End tasks or their attempts, at most `BATCH_MAX`; 1 for each that was still ours, 0 for each that was not."""
         args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [INLINE_RESULT_BYTES, keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
-        args += [keys.WAKE_CHANNEL, _pack([_packed(settlement) for settlement in settlements])]
+        args += [keys.WAKE_CHANNEL, keys.TASK_PREFIX, _pack([_packed(settlement) for settlement in settlements])]
         key_names = [self._inflight, self._started, keys.DEAD, keys.CANCELLED]
+        key_names += [keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.TRIED]
         ours: list[int] = await self._run("settle", key_names, args, self._endings)
         return ours
 
@@ -273,18 +294,20 @@ class Store:
         return int(await self._run("due", [keys.SCHEDULED, keys.SCHEDULED_MESSAGES], [keys.WAKE_CHANNEL, DUE_MAX]))
 
     async def cancel(self, meta: str, task_ids: Sequence[str] = ()) -> dict[str, str]:
-        """End tasks that have not started: those that clients ask for, at most `CANCELS_MAX`, and `task_ids`.
+        """End tasks: those that clients ask for, at most `CANCELS_MAX`, and `task_ids`.
 
         Args:
             meta: the result to store, with an empty task id.
             task_ids: tasks that a revocation names; they may be anybody's.
 
         Returns:
-            "cancelled" or "marked" by task id, or Celery's state of a task that is past cancelling.
+            "cancelled" or "marked" by task id, "running" of each marked one that this worker has started, or Celery's
+            state of a task that is past cancelling, or runs elsewhere.
         """
         args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [CANCELLED_TTL_S, CANCELLED_MAX, meta, keys.WAKE_CHANNEL, CANCELS_MAX, *task_ids]
         key_names = [keys.CANCELS, keys.CANCELLED, keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.CANCELLED_LATELY]
+        key_names.append(self._started)
         reply = [key_text(value) for value in await self._run("cancel", key_names, args)]
         return dict(zip(reply[::2], reply[1::2], strict=True))
 
@@ -300,7 +323,8 @@ class Store:
     async def serve_letters(self) -> int:
         """Redrive and purge the dead letters that clients name; how many they named."""
         args: list[Argument] = [keys.DEAD_PREFIX, keys.META_PREFIX, keys.TASK_PREFIX, keys.WAKE_CHANNEL, LETTERS_MAX]
-        return int(await self._run("letters", [keys.LETTERS, keys.DEAD], args))
+        args += [STREAM_MAX_LENGTH, STREAM_TTL_S, self._settings.dead_letter_ttl_s]
+        return int(await self._run("letters", [keys.LETTERS, keys.DEAD, keys.TRIED], args))
 
     async def publish_catalogue(self, signatures: Mapping[str, bytes], gone: Collection[str]) -> None:
         """Tell clients what the models take, and which are gone; what no worker renews expires."""
@@ -310,13 +334,13 @@ class Store:
             await self._rest.execute("HSET", keys.CATALOGUE, *(part for item in signatures.items() for part in item))
             await self._rest.execute("EXPIRE", keys.CATALOGUE, CATALOGUE_TTL_S)
 
-    async def release(self, fields: Sequence[str], *, blamed: bool = False) -> int:
+    async def release(self, fields: Sequence[str], *, attempt: str = "") -> int:
         """Hand claims back to the heads of their lists; returns how many were still ours.
 
-        With `blamed` it counts as an attempt of those that had started: one of them may be to blame.
+        With an `attempt` (JSON) it counts as one of those that had started: one of them may be to blame.
         """
-        args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, self._settings.dead_letter_ttl_s, int(blamed)]
-        key_names = [self._inflight, self._started, keys.SUSPECTS]
+        args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, self._settings.dead_letter_ttl_s, attempt]
+        key_names = [self._inflight, self._started, keys.TRIED]
         return int(await self._run("release", key_names, [*args, *fields]))
 
     async def route(self, moves: Sequence[tuple[str, str, str]]) -> int:
@@ -345,13 +369,21 @@ class Store:
         found = _UPTIME.search(await self._rest.execute("INFO", "server"))
         return int(found[1]) if found else 0
 
-    async def reap(self, worker_id: str, last_beat: int | None) -> Reaped:
-        """Return a lost worker's messages to their lists, at most `BATCH_MAX` a call."""
+    async def hostname(self, worker_id: str) -> str:
+        """What a worker calls itself; its id where that is not known any more."""
+        raw = await self._rest.execute("GET", f"{keys.WORKER_PREFIX}{worker_id}:info")
+        return worker_id if raw is None else str(msgspec.json.decode(raw).get("hostname", worker_id))
+
+    async def reap(self, worker_id: str, last_beat: int | None, attempt: str) -> Reaped:
+        """Return a lost worker's messages to their lists, at most `BATCH_MAX` a call.
+
+        What had started is an `attempt` (JSON) of its task.
+        """
         lease = keys.WORKER_PREFIX + worker_id
         key_names = [lease, f"{lease}:info", f"{lease}:inflight", f"{lease}:started", keys.WORKERS]
-        key_names.append(keys.SUSPECTS)
+        key_names.append(keys.TRIED)
         args = [worker_id, "" if last_beat is None else last_beat, keys.META_PREFIX, keys.TASK_PREFIX]
-        args.append(self._settings.dead_letter_ttl_s)
+        args += [self._settings.dead_letter_ttl_s, attempt]
         return Reaped(*await self._run("reap", key_names, args))
 
     async def leave(self) -> None:

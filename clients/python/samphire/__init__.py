@@ -7,7 +7,8 @@
 """
 
 from samphire.aio import AsyncClient, AsyncTask, TaskEvent
-from samphire.dead_letters import DeadLetter, LetterFilter
+from samphire.contract import Backoff
+from samphire.dead_letters import Attempt, DeadLetter, LetterFilter
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerUnavailableError,
@@ -39,6 +40,8 @@ from samphire.validation import ModelSignature, TensorSpec
 __all__ = [
     "AsyncClient",
     "AsyncTask",
+    "Attempt",
+    "Backoff",
     "BrokerMemoryFullError",
     "BrokerUnavailableError",
     "Client",

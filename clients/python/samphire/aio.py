@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, overload
 from samphire import keys
 from samphire.catalogue import Catalogue
 from samphire.connection import DEFAULT_BROKER_URL, redact
-from samphire.contract import check_tenant
+from samphire.contract import Backoff, check_tenant
 from samphire.dead_letters import AsyncDeadLetters
 from samphire.encoder import (
     Encoded,
@@ -94,12 +94,14 @@ class AsyncTask:
         return result
 
     async def cancel(self, timeout_s: float = 5.0) -> bool:
-        """End the task if it has not started; whether it has ended so.
+        """End the task, whether it is queued, scheduled or running; whether it has ended so.
 
-        A task that is running or has ended goes its way: then the answer is False.
+        A running request is cancelled at Triton when every member of its micro-batch is; otherwise its answer is
+        dropped. The error of `result` says which it was. A task that has ended before is left as it is: then the
+        answer is False.
 
         Raises:
-            ResultTimeoutError: no worker has taken it up within `timeout_s`; the request stands.
+            ResultTimeoutError: the task has not ended within `timeout_s`; the request stands.
         """
         client = self._client
         client._check_usable()
@@ -107,10 +109,10 @@ class AsyncTask:
         try:
             async with asyncio.timeout(timeout_s):
                 async for event in self.events():
-                    if event.status not in ("queued", "scheduled"):
+                    if event.status in TERMINAL:
                         return event.status == "cancelled"
         except TimeoutError as error:
-            message = f"no worker has taken up the cancellation of task {self.id} in {timeout_s} s; it stands"
+            message = f"task {self.id} has not ended within {timeout_s} s of its cancellation; the request stands"
             raise ResultTimeoutError(message) from error
         raise AssertionError("events end with a terminal state")  # pragma: no cover
 
@@ -206,6 +208,8 @@ class AsyncClient:
         delay_s: float | None = None,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        max_attempts: int | None = None,
+        backoff: Backoff | None = None,
     ) -> AsyncTask:
         """Queue one inference and return its handle, as soon as the broker has it.
 
@@ -222,6 +226,9 @@ class AsyncClient:
                 is running is given up.
             idempotency_key: a second submit with the same key, of this tenant and model, within
                 `idempotency_ttl_s` gives the task of the first, also when that has ended.
+            max_attempts: how often the task is tried before it is a dead letter, 1 to 100; by default what the
+                workers have set for the model.
+            backoff: how long it waits in between; by default the same.
 
         Raises:
             InvalidInputError: the request can never succeed; nothing was queued.
@@ -230,7 +237,7 @@ class AsyncClient:
             BrokerUnavailableError: no answer; the task may or may not be queued.
         """
         headers = when(eta, delay_s, deadline_s).headers()
-        encode = await self._encoder(model, version, priority, outputs, parameters, headers)
+        encode = await self._encoder(model, version, priority, outputs, parameters, headers, max_attempts, backoff)
         task_id, message, blobs = await self._encode(encode, model, inputs)
         queue, step, key = keys.queue_name(model, self.tenant), priority_step(priority), None
         if idempotency_key is not None:
@@ -462,9 +469,11 @@ class AsyncClient:
         outputs: Iterable[str],
         parameters: Parameters | None,
         headers: dict[str, Any],
+        max_attempts: int | None = None,
+        backoff: Backoff | None = None,
     ) -> Encoder:
         self._check_usable()
-        template = request_for(model, version, outputs, parameters, self.tenant)
+        template = request_for(model, version, outputs, parameters, self.tenant, max_attempts, backoff)
         encoder = Encoder(template, priority_step(priority), self._stream, self._limits)
         encoder.headers(headers)
         encoder.check_against(await self._signature(model))

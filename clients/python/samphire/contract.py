@@ -22,6 +22,8 @@ CONTRACT_VERSION = 1
 INFER_TASK = "samphire.infer"
 CHORD_PART_TASK = "samphire.chord_part"
 """What a worker sends itself when a task of a chord has ended; no producer needs it."""
+ATTEMPTS_MAX = 100
+BACKOFF_MAX_S = 7 * 86_400.0
 CANVAS_TASK = "samphire.canvas"
 """A whole canvas, which a worker starts: so a client without Celery can send one."""
 
@@ -61,6 +63,26 @@ class RequestedOutput(Struct, omit_defaults=True, forbid_unknown_fields=True):
     name: str
 
 
+class Backoff(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How long a task that failed waits for its next attempt: exponential, with full jitter by default, capped.
+
+    The n-th wait is `min(cap_s, base_s * 2**(n-1))`, of which the part `jitter` (0 to 1) is drawn by lot.
+
+    Raises:
+        InvalidInputError: a value is no number, negative or endless, or `jitter` is over 1.
+    """
+
+    base_s: float = 0.5
+    cap_s: float = 60.0
+    jitter: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, most in (("base_s", BACKOFF_MAX_S), ("cap_s", BACKOFF_MAX_S), ("jitter", 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+                raise InvalidInputError(f"backoff: expected {name} from 0 to {most:g}, given {value!r}")
+
+
 class InferRequest(Struct, omit_defaults=True, forbid_unknown_fields=True):
     """Keyword arguments of `samphire.infer`."""
 
@@ -72,6 +94,10 @@ class InferRequest(Struct, omit_defaults=True, forbid_unknown_fields=True):
     parameters: dict[str, Any] = {}
     tenant: str = ""
     contract: int = CONTRACT_VERSION
+    max_attempts: int | UnsetType = UNSET
+    """How often the task is tried; by default what is set for its model, or for all."""
+    backoff: Backoff | UnsetType = UNSET
+    """How long it waits in between."""
 
 
 class OutputTensor(Struct, omit_defaults=True):
@@ -206,6 +232,17 @@ def check_model_name(model: str) -> None:
             "expected a model name of 1 to 128 letters, digits, '_', '.', '+' and '-', beginning with a letter "
             f"or digit, given {str(model)[:200]!r}"
         )
+
+
+def check_max_attempts(max_attempts: int) -> None:
+    """Check how often a task may be tried.
+
+    Raises:
+        InvalidInputError: it is no number from 1 to 100.
+    """
+    is_int = isinstance(max_attempts, int) and not isinstance(max_attempts, bool)
+    if not is_int or not 1 <= max_attempts <= ATTEMPTS_MAX:
+        raise InvalidInputError(f"expected max_attempts from 1 to {ATTEMPTS_MAX}, given {max_attempts!r}")
 
 
 def check_tenant(tenant: str) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import msgspec
+
 from samphire import keys
 from samphire.connection import key_text
 from samphire.direct import DirectConnection
@@ -18,7 +20,18 @@ from samphire.errors import InvalidInputError, LetterGoneError, ResultTimeoutErr
 
 PAGE = 500
 CHECK_S = 0.05
-_FIELDS = ("task_id", "model", "queue", "reason", "error", "attempts", "worker", "died_at")
+_FIELDS = ("task_id", "model", "queue", "reason", "error", "attempts", "worker", "died_at", "run")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a task that came to nothing."""
+
+    at: datetime
+    """When it was over."""
+    worker: str
+    """Host name of the worker."""
+    error: str
 
 
 @dataclass(frozen=True)
@@ -34,11 +47,18 @@ class DeadLetter:
     """Class of the error: invalid_input, model_fault, timeout, transient, worker_crash."""
     error: str
     attempts: int
-    """Workers that were lost with the task started."""
+    """How often the task was started, the last time included."""
     worker: str
     died_at: datetime
+    run: int = 1
+    """1, and one more for each time that it was redriven."""
+    history: tuple[Attempt, ...] = ()
+    """The attempts, and what became of them; the last entry is how the task ended. Only `get` reads it."""
     message: bytes | None = None
     """The message as it was sent; only `get` reads it."""
+
+
+_decode_history = msgspec.json.Decoder(tuple[Attempt, ...]).decode
 
 
 @dataclass(frozen=True)
@@ -95,7 +115,7 @@ class AsyncDeadLetters:
         Raises:
             LetterGoneError: there is none of that id.
         """
-        return _found(letter_id, await self._read(letter_id, "message"))
+        return _found(letter_id, await self._read(letter_id, whole=True))
 
     async def redrive(
         self, letter_ids: Iterable[str], *, rate_per_s: float | None = None, timeout_s: float = 30.0
@@ -136,7 +156,8 @@ class AsyncDeadLetters:
                 await asyncio.sleep(CHECK_S)
         return len(letter_ids)
 
-    async def _read(self, letter_id: str, *more: str) -> DeadLetter | None:
+    async def _read(self, letter_id: str, *, whole: bool = False) -> DeadLetter | None:
+        more = ("message", "history") if whole else ()
         values = await self._connection.execute("HMGET", keys.DEAD_PREFIX + letter_id, *_FIELDS, *more)
         if values[_FIELDS.index("died_at")] is None:  # its time is over, its name not yet removed
             return None
@@ -151,7 +172,9 @@ class AsyncDeadLetters:
             int(texts["attempts"] or 0),
             texts["worker"],
             datetime.fromtimestamp(float(texts["died_at"]), UTC),
-            values[-1] if more else None,
+            int(texts["run"] or 1),
+            _decode_history(values[-1] or b"[]") if whole else (),
+            values[-2] if whole else None,
         )
 
 

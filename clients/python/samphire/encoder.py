@@ -11,9 +11,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import UNSET
 
 from samphire import keys
-from samphire.contract import INFER_TASK, InferRequest, InputTensor, Ref, RequestedOutput, check_model_name
+from samphire.contract import (
+    INFER_TASK,
+    Backoff,
+    InferRequest,
+    InputTensor,
+    Ref,
+    RequestedOutput,
+    check_max_attempts,
+    check_model_name,
+)
 from samphire.envelope import describe, encode_task, new_task_id
 from samphire.errors import InvalidInputError
 from samphire.publisher import IdempotencyKey
@@ -124,7 +134,13 @@ def priority_step(priority: str) -> int:
 
 
 def request_for(
-    model: str, version: str | int, outputs: Iterable[str], parameters: Parameters | None, tenant: str
+    model: str,
+    version: str | int,
+    outputs: Iterable[str],
+    parameters: Parameters | None,
+    tenant: str,
+    max_attempts: int | None = None,
+    backoff: Backoff | None = None,
 ) -> InferRequest:
     """A request without inputs.
 
@@ -141,6 +157,10 @@ def request_for(
             raise InvalidInputError(
                 f"parameter {name!r}: expected a boolean, number or string, given {type(value).__name__}"
             )
+    if max_attempts is not None:
+        check_max_attempts(max_attempts)
+    if backoff is not None and not isinstance(backoff, Backoff):
+        raise InvalidInputError(f"expected backoff as a samphire.Backoff, given {backoff!r}")
     return InferRequest(
         model_name=model,
         inputs=[],
@@ -148,6 +168,8 @@ def request_for(
         outputs=[RequestedOutput(name) for name in outputs],
         parameters=dict(parameters or {}),
         tenant=tenant,
+        max_attempts=UNSET if max_attempts is None else max_attempts,
+        backoff=UNSET if backoff is None else backoff,
     )
 
 

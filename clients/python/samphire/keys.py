@@ -20,14 +20,16 @@ Written by workers only:
 
     celery-task-meta-<id>        STRING  state and result, JSON as Celery's; a CHANNEL of the same name gets
                                          the terminal one, which expires
-    task:<id>                    HASH    attempts: workers lost with this task started; expires
+    task:<id>                    HASH    of a task tried before and not ended: attempts so far; crashes, those of them
+                                         that took a worker or a model's process down; history, a JSON object for
+                                         each, comma between; run, if it was redriven; expires
     scheduled                    ZSET    ids of tasks that wait for their time, by that time
     scheduled:messages           HASH    task id -> "<queue list> <message>"
     cancelled                    ZSET    ids of tasks that were cancelled before they were claimed, by time; trimmed
     cancelled:lately             STRING  present for a minute after a cancellation
     catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
                                          are all models; expires when no worker renews it
-    suspects                     STRING  present while some task:<id> may be; expires
+    tried                        SET     ids of the tasks that have a task:<id>; expires
     result:blob:<id>:<n>         STRING  claim check of an output; expires
     events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
                                          and the ids that reached it, separated by spaces; of a task settled alone
@@ -39,7 +41,7 @@ Written by workers only:
     worker:<wid>:started         HASH    <n>:<queue list> -> task id, from start to settlement
     dead                         ZSET    dead letters by time of death
     dead:<letter id>             HASH    message, queue, list, task_id, model, reason, error, attempts, worker,
-                                         died_at; expires
+                                         died_at, history (JSON array), run, stream; expires
 
 Written as Celery does, by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups
 and chords; expire) and _kombu.binding.<exchange> (one for each queue name that a next step names).
@@ -76,7 +78,7 @@ CANCELLED = "cancelled"
 CANCELLED_LATELY = "cancelled:lately"
 CATALOGUE = "catalogue"
 CATALOGUE_COMPLETE = "*"
-SUSPECTS = "suspects"
+TRIED = "tried"
 DEAD = "dead"
 DEAD_PREFIX = "dead:"
 
@@ -90,7 +92,7 @@ Priority = Literal["high", "normal", "low"]
 PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
 
 
-_OWN_KEYS = {WORKERS, SUSPECTS, DEAD, SCHEDULED, CANCELLED, CATALOGUE, "unacked", "unacked_index", "unacked_mutex"}
+_OWN_KEYS = {WORKERS, TRIED, DEAD, SCHEDULED, CANCELLED, CATALOGUE, "unacked", "unacked_index", "unacked_mutex"}
 _OWN_PREFIXES = (
     *("sub:", META_PREFIX, "celery-taskset-meta-", TASK_PREFIX, STREAM_PREFIX, WORKER_PREFIX, DEAD_PREFIX),
     *(RESULT_BLOB_PREFIX, f"{SCHEDULED}:", f"{CANCELLED}:", "_kombu."),

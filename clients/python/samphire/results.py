@@ -87,7 +87,10 @@ async def result_of(task_id: str, meta: TaskMeta, fetch: FetchBlob) -> InferResu
         if meta.status == "REVOKED":
             if status_of(meta) == "expired":
                 return TaskExpiredError(f"task {task_id} expired before it was started")
-            return TaskCancelledError(f"task {task_id} was cancelled")
+            running = b'"terminated"' in bytes(meta.result)  # Celery's word, and our workers'
+            return TaskCancelledError(
+                f"task {task_id} was cancelled " + ("while it ran" if running else "before it ran")
+            )
         if bytes(meta.result) == DELETED:
             return ResultDeletedError(f"the result of task {task_id} was read before, and deleted as asked for")
         response = _decode_response(meta.result)

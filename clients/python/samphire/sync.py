@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
 from samphire.aio import AsyncClient, AsyncTask, Counted, Progress, TaskEvent
+from samphire.contract import Backoff
 from samphire.dead_letters import AsyncDeadLetters, DeadLetter, LetterFilter, Letters
 from samphire.encoder import Inputs, Parameters
 from samphire.errors import ClientClosedError, SamphireError
@@ -270,6 +271,8 @@ class Client:
         delay_s: float | None = None,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        max_attempts: int | None = None,
+        backoff: Backoff | None = None,
     ) -> Task:
         """See `AsyncClient.submit`."""
         task = self._run(
@@ -284,6 +287,8 @@ class Client:
                 delay_s=delay_s,
                 deadline_s=deadline_s,
                 idempotency_key=idempotency_key,
+                max_attempts=max_attempts,
+                backoff=backoff,
             )
         )
         return Task(self, task.id, task._look)

@@ -133,7 +133,9 @@ class Waiter:
 
     async def _ended(self, fields: dict[bytes, bytes]) -> None:
         result = fields.pop(b"result", None)
-        for ids in fields.values():
+        for state, ids in fields.items():
+            if state.decode() not in TERMINAL:
+                continue  # it goes on, or is the number of a run
             task_ids = ids.decode().split(" ")
             if len(self._passed) < PASSED_MAX:
                 self._passed.update(task_id for task_id in task_ids if task_id not in self._futures)

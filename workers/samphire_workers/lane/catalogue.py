@@ -1,4 +1,4 @@
-"""What the endpoints serve, as a lane knows it: signatures, kept fresh, and the models that are away."""
+"""What the endpoints serve, as a lane knows it: signatures, kept fresh, and breakers closed when models are back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection
 import msgspec
 
 from samphire import keys
-from samphire.errors import EndpointUnavailableError, SamphireError, TransientError
+from samphire.errors import EndpointUnavailableError, SamphireError, TransientError, UnknownModelError
+from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane.request import Checker
-from samphire_workers.triton import Endpoints
+from samphire_workers.triton import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +27,13 @@ CHECK_S = 0.5
 
 
 class Catalogue:
-    """Checkers by model name. Nothing is claimed for the models in `away`."""
+    """Checkers by model name."""
 
     def __init__(self, endpoints: Endpoints, max_request_bytes: int) -> None:
         self._endpoints = endpoints
         self._max_request_bytes = max_request_bytes
         self._checkers: dict[str, tuple[Checker, float]] = {}
         self._used: set[str] = set()
-        self.away: set[str] = set()
         self.queues: set[str] = set()
         """Queues of the models in the endpoints' repositories."""
 
@@ -63,35 +63,52 @@ class Catalogue:
         return await self._look_up(model)
 
     async def _look_up(self, model: str) -> Checker:
-        endpoint = self._endpoints.pick()
+        """Ask the endpoints, one after the other, until one knows the model."""
+        for endpoint in self._endpoints.serving(model):
+            try:
+                return await self._ask(endpoint, model)
+            except EndpointUnavailableError as error:
+                logger.debug("model %s on %s: %s", model, endpoint.url, error, extra={"action": "lookup_failed"})
+        raise EndpointUnavailableError(f"model {model!r} is away")
+
+    async def _ask(self, endpoint: Endpoint, model: str) -> Checker:
         try:
             signature = await endpoint.signature(model)
+        except UnknownModelError as error:
+            self.lost(endpoint, model, unknown=True)
+            if self._endpoints.is_unknown(model):
+                raise
+            raise EndpointUnavailableError(str(error)) from error
         except TransientError as error:
-            if await endpoint.is_ready():
-                self.forget(model)
-            else:
-                self._endpoints.mark_away(endpoint)
+            await self.lost_sight(endpoint, model)
             raise EndpointUnavailableError(str(error)) from error
         except SamphireError:
             self._checkers.pop(model, None)
-            self.away.discard(model)
             raise
         checker, _ = self._checkers.get(model, (None, 0.0))
         if checker is None or checker.signature != signature:  # else what it has checked already still holds
             checker = Checker(signature, self._max_request_bytes)
         self._checkers[model] = (checker, time.monotonic())
-        self.away.discard(model)
+        self._endpoints.restore(endpoint, model)
         return checker
 
-    def forget(self, model: str) -> None:
-        """Treat a model as away until it has been seen ready again."""
-        self._checkers.pop(model, None)
-        self.away.add(model)
+    async def lost_sight(self, endpoint: Endpoint, model: str) -> None:
+        """A model did not answer on an endpoint: it is away there, or the whole endpoint is."""
+        if not await endpoint.is_ready():
+            self._endpoints.mark_away(endpoint)
+        self.lost(endpoint, model)
+
+    def lost(self, endpoint: Endpoint, model: str, pause_s: float = 0.0, *, unknown: bool = False) -> None:
+        """Treat a model as away on an endpoint until it has been seen ready there again."""
+        self._endpoints.trip(endpoint, model, pause_s, unknown=unknown)
+        if self._endpoints.is_away(model):
+            self._checkers.pop(model, None)
 
     async def watch(self, on_back: Callable[[], None]) -> None:
         """Keep signatures fresh and look whether models that were away are back, for ever."""
         while True:
             await self._endpoints.some_ready.wait()
+            await self._probe(on_back)
             try:
                 endpoint = self._endpoints.pick()
                 self.queues = {keys.queue_name(model) for model in await endpoint.models()}
@@ -101,16 +118,22 @@ class Catalogue:
                 continue
             stale = self._stale(self._used, FRESH_S)
             self._used -= stale
-            for model in self.away | stale | self._stale(ready | set(self._checkers), UNUSED_FRESH_S):
-                was_away = model in self.away
+            for model in stale | self._stale(ready | set(self._checkers), UNUSED_FRESH_S):
                 try:
                     await self._look_up(model)
                 except SamphireError as error:
                     logger.debug("model %s: %s", model, error, extra={"action": "lookup_failed"})
-                if was_away and model not in self.away:
-                    logger.info("model %s is back", model, extra={"action": "model_back"})
-                    on_back()
             await asyncio.sleep(CHECK_S)
+
+    async def _probe(self, on_back: Callable[[], None]) -> None:
+        for endpoint, model in self._endpoints.to_probe():
+            was_away = self._endpoints.is_away(model)
+            try:
+                await self._ask(endpoint, model)
+            except SamphireError as error:
+                logger.debug("model %s on %s: %s", model, endpoint.url, error, extra={"action": "lookup_failed"})
+            if was_away and not self._endpoints.is_away(model):
+                on_back()
 
     def _stale(self, models: Collection[str], fresh_s: float) -> set[str]:
         oldest = time.monotonic() - fresh_s

@@ -79,7 +79,7 @@ def query_task(state: Any, ids: Any, **_: Any) -> dict[str, Any]:
 
 @control_command(variadic="task_id", signature="[id1 [id2 [... [idN]]]]")  # type: ignore[untyped-decorator]
 def revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> Any:
-    """Revoke task by task id (or list of ids); one that has started goes on."""
+    """Revoke task by task id (or list of ids); one that is running is cancelled, with `terminate` or without."""
     named = [task_id] if isinstance(task_id, str) else list(task_id or ())
     ids = {name for name in named if isinstance(name, str) and 1 <= len(name) <= ID_MAX_CHARACTERS}
     worker_state.revoked.update(ids)

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 from samphire.errors import (
     EndpointTimeoutError,
     EndpointUnavailableError,
     ModelFaultError,
+    QueueFullError,
     SamphireError,
+    TaskCancelledError,
     UnknownModelError,
     WorkerCrashError,
 )
+from samphire_broker.retry import policy_for
 from samphire_broker.settings import Settings
-from samphire_broker.store import CANCELLED, Store, WorkerInfo
+from samphire_broker.store import CANCELLED, Store, Tried, WorkerInfo
+from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching
 from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
@@ -29,16 +36,34 @@ from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.request import Request, fetch, has_refs, load
 from samphire_workers.lane.turnstile import Turnstile
-from samphire_workers.triton import Endpoint, Endpoints, StubDiedError, Tensor
+from samphire_workers.triton import Endpoint, Running, StubDiedError, Tensor
 
 logger = logging.getLogger(__name__)
+
+BUSY_S = 1.0
+"""Longest rest of a model whose queue at Triton is full, where Triton does not say how long."""
 
 
 class Release(Protocol):
     """Hands requests back to their queues."""
 
-    async def __call__(self, requests: Sequence[Request], *, blamed: bool = False) -> None:
-        """With `blamed` it counts as an attempt of those that had started."""
+    async def __call__(self, requests: Sequence[Request], *, blamed: SamphireError | None = None) -> None:
+        """With `blamed` it counts as an attempt of those that had started: one of them may have caused that."""
+
+
+@dataclass(eq=False, slots=True)
+class Asked:
+    """A micro-batch that an endpoint works on."""
+
+    batch: list[Request]
+    running: Running = field(default_factory=Running)
+    clock: asyncio.TimerHandle | None = None
+    """Rings when the next of its members' deadlines passes."""
+
+    def stop_if_over(self, why: SamphireError) -> None:
+        """Cancel it at the endpoint once nobody waits for it."""
+        if all(request.over for request in self.batch):
+            self.running.stop(why)
 
 
 class Dispatcher:
@@ -74,8 +99,24 @@ class Dispatcher:
         self._turnstiles: defaultdict[str, Turnstile] = defaultdict(Turnstile)
         self._reloads: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._reloaded_at: dict[tuple[str, str], float] = {}
+        self._asked: set[Asked] = set()
+        self._ending: SamphireError | None = None
         self.under_way: Counter[str] = Counter()
         """Micro-batches under way, by model."""
+
+    def cancel(self, requests: Iterable[Request]) -> None:
+        """End tasks that are under way; Triton is told where it works for nobody else."""
+        for request in requests:
+            if not request.over:
+                self._endings.cancel_running(request)
+        for asked in list(self._asked):
+            asked.stop_if_over(TaskCancelledError())
+
+    def hand_back(self) -> None:
+        """Give up what is under way, and ask for nothing more: it goes back to its queues as if it had not begun."""
+        self._ending = EndpointUnavailableError("the worker is ending")
+        for asked in list(self._asked):
+            asked.running.stop(self._ending)
 
     async def run_batch(self, model: str, batch: list[Request]) -> None:
         """Bring one micro-batch to its end; it was counted as under way by who made it."""
@@ -95,7 +136,7 @@ class Dispatcher:
             self._room_again()
 
     async def _start_and_infer(self, model: str, batch: list[Request]) -> None:
-        """Ask the model while the start is written: no task here was ever started by a lost worker."""
+        """Ask the model while the start is written: no task here was ever tried before."""
         now = time.time()
         for request in batch:
             request.started_at = now
@@ -136,18 +177,23 @@ class Dispatcher:
         started: list[Request] = []
         dropped: list[str] = []
         for request, verdict in zip(batch, verdicts, strict=True):
+            if request.over:
+                continue
             if verdict == CANCELLED:
                 self._endings.revoke(request, "cancelled")
                 continue
-            if verdict < 0:
+            if isinstance(verdict, Tried):
+                request.attempts, request.crashes = verdict
+                if request.attempts >= policy_for(request.infer, self._settings).max_attempts:
+                    request.started_at = None  # this attempt is not made
+                    message = f"{request.attempts} attempts, {request.crashes} of them took a worker or the model down"
+                    self._endings.fail(request, WorkerCrashError(message))
+                    continue
+            elif verdict < 0:
                 # Not ours any more, or a duplicate of a task that has ended: there is nothing to write.
                 logger.info("task %s dropped (%d)", request.task_id, verdict, extra={"action": "dropped"})
                 dropped.append(request.claim.field)
                 self._events.dropped(request)
-                continue
-            request.attempts = verdict
-            if verdict >= self._settings.max_attempts:
-                self._endings.fail(request, WorkerCrashError(f"{verdict} workers were lost with this task started"))
                 continue
             request.started_at = request.started_at or time.time()
             self._events.started(request)
@@ -156,12 +202,15 @@ class Dispatcher:
         return started
 
     async def _infer(self, model: str, batch: list[Request]) -> None:
-        suspects = [request for request in batch if request.attempts]
-        if suspects and len(batch) > 1:
-            # A worker was lost with them: they run alone, so their neighbours are safe.
-            calm = [request for request in batch if not request.attempts]
-            for part in ([calm] if calm else []) + [[suspect] for suspect in suspects]:
-                await self._infer(model, part)
+        batch = [request for request in batch if not request.over]
+        tried = [request for request in batch if request.attempts]
+        if tried and len(batch) > 1:
+            # Something went wrong with them before: each runs by itself, so their neighbours are safe.
+            parts = [[request] for request in tried]
+            parts.append([request for request in batch if not request.attempts])
+            async with asyncio.TaskGroup() as group:
+                for part in parts:
+                    group.create_task(self._infer(model, part))
             return
         if not batch:
             return
@@ -173,16 +222,17 @@ class Dispatcher:
             await self._endings.succeed(list(zip(batch, answers, strict=True)))
 
     async def _ended_badly(self, model: str, batch: list[Request], error: SamphireError) -> None:
+        batch = [request for request in batch if not request.over]
+        if not batch:
+            return
         if isinstance(error, StubDiedError):
             # One of them has taken the model's process down: they come back alone, each with an attempt less.
             logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
-            await self._release(batch, blamed=True)
-        elif isinstance(error, EndpointUnavailableError):
-            self._catalogue.forget(model)
-            logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
+            await self._release(batch, blamed=WorkerCrashError(f"the model's process died: {error}"))
+        elif isinstance(error, EndpointUnavailableError | QueueFullError):
             await self._release(batch)
         elif len(batch) == 1 or isinstance(error, EndpointTimeoutError):
-            for request in batch:  # a time-out is nobody's content, and asking again piles up
+            for request in batch:  # a time-out is nobody's content, and asking again at once piles up
                 self._endings.fail(request, error)
         else:  # somebody's content: find out whose
             middle = len(batch) // 2
@@ -192,12 +242,16 @@ class Dispatcher:
     async def _ask(self, model: str, batch: list[Request]) -> list[list[Tensor]]:
         infer = batch[0].request
         parameters = {name: value for name, value in infer.parameters.items() if name != "micro_batch"}
-        timeout_s = self._timeout_s(batch)
-        endpoint = self._endpoints.pick()
-        asked_at = time.monotonic()
+        endpoint = self._endpoints.pick(model)
+        asked, asked_at, timeout_s = Asked(batch), time.monotonic(), 0.0
         try:
-            async with self._turnstiles[model].through(alone=len(batch) == 1 and batch[0].attempts > 0):
-                asked_at = time.monotonic()
+            # Who took a process down before is alone with the model: if that happens again, it is this one's doing.
+            async with self._turnstiles[model].through(alone=len(batch) == 1 and batch[0].crashes > 0):
+                if self._ending is not None:
+                    raise self._ending
+                asked_at, timeout_s = time.monotonic(), self._timeout_s(batch)
+                self._asked.add(asked)
+                self._watch_deadlines(asked)
                 outputs = await endpoint.infer(
                     model,
                     batch[0].version,
@@ -205,19 +259,29 @@ class Dispatcher:
                     [output.name for output in infer.outputs],
                     parameters,
                     timeout_s,
+                    asked.running,
                 )
         except EndpointTimeoutError as error:
-            raise self._time_error(batch[0], timeout_s, error) from error
+            found = self._time_error(batch[0], timeout_s, error)
+            if found is error and not await endpoint.is_ready():  # it is not the model that hangs
+                self._endpoints.mark_away(endpoint)
+                raise EndpointUnavailableError(f"endpoint {endpoint.url} does not answer") from error
+            raise found from error
         except StubDiedError:
             if not await self._reload(endpoint, model, asked_at):
-                self._catalogue.forget(model)
+                self._catalogue.lost(endpoint, model)
             raise
-        except EndpointUnavailableError:
-            if not await endpoint.is_ready():
-                self._endpoints.mark_away(endpoint)
+        except QueueFullError as error:
+            # Triton has more than it can do: nobody's attempt, but it is to be left alone for a while.
+            self._catalogue.lost(endpoint, model, error.retry_after_s or BUSY_S * random.random())
+            raise
+        except EndpointUnavailableError as error:
+            if error is not self._ending:
+                await self._catalogue.lost_sight(endpoint, model)
             raise
         except UnknownModelError as error:
             # It was known a moment ago: unloaded, or retired, under way.
+            self._catalogue.lost(endpoint, model)
             raise EndpointUnavailableError(str(error)) from error
         except SamphireError:
             raise
@@ -225,8 +289,26 @@ class Dispatcher:
             logger.exception("a micro-batch failed", extra={"action": "batch_failed"})
             raise ModelFaultError(f"the request could not be sent: {error!r}") from error
         finally:
+            self._asked.discard(asked)
+            if asked.clock is not None:
+                asked.clock.cancel()
             self._pace.took(model, time.monotonic() - batch[0].taken_in_at)
         return batching.split(batch, outputs)
+
+    def _watch_deadlines(self, asked: Asked) -> None:
+        """Give up each member of a micro-batch when its own deadline passes; the others go on."""
+        earliest = min([request.times.deadline for request in asked.batch if not request.over], default=inf)
+        if earliest != inf:
+            left_s = max(0.001, earliest - time.time())
+            asked.clock = asyncio.get_running_loop().call_later(left_s, self._deadline_passed, asked)
+
+    def _deadline_passed(self, asked: Asked) -> None:
+        now = time.time()
+        for request in asked.batch:
+            if request.times.deadline <= now and not request.over:
+                self._endings.give_up(request)
+        asked.stop_if_over(EndpointTimeoutError())
+        self._watch_deadlines(asked)
 
     async def _reload(self, endpoint: Endpoint, model: str, asked_at: float) -> bool:
         """Bring a model back whose process has died; whoever finds it first, the others wait. Whether it is back."""

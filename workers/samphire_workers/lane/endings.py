@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal
 
 from samphire.contract import CanvasStart, ChordPart, InferResponse, Ref
-from samphire.errors import InvalidInputError, ModelFaultError, SamphireError
+from samphire.errors import EndpointTimeoutError, InvalidInputError, ModelFaultError, SamphireError
+from samphire_broker.retry import Retry, decide, policy_for, reason_of
 from samphire_broker.settings import Settings
 from samphire_broker.store import Settlement, Store
 from samphire_workers.lane import outcome
@@ -33,6 +35,7 @@ class Endings:
         canvas: Canvas,
         events: TaskEvents,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        worker: str,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -40,11 +43,14 @@ class Endings:
         self._canvas = canvas
         self._events = events
         self._spawn = spawn
+        self._worker = worker
 
     async def succeed(self, answered: Sequence[tuple[Request, list[Tensor]]]) -> None:
         """End tasks that Triton has answered."""
         done = outcome.now_text()
         for request, outputs in answered:
+            if request.over:
+                continue
             try:
                 refs = await self._claim_checks(request, outputs)
                 answer = outcome.response(request, outputs, refs)
@@ -61,20 +67,32 @@ class Endings:
                 self._spawn(self._succeed_with_steps(request, settlement, passed_on))
 
     def fail(self, request: Request, error: SamphireError) -> None:
-        """End a task, or an unreadable message, as a dead letter."""
+        """End an attempt that failed: there will be another, or the task, or unreadable message, is a dead letter."""
+        now, times = time.time(), request.times
+        last = min(times.deadline, times.expires)
+        decision = decide(error, request.attempts + 1, last, policy_for(request.infer, self._settings), now=now)
+        if isinstance(decision, Retry) and request.task_id:
+            logger.info("task %s is tried again: %s", request.task_id, error, extra={"action": "task_retried"})
+            self._settler.add(outcome.retry(request, error, decision.at - now, self._worker))
+            self._tell(lambda: self._events.retried(request, error))
+            return
         logger.info("task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"})
-        settlement = outcome.failure(request, error)
+        settlement = outcome.failure(request, error, reason_of(error), self._worker)
         if request.canvas is None:
             self._settler.add(settlement)
         else:
             self._spawn(self._end_with_steps(request, settlement, lambda: self._canvas.after_failure(request, error)))
+        self._tell(lambda: self._events.failed(request, error))
+
+    @staticmethod
+    def _tell(event: Callable[[], None]) -> None:
         try:
-            self._events.failed(request, error)
+            event()  # it describes what may be no valid request at all
         except Exception:
-            logger.exception("no event for task %s", request.task_id, extra={"action": "event_failed"})
+            logger.exception("a task has no event", extra={"action": "event_failed"})
 
     def revoke(self, request: Request, state: Literal["cancelled", "expired"]) -> None:
-        """End a task that is not to be run."""
+        """End a task that is not to be run, or, cancelled, not to its end."""
         settlement = outcome.revoked(request, state)
         if request.canvas is None:
             self._settler.add(settlement)
@@ -83,6 +101,16 @@ class Endings:
                 self._end_with_steps(request, settlement, lambda: self._canvas.after_revocation(request, state))
             )
         self._events.revoked(request, expired=state == "expired")
+
+    def cancel_running(self, request: Request) -> None:
+        """End a task that Triton works on."""
+        request.over = True
+        self.revoke(request, "cancelled")
+
+    def give_up(self, request: Request) -> None:
+        """End a task whose deadline has passed while Triton works on it."""
+        request.over = True
+        self.fail(request, EndpointTimeoutError("the deadline has passed while the model worked"))
 
     async def run_errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
         """Do what a message that is no inference asks for, and end it; it has no result of its own."""

@@ -45,6 +45,9 @@ class TaskEvents(Protocol):
     def failed(self, request: Request, error: SamphireError) -> None:
         """A task ends as a dead letter."""
 
+    def retried(self, request: Request, error: SamphireError) -> None:
+        """An attempt failed; the task will be tried again."""
+
     def revoked(self, request: Request, *, expired: bool) -> None:
         """A task was cancelled, or has expired, and is dropped."""
 
@@ -90,19 +93,18 @@ class CeleryEvents:
 
     def failed(self, request: Request, error: SamphireError) -> None:
         """A task ends as a dead letter: always shown."""
-        if not request.task_id:
-            return
-        if not self._was_shown(request):
-            self._received(request)
-        self._add(
-            "task-failed", request.task_id, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback=""
-        )
+        self._went_wrong("task-failed", request, error)
+
+    def retried(self, request: Request, error: SamphireError) -> None:
+        """An attempt failed; the task will be tried again: always shown."""
+        self._went_wrong("task-retried", request, error)
 
     def revoked(self, request: Request, *, expired: bool) -> None:
         """A task was cancelled, or has expired: always shown."""
         if not self._was_shown(request):
             self._received(request)
-        self._add("task-revoked", request.task_id, terminated=False, signum=None, expired=expired)
+        terminated = request.started_at is not None
+        self._add("task-revoked", request.task_id, terminated=terminated, signum=None, expired=expired)
 
     def cancelled(self, task_id: str) -> None:
         """A task is cancelled whose message lies in a queue: always shown."""
@@ -117,6 +119,13 @@ class CeleryEvents:
                 if self._buffer:
                     buffer, self._buffer = self._buffer, []
                     await loop.run_in_executor(thread, self._send, buffer)
+
+    def _went_wrong(self, kind: str, request: Request, error: SamphireError) -> None:
+        if not request.task_id:
+            return
+        if not self._was_shown(request):
+            self._received(request)
+        self._add(kind, request.task_id, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback="")
 
     def _was_shown(self, request: Request) -> bool:
         """Whether a task's earlier events were sent; this is its last."""

@@ -28,6 +28,7 @@ from samphire.errors import (
 )
 from samphire_broker.settings import Settings
 from samphire_broker.store import CANCELLED, DUE, REPLACED, Claimed, LeaseLostError, Store, WorkerInfo
+from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching, outcome
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.catalogue import Catalogue
@@ -41,7 +42,6 @@ from samphire_workers.lane.planner import QueuePlanner
 from samphire_workers.lane.request import Checker, Request, home_of, read
 from samphire_workers.lane.settler import Settler
 from samphire_workers.lane.wake import QueueWatch
-from samphire_workers.triton import Endpoints
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Lane:
         self._held_bytes = 0
         self._pace = Pace(settings.inflight_max)
         self._settler = Settler(store, self._let_go)
-        self._endings = Endings(settings, store, self._settler, canvas, events, self._spawn)
+        self._endings = Endings(settings, store, self._settler, canvas, events, self._spawn, info.hostname)
         self._dispatcher = Dispatcher(
             settings,
             store,
@@ -117,6 +117,7 @@ class Lane:
         """The last claim left out what there was no room for."""
         self._looked_everywhere = 0.0
         self._stopping = False
+        self._hostname = info.hostname
         self._work: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -150,12 +151,20 @@ class Lane:
         return list(self._requests.values())
 
     async def cancel(self, task_ids: Sequence[str]) -> dict[str, str]:
-        """End tasks that have not started; see `Store.cancel`."""
+        """End tasks, those that clients ask for among them; see `Store.cancel`."""
         verdicts = await self._store.cancel(outcome.revoked_meta("", "revoked"), task_ids)
         for task_id, verdict in verdicts.items():
             if verdict == "cancelled":
                 self._events.cancelled(task_id)
+        running = {task_id for task_id, verdict in verdicts.items() if verdict == "running"}
+        if running:
+            self._dispatcher.cancel([request for request in self.requests() if request.task_id in running])
         return verdicts
+
+    def hand_back(self) -> None:
+        """Claim nothing more, and give what is held back to the queues instead of finishing it."""
+        self.stop()
+        self._dispatcher.hand_back()
 
     def stop(self) -> None:
         """Claim nothing more; `run` returns once everything held is settled."""
@@ -211,7 +220,7 @@ class Lane:
         self._more = False
         held_up = bool(busy) or room <= 0 or room_bytes <= 0
         self._held_up = held_up or (bool(named) and self._held_up)  # of the queues not named it still holds
-        plan = self._planner.plan(room, busy | self._catalogue.away, named)
+        plan = self._planner.plan(room, busy | self._endpoints.away(), named)
         if room <= 0 or room_bytes <= 0 or not plan.turns:
             return []
         rooms = [room if model == INTAKE_MODEL else self._pace.room(model) for model in plan.models]
@@ -225,7 +234,7 @@ class Lane:
 
     def _may_claim(self, queue: str) -> bool:
         model, _ = keys.parse_queue(queue)
-        return model not in self._catalogue.away and self._dispatcher.under_way[model] < BATCHES_A_MODEL
+        return not self._endpoints.is_away(model) and self._dispatcher.under_way[model] < BATCHES_A_MODEL
 
     async def _discover(self, group: asyncio.TaskGroup) -> None:
         """Find queues: the SDK names those it uses; a slow scan finds those of plain producers."""
@@ -361,11 +370,12 @@ class Lane:
                 self._let_go([request.claim.field])
         self._sort_out(due)
 
-    async def _release(self, requests: Sequence[Request], *, blamed: bool = False) -> None:
+    async def _release(self, requests: Sequence[Request], *, blamed: SamphireError | None = None) -> None:
+        attempt = "" if blamed is None else outcome.attempt_text(self._hostname, blamed)
         fields = [request.claim.field for request in requests]
         for request in requests:
             self._events.dropped(request)
-        await self._hand_back(requests, lambda: self._store.release(fields, blamed=blamed))
+        await self._hand_back(requests, lambda: self._store.release(fields, attempt=attempt))
 
     async def _hand_back(self, requests: Sequence[Request], action: Callable[[], Awaitable[int]]) -> None:
         try:

@@ -7,9 +7,10 @@ import logging
 
 from samphire import keys
 from samphire.direct import DirectConnection
-from samphire.errors import SamphireError
+from samphire.errors import SamphireError, WorkerCrashError
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
+from samphire_workers.lane.outcome import attempt_text
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,9 @@ async def reap_others(store: Store, settings: Settings) -> None:
 
 async def _reap(store: Store, worker_id: str, last_beat: int | None) -> None:
     left = 1
+    attempt = attempt_text(await store.hostname(worker_id), WorkerCrashError("the worker was lost"))
     while left:
-        moved, started, left = await store.reap(worker_id, last_beat)
+        moved, started, left = await store.reap(worker_id, last_beat, attempt)
         if moved < 0:
             return  # it beats again
         if moved or not left:

@@ -12,15 +12,9 @@ import msgspec
 from samphire import keys
 from samphire.contract import FailureInfo, InferResponse, OutputTensor, Ref
 from samphire.envelope import new_task_id
-from samphire.errors import (
-    EndpointTimeoutError,
-    InvalidInputError,
-    SamphireError,
-    TransientError,
-    WorkerCrashError,
-)
+from samphire.errors import EndpointTimeoutError, SamphireError
 from samphire.tensors import bytes_to_values
-from samphire_broker.store import Letter, OtherEnd, Settlement, Store
+from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store
 from samphire_workers.lane.request import Request, sha256_hex
 from samphire_workers.triton import Tensor
 
@@ -29,11 +23,16 @@ _encode = msgspec.json.Encoder().encode
 PASSED_ON_BYTES = 256 * 2**10
 """Outputs over this size reach the next inference of a plain producer's canvas as claim checks."""
 
+ATTEMPT_CHARACTERS = 500
+"""Most of an error's text that the history of a task keeps of each attempt."""
+
 Steps = tuple[tuple[tuple[str, str], ...], tuple[OtherEnd, ...], list[Any]]
 
 
 class TimeLimitError(EndpointTimeoutError):
-    """The time limit of a Celery producer ran out."""
+    """The time limit of a Celery producer ran out; as in Celery it is not tried again."""
+
+    retryable = False
 
     def __init__(self, limit_s: float, *, soft: bool) -> None:
         super().__init__(f"the {'soft ' if soft else ''}time limit of {limit_s} s was exceeded")
@@ -103,14 +102,17 @@ def _ignored(request: Request) -> bool:
 
 
 def revoked_meta(task_id: str, reason: str) -> str:
-    """The result of a task that was cancelled or has expired, as Celery stores it; "expired" is Celery's word."""
+    """The result of a task that was cancelled or has expired, as Celery stores it.
+
+    The reasons are Celery's words: "expired", "revoked" of what had not started, "terminated" of what was running.
+    """
     info = FailureInfo("TaskRevokedError", [reason], "celery.exceptions")
     return _meta("REVOKED", task_id, _encode(info), now_text())
 
 
 def revoked(request: Request, state: Literal["cancelled", "expired"]) -> Settlement:
-    """The settlement of a task that is not to be run."""
-    reason = "expired" if state == "expired" else "revoked"
+    """The settlement of a task that is not to be run, or not to its end."""
+    reason = "expired" if state == "expired" else "revoked" if request.started_at is None else "terminated"
     meta = "" if _ignored(request) else revoked_meta(request.task_id, reason)
     return Settlement(request.claim.field, request.task_id, state, meta, request.stream)
 
@@ -123,34 +125,41 @@ def with_steps(settlement: Settlement, steps: Steps) -> Settlement:
     return settlement._replace(pushes=pushes, others=others, meta=meta)
 
 
-def reason_of(error: SamphireError) -> str:
-    """The class of an error, as dead letters are filtered by it."""
-    if isinstance(error, InvalidInputError):
-        return "invalid_input"
-    if isinstance(error, WorkerCrashError):
-        return "worker_crash"
-    if isinstance(error, EndpointTimeoutError):
-        return "timeout"
-    if isinstance(error, TransientError):
-        return "transient"
-    return "model_fault"
+def attempt_text(worker: str, error: SamphireError) -> str:
+    """What is kept of an attempt that came to nothing, JSON."""
+    return _encode({"at": now_text(), "worker": worker, "error": _told(error, ATTEMPT_CHARACTERS)}).decode()
 
 
-def failure(request: Request, error: SamphireError) -> Settlement:
+def _told(error: SamphireError, characters: int) -> str:
+    return f"{type(error).__name__}: {str(error)[:characters]}"
+
+
+def _failure_info(error: SamphireError) -> FailureInfo:
+    return error.info if isinstance(error, TimeLimitError) else FailureInfo(type(error).__name__, str(error)[:4000])
+
+
+def failure(request: Request, error: SamphireError, reason: str, worker: str) -> Settlement:
     """The settlement, with a dead letter, of a task that failed or of a message that cannot be read."""
-    message = str(error)[:4000]
-    info = error.info if isinstance(error, TimeLimitError) else FailureInfo(type(error).__name__, message)
+    tried = request.started_at is not None
     return Settlement(
         field=request.claim.field,
         task_id=request.task_id,
         state="failed",
-        meta="" if _ignored(request) else _meta("FAILURE", request.task_id, _encode(info), now_text()),
+        meta="" if _ignored(request) else _meta("FAILURE", request.task_id, _encode(_failure_info(error)), now_text()),
         stream=request.stream,
         letter=Letter(
             letter_id=request.task_id or new_task_id(),
             model=request.model,
-            reason=reason_of(error),
-            error=f"{type(error).__name__}: {message}",
-            attempts=request.attempts,
+            reason=reason,
+            error=_told(error, 4000),
+            attempts=request.attempts + tried,
+            attempt=attempt_text(worker, error),
         ),
     )
+
+
+def retry(request: Request, error: SamphireError, delay_s: float, worker: str) -> Settlement:
+    """The settlement of an attempt that failed and is followed by another."""
+    meta = "" if _ignored(request) else _meta("RETRY", request.task_id, _encode(_failure_info(error)), now_text())
+    later = Later(delay_s, attempt_text(worker, error))
+    return Settlement(request.claim.field, request.task_id, "retrying", meta, request.stream, retry=later)

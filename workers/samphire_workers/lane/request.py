@@ -31,6 +31,7 @@ from samphire.contract import (
     InferRequest,
     InputTensor,
     Ref,
+    check_max_attempts,
     check_model_name,
     check_tenant,
 )
@@ -91,7 +92,11 @@ class Request:
     batch_key: object = None
     """Equal for requests that may share a micro-batch; None: none may."""
     attempts: int = 0
-    """Workers that were lost with this task started."""
+    """Attempts before this one."""
+    crashes: int = 0
+    """Those of them that took a worker or a model's process down."""
+    over: bool = False
+    """It has ended while its micro-batch is still under way: whatever comes of that is not for it."""
     times: Times = _NO_TIMES
     taken_in_at: float = 0.0
     """When its micro-batch was made, by the monotonic clock."""
@@ -191,6 +196,8 @@ def _read_into(request: Request, claim: Claimed, settings: Settings) -> None:
     if infer.contract != CONTRACT_VERSION:
         raise InvalidInputError(f"expected contract version {CONTRACT_VERSION}, given {infer.contract}")
     request.infer = infer
+    if infer.max_attempts is not UNSET:
+        check_max_attempts(infer.max_attempts)
     resolve(infer, args)
     if not request.at_home:
         check_model_name(infer.model_name)

@@ -12,28 +12,32 @@ import logging
 import os
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from celery import bootsteps
 from celery.exceptions import ImproperlyConfigured
+from celery.signals import worker_shutting_down
 
 from samphire_broker.queues import refuse_queue
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
+from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.events import CeleryEvents
 from samphire_workers.lane.lane import Lane
 from samphire_workers.lane.lease import keep_lease, reap_others
 from samphire_workers.lane.wake import QueueWatch
-from samphire_workers.triton import Endpoints
 
 logger = logging.getLogger(__name__)
 
 RESTART_MIN_S = 0.5
 RESTART_MAX_S = 15.0
-STOP_TIMEOUT_S = 60.0
+HAND_BACK_S = 5.0
+STOP_CHECK_S = 0.1
+HAND_BACK_SIGNALS = 2
 ASK_TIMEOUT_S = 5.0
 
 GC_THRESHOLD = 20_000
@@ -63,6 +67,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._lane: Lane | None = None
         self._registered: asyncio.Event | None = None
         self._stopping = False
+        self._signals = 0
+        """Times that the worker was asked to end; more than once means at once."""
 
     def include_if(self, parent: Any) -> bool:
         """Always; refuses a worker whose stock consumer would take what belongs to lanes."""
@@ -74,6 +80,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, parent: Any) -> None:
         """Start the thread."""
         serving.append(self)
+        worker_shutting_down.connect(self._asked_to_end)
         self._info = WorkerInfo(id=uuid.uuid4().hex, hostname=parent.hostname, pid=os.getpid())
         self._app = parent.app
         self._thread = threading.Thread(target=self._run, name="samphire-lane", daemon=True)
@@ -88,11 +95,20 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if loop is None or thread is None:
             return
         loop.call_soon_threadsafe(self._stop_lane)
-        thread.join(STOP_TIMEOUT_S)
+        give_up = time.monotonic() + self._settings.shutdown_timeout_s
+        while thread.is_alive() and time.monotonic() < give_up and self._signals < HAND_BACK_SIGNALS:
+            thread.join(STOP_CHECK_S)  # signals are handled in between
         if thread.is_alive():
-            logger.error("the lane did not end in %.0f s; its tasks will be reaped", STOP_TIMEOUT_S)
+            logger.warning("what is under way goes back to its queues", extra={"action": "hand_back"})
+            loop.call_soon_threadsafe(self._hand_back)
+            thread.join(HAND_BACK_S)
+        if thread.is_alive():
+            logger.error("the lane did not end; its tasks will be reaped")
 
-    terminate = stop
+    def terminate(self, parent: Any) -> None:
+        """Hand what is held back at once."""
+        self._signals = HAND_BACK_SIGNALS
+        self.stop(parent)
 
     def ask(self, question: Callable[[Lane], Awaitable[T]]) -> T | None:
         """Ask the lane from another thread; None where there is none, or it does not answer in time."""
@@ -111,6 +127,13 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._registered.set()  # a broker that is away must not hold up the end
         if self._lane is not None:
             self._lane.stop()
+
+    def _asked_to_end(self, **_: Any) -> None:
+        self._signals += 1
+
+    def _hand_back(self) -> None:
+        if self._lane is not None:
+            self._lane.hand_back()
 
     def _run(self) -> None:
         gc.collect()

@@ -1,12 +1,15 @@
--- cancel: end tasks that have not started.
+-- cancel: end tasks, or mark them where somebody else has to.
 -- KEYS  1 sub:cancels   2 cancelled   3 scheduled   4 scheduled:messages   5 cancelled:lately
+--       6 worker:<wid>:started, of the worker that asks
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
 --       5 lifetime of marks in s   6 most marks   7 result (JSON with an empty task id)   8 channel to wake lanes
 --       9 most requests that are taken from sub:cancels   10.. ids that a revocation names
 -- A request in the list is "<stream> <task id>", of a client that names a task of its own: the task ends now, and its
 -- message is dropped when it is claimed. A revocation goes to all workers of all applications, and may name anybody's
--- task: a scheduled one ends now, any other is marked, and ends if it is ever claimed.
--- Returns task id, verdict, task id, verdict, …: "cancelled", "marked", or the state of a task past cancelling.
+-- task: a scheduled one ends now, any other is marked, and ends if it is ever claimed. A running one is marked, and ends
+-- where it runs: every worker that asks is told of the marked ones that it has started.
+-- Returns task id, verdict, task id, verdict, …: "cancelled", "marked", the state of a task past cancelling or running
+-- elsewhere, and "running" for those that the worker that asks has started.
 local requests = {}
 if redis.call('TYPE', KEYS[1]).ok == 'list' then
   requests = redis.call('LRANGE', KEYS[1], 0, ARGV[9] - 1)
@@ -16,6 +19,7 @@ local mark = redis.call('TYPE', KEYS[2]).ok
 mark = mark == 'zset' or mark == 'none'
 redis.call('ZCARD', KEYS[3])
 redis.call('HLEN', KEYS[4])
+redis.call('HLEN', KEYS[6])
 if #requests > 0 then
   redis.call('LTRIM', KEYS[1], #requests, -1)
 end
@@ -27,6 +31,10 @@ local function cancel(id, stream, named)
   local state = type(meta) == 'string' and string.match(meta, '"status": ?"(%u+)"')
   local value = redis.call('HGET', KEYS[4], id)
   local verdict = state
+  if mark and state == 'STARTED' then
+    redis.call('ZADD', KEYS[2], time[1], id)
+    redis.call('SET', KEYS[5], '1', 'EX', 60)
+  end
   -- On a revocation any other worker of Celery's writes REVOKED too; the message is ours to drop all the same.
   local revoked = state == 'REVOKED'
   if revoked or not state or state == 'PENDING' or state == 'RETRY' then
@@ -72,5 +80,18 @@ end
 if mark and #reply > 0 then
   redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', time[1] - ARGV[5])
   redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -ARGV[6] - 1)
+end
+if mark and redis.call('EXISTS', KEYS[5]) == 1 then
+  local started = redis.call('HVALS', KEYS[6])
+  for first = 1, #started, 1000 do -- unpack takes at most 7,999 values
+    local last = math.min(first + 999, #started)
+    local marks = redis.call('ZMSCORE', KEYS[2], unpack(started, first, last))
+    for n = first, last do
+      if marks[n - first + 1] then
+        reply[#reply + 1] = started[n]
+        reply[#reply + 1] = 'running'
+      end
+    end
+  end
 end
 return reply

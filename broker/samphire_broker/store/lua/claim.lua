@@ -1,9 +1,9 @@
 -- claim: move messages from queue lists into a worker's in-flight hash.
--- KEYS  1 worker:<wid>   2 worker:<wid>:inflight   3 suspects   4 cancelled:lately   5.. lists, in the order of service
+-- KEYS  1 worker:<wid>   2 worker:<wid>:inflight   3 tried   4 cancelled:lately   5.. lists, in the order of service
 -- ARGV  1 most messages   2 stop after so many bytes   3 largest message that is returned whole
 --       4 number of the first claim   5.. for each list: how many it gives before the first gives more, and the
 --       number of its group; then for each group, from 1, how many its lists give together
--- Returns whether there are suspects or tasks cancelled lately, then field, size, message, field, size, message, …: of a message over
+-- Returns whether there are tasks tried before or cancelled lately, then field, size, message, field, size, message, …: of a message over
 -- ARGV[3] only the last 16 KB, which hold a kombu message's headers.
 -- Nothing can fail between LTRIM and HSET: the hash's type is checked first, and once LTRIM, which needs no
 -- memory, has written, HSET is let through though memory be full.

@@ -2,7 +2,7 @@
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 cancelled
 -- ARGV  1 prefix of result keys   2 prefix of task hashes   3 host name   4 process id
 --       5 MessagePack: array of [field, task id]
--- Returns for each task how many workers were lost with it, or -1 (claim lost: not ours any more), or -2
+-- Returns for each task 0, or [attempts so far, those of them that took a worker or a model's process down], or -1 (claim lost: not ours any more), or -2
 -- (the task already ended: a terminal state is written once; the message is dropped as a duplicate), or -3 (it is
 -- cancelled: it stays claimed and is to be settled as such).
 -- The running state has no lifetime of its own: settling, failing, releasing and reaping all replace it.
@@ -16,7 +16,7 @@ for n = 1, #tasks do
 end
 local old = redis.call('MGET', unpack(metas))
 local some_cancelled = redis.call('TYPE', KEYS[3]).ok == 'zset'
-local some_lost = redis.call('EXISTS', unpack(hashes)) > 0
+local some_tried = redis.call('EXISTS', unpack(hashes)) > 0
 local reply, states, started, ended = {}, {}, {}, {}
 for n = 1, #metas do
   local field, id = tasks[n][1], tasks[n][2]
@@ -32,7 +32,8 @@ for n = 1, #metas do
     local s = #states
     states[s + 1], states[s + 2] = metas[n], '{"status":"STARTED","task_id":' .. cjson.encode(id) .. tail
     started[s + 1], started[s + 2] = field, id
-    reply[n] = some_lost and tonumber(redis.call('HGET', hashes[n], 'attempts') or 0) or 0
+    local tried = some_tried and redis.call('HMGET', hashes[n], 'attempts', 'crashes')
+    reply[n] = tried and tried[1] and {tonumber(tried[1]), tonumber(tried[2] or 0)} or 0
   end
 end
 -- HDEL first, even of nothing: as a write that needs no memory it lets the rest through when memory is full.

@@ -8,6 +8,8 @@ class TritonPythonModel:
         responses = []
         for request in requests:
             seconds = pb_utils.get_input_tensor_by_name(request, "seconds").as_numpy()
-            time.sleep(float(seconds.max()))
+            until = time.monotonic() + float(seconds.max())
+            while time.monotonic() < until and not request.is_cancelled():
+                time.sleep(min(0.05, max(0.0, until - time.monotonic())))
             responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("slept", seconds)]))
         return responses
