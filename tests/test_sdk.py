@@ -35,6 +35,7 @@ from samphire import (
     ResultTimeoutError,
     SamphireError,
     Step,
+    Task,
     TaskCancelledError,
     TaskExpiredError,
     TensorSpec,
@@ -60,7 +61,7 @@ def slow(seconds: float) -> dict[str, NDArray[Any]]:
 @pytest.mark.parametrize(
     ("model", "inputs", "options", "error", "text"),
     [
-        ("nope", fp32(1), {}, UnknownModelError, "no model 'nope'; there are .*'digits', 'identity'"),
+        ("nope", fp32(1), {}, UnknownModelError, "no model 'nope'; there are .*'digits', .*'identity'"),
         ("digits", {"image": np.zeros((1, 7, 7), np.float32)}, {}, InvalidInputError, r"expected shape \[rows, 8, 8\]"),
         ("digits", {"image": np.zeros((1, 8, 8))}, {}, InvalidInputError, "expected FP32, given FP64"),
         ("digits", {}, {}, InvalidInputError, "missing 'image'"),
@@ -187,24 +188,58 @@ def test_an_expired_task_says_so(client: Client, stack: Up) -> None:
 
 
 def test_cancel(client: Client) -> None:
-    """Scheduled and queued tasks end; a running or ended one goes its way."""
+    """Scheduled, queued and running tasks end, and say which it was; an ended one stays as it is."""
     scheduled = client.submit("identity", fp32(1), delay_s=60)
     assert scheduled.cancel() is True
     assert scheduled.status() == "cancelled"
     with pytest.raises(TaskCancelledError):
         scheduled.result(TIMEOUT_S)
     assert scheduled.cancel() is True  # it has ended so
-    running = client.submit("slow", slow(1.5), parameters={"micro_batch": False})
+    running = client.submit("slow", slow(25), parameters={"micro_batch": False})
     queued = [client.submit("slow", slow(0.1), parameters={"micro_batch": False}) for _ in range(8)]
     eventually(lambda: running.status() == "running", 10, "the start")
     assert queued[-1].cancel() is True
-    assert running.cancel() is False
-    assert running.result(TIMEOUT_S).outputs["slept"].tolist() == [[1.5]]
-    assert running.cancel() is False
-    for task in queued[:-1]:
-        task.result(TIMEOUT_S)
-    with pytest.raises(TaskCancelledError):
+    with pytest.raises(TaskCancelledError, match="before it ran"):
         queued[-1].result(TIMEOUT_S)
+    assert running.cancel() is True
+    with pytest.raises(TaskCancelledError, match="while it ran"):
+        running.result(TIMEOUT_S)
+    for task in queued[:-1]:  # they would wait for 25 s if Triton went on with what was cancelled
+        assert task.result(15).outputs["slept"].tolist() == [[pytest.approx(0.1)]]
+    assert queued[0].cancel() is False
+    assert queued[0].status() == "succeeded"
+
+
+def together(client: Client, stack: Up, **first: Any) -> tuple[Task, Task]:
+    """Two tasks of 4 s in one micro-batch, under way."""
+    for _ in range(4):  # a worker claims more than one task at once only of a model that was quick of late
+        client.submit("slow", slow(0)).result(TIMEOUT_S)
+    (worker,) = stack.ready["pids"]["worker"]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        tasks = client.submit("slow", slow(4.0), **first), client.submit("slow", slow(4.0), deadline_s=60)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    eventually(lambda: [task.status() for task in tasks] == ["running"] * 2, 10, "the start")
+    return tasks
+
+
+def test_a_cancelled_member_leaves_its_micro_batch_alone(client: Client, stack: Up) -> None:
+    """Its answer is dropped, the others' are not; Triton is told only when nobody waits any more."""
+    first, second = together(client, stack)
+    assert first.cancel() is True
+    assert second.status() == "running"
+    assert second.result(TIMEOUT_S).outputs["slept"].tolist() == [[4.0]]
+    assert first.status() == "cancelled"
+
+
+def test_members_of_a_micro_batch_expire_alone(client: Client, stack: Up) -> None:
+    """The batch has the time of its longest member; a shorter one is told when its own is over."""
+    short, long = together(client, stack, deadline_s=2)
+    with pytest.raises(EndpointTimeoutError, match="deadline"):
+        short.result(TIMEOUT_S)
+    assert long.status() == "running"
+    assert long.result(TIMEOUT_S).outputs["slept"].tolist() == [[4.0]]
 
 
 def test_a_cancelled_chain_does_not_begin(client: Client) -> None:
@@ -221,14 +256,14 @@ def test_a_cancel_without_a_worker_stands(valkey: Valkey) -> None:
     """The caller is told that nobody has taken it up yet."""
     with Client(valkey.url) as client:
         task = client.submit("m", {"x": np.zeros(1)})
-        with pytest.raises(ResultTimeoutError, match="it stands"):
+        with pytest.raises(ResultTimeoutError, match="the request stands"):
             task.cancel(timeout_s=0.3)
         assert task.id.encode() in valkey.client.lindex(keys.CANCELS, 0)
 
 
 def test_events(client: Client) -> None:
     """The states as they come, to the end; also from another client, and from where one left off."""
-    task = client.submit("slow", slow(0.8), delay_s=0.5)
+    task = client.submit("slow", slow(0.8), delay_s=2)
     seen = [event.status for event in task.events()]
     assert seen[-2:] == ["running", "succeeded"]
     assert "scheduled" in seen
