@@ -332,6 +332,31 @@ def test_a_warm_shutdown_finishes_what_is_held(tmp_path: Path, repository: Path)
         assert "did not end in" not in up.worker_log()
 
 
+@pytest.mark.parametrize("by", ["second signal", "timeout"])
+def test_a_worker_that_may_not_finish_hands_back(tmp_path: Path, repository: Path, by: str) -> None:
+    """What it holds returns to its queue as if it had not begun, and the worker ends at once."""
+    env = {"SAMPHIRE_SHUTDOWN_TIMEOUT_S": "1" if by == "timeout" else "60"}
+    with running_stack(tmp_path, "--model-repository", str(repository), env=env) as up:
+        with Client(up.broker_url) as client, up.redis() as server:
+            tasks = [
+                client.submit("slow", {"seconds": np.array([[25 if i == 0 else 0]], np.float32)}) for i in range(30)
+            ]
+            worker = psutil.Process(eventually(lambda: holder(up), 20, "a worker that holds started tasks"))
+            worker.terminate()
+            if by == "second signal":
+                time.sleep(0.5)
+                assert worker.is_running(), "it waits for what it holds"
+                worker.terminate()
+            eventually(lambda: all_gone([worker]), 10, "the end of the worker")
+            assert not list(server.scan_iter("worker:*:inflight"))
+            assert not list(server.scan_iter(keys.TASK_PREFIX + "*")), "no attempt is counted"
+            assert tasks[0].status() in ("queued", "running")  # the next worker may have it already
+            assert tasks[0].cancel() is True
+            for task in tasks[1:]:
+                task.result(TIMEOUT_S)
+        assert "goes back to its queues" in up.worker_log()
+
+
 def test_a_workers_memory_is_bounded_whatever_is_queued(tmp_path: Path) -> None:
     """50,000 small tasks, 100 of 600 KB, some of 16 MB, and messages near the limit: under 300 MB."""
     with running_stack(tmp_path) as up:

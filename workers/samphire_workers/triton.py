@@ -61,6 +61,11 @@ _ERRORS: Mapping[grpc.StatusCode, type[SamphireError]] = {
 }
 
 
+_BROKEN_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+_BROKEN_WORDS = ("RST_STREAM", "Stream removed", "Connection reset", "Socket closed")
+"""What gRPC says in those of a connection that broke; Triton has no such words."""
+
+
 class StubDiedError(EndpointUnavailableError):
     """The process of a Python model has died; the model says that it is ready, and never answers again."""
 
@@ -78,6 +83,8 @@ def translate(code: grpc.StatusCode, details: str, retry_after_s: float | None =
         kind = QueueFullError
     elif code is grpc.StatusCode.INTERNAL and "is not healthy" in details:
         kind = StubDiedError
+    elif code in _BROKEN_CODES and any(words in details for words in _BROKEN_WORDS):
+        kind = EndpointUnavailableError
     return kind(details or code.name, retry_after_s=retry_after_s)
 
 

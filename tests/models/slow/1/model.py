@@ -1,9 +1,14 @@
+import json
 import time
 
 import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
+    def initialize(self, args):
+        parameters = json.loads(args["model_config"])["parameters"]
+        time.sleep(float(parameters.get("load_s", {"string_value": "0"})["string_value"]))
+
     def execute(self, requests):
         responses = []
         for request in requests:

@@ -1,0 +1,177 @@
+"""Triton hangs, is away, or has lost one model: nothing is burned, and work resumes by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import redis
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from samphire import Backoff, Client, Task, keys
+from samphire_workers.triton import CONTROL_TIMEOUT_S
+from tests.stacks import Up, eventually, running_stack
+
+TIMEOUT_S = 60
+OUTAGE_S = float(os.environ.get("SAMPHIRE_TEST_OUTAGE_S", "8"))
+RESUME_S = 2.0
+X = np.arange(4, dtype=np.float32).reshape(1, 4)
+
+
+def submit_some(client: Client, count: int, model: str = "identity") -> list[Task]:
+    return [client.submit(model, {"input_fp32": X + i}) for i in range(count)]
+
+
+def check(tasks: list[Task]) -> None:
+    for i, task in enumerate(tasks):
+        np.testing.assert_array_equal(task.result(TIMEOUT_S).outputs["output_fp32"], X + i)
+
+
+def nothing_burned(server: redis.Redis) -> bool:
+    return server.zcard(keys.DEAD) == 0 and not list(server.scan_iter(keys.TASK_PREFIX + "*"))
+
+
+def held(server: redis.Redis) -> int:
+    """Messages between claim and settlement."""
+    return sum(server.hlen(key) for key in server.scan_iter("worker:*:inflight"))
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    process = psutil.Process(pid)
+    process.suspend()
+    try:
+        eventually(lambda: process.status() == psutil.STATUS_STOPPED, 5, "the stop")
+        yield
+    finally:
+        process.resume()
+
+
+@contextmanager
+def triton(address: str) -> Iterator[service_pb2_grpc.GRPCInferenceServiceStub]:
+    with grpc.insecure_channel(address) as channel:
+        yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+def test_a_triton_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
+    """What it holds goes back to the queue while it still stands; no attempt, no letter; then all are answered."""
+    with running_stack(tmp_path) as up, Client(up.broker_url) as client, up.redis() as server:
+        check(submit_some(client, 10))
+        with stopped(up.ready["pids"]["triton"]):
+            began = time.monotonic()
+            tasks = submit_some(client, 300)
+            eventually(lambda: held(server), 5, "tasks that it holds")
+            eventually(lambda: not held(server), 2 * CONTROL_TIMEOUT_S + 2, "their return")
+            assert "does not answer" in up.worker_log() or "is away" in up.worker_log()
+            time.sleep(max(0.0, OUTAGE_S - (time.monotonic() - began)))
+            assert not held(server), "nothing is claimed meanwhile"
+            assert {task.status() for task in tasks} == {"queued"}
+            assert nothing_burned(server)
+        began = time.monotonic()
+        tasks[0].result(TIMEOUT_S)
+        assert time.monotonic() - began < RESUME_S
+        check(tasks)
+        assert nothing_burned(server)
+
+
+def test_a_hang_is_told_from_a_slow_model(tmp_path: Path) -> None:
+    """A short time limit of the worker's own burns no attempt while the server hangs."""
+    env = {"SAMPHIRE_TRITON_TIMEOUT_S": "1"}
+    with running_stack(tmp_path, env=env) as up, Client(up.broker_url) as client, up.redis() as server:
+        check(submit_some(client, 10))
+        with stopped(up.ready["pids"]["triton"]):
+            tasks = submit_some(client, 20)
+            eventually(lambda: held(server), 5, "tasks that it holds")
+            eventually(lambda: not held(server), 2 * CONTROL_TIMEOUT_S + 2, "their return")
+            assert nothing_burned(server)
+        check(tasks)
+        assert nothing_burned(server)
+
+
+def test_a_model_that_hangs_is_timed_out_and_tried_again(tmp_path: Path, repository: Path) -> None:
+    """The server answers, the model does not: that is an attempt, and its budget ends it."""
+    env = {"SAMPHIRE_TRITON_TIMEOUT_S": "0.5", "SAMPHIRE_BACKOFF_BASE_S": "0.05"}
+    options = ("--model-repository", str(repository))
+    with running_stack(tmp_path, *options, env=env) as up, Client(up.broker_url) as client:
+        task = client.submit("slow", {"seconds": np.array([[30]], np.float32)})
+        with pytest.raises(TimeoutError):
+            task.result(TIMEOUT_S)
+        letter = client.dead_letters.get(task.id)
+        assert (letter.reason, letter.attempts, len(letter.history)) == ("timeout", 3, 3)
+        # Triton was told each time: the model is free again.
+        assert client.submit("slow", {"seconds": np.array([[0]], np.float32)}).result(TIMEOUT_S)
+
+
+def test_two_endpoints_each_with_a_breaker_for_each_model(tmp_path: Path, stack: Up) -> None:
+    """One loses a model, then all of itself: the other serves on, and nothing is burned."""
+    with running_stack(tmp_path / "second") as second:
+        urls = f"{stack.triton_grpc},{second.triton_grpc}"
+        with (
+            running_stack(tmp_path / "both", env={"SAMPHIRE_TRITON_URLS": urls}) as up,
+            Client(up.broker_url) as client,
+            up.redis() as server,
+        ):
+            check(submit_some(client, 100))
+            with triton(second.triton_grpc) as stub:
+                stub.RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name="identity"), timeout=30)
+            check(submit_some(client, 200))
+            eventually(lambda: f"model identity is away on {second.triton_grpc}" in up.worker_log(), 10, "the breaker")
+            image = np.zeros((1, 8, 8), np.float32)
+            before = executions(second.triton_grpc, "digits")
+            for _ in range(20):
+                client.submit("digits", {"image": image}).result(TIMEOUT_S)
+            assert executions(second.triton_grpc, "digits") > before, "its other models are asked still"
+            with triton(second.triton_grpc) as stub:
+                stub.RepositoryModelLoad(service_pb2.RepositoryModelLoadRequest(model_name="identity"), timeout=30)
+            eventually(lambda: f"model identity is back on {second.triton_grpc}" in up.worker_log(), 10, "its return")
+            before = executions(second.triton_grpc, "identity")
+            check(submit_some(client, 200))
+            assert executions(second.triton_grpc, "identity") > before
+            os.kill(second.ready["pids"]["triton"], signal.SIGKILL)
+            check(submit_some(client, 200))
+            assert nothing_burned(server)
+
+
+def executions(address: str, model: str) -> int:
+    """How many requests a Triton has answered for a model."""
+    with triton(address) as stub:
+        stats = stub.ModelStatistics(service_pb2.ModelStatisticsRequest(name=model), timeout=10).model_stats
+        return sum(version.inference_count for version in stats)
+
+
+def test_an_endpoint_that_never_was_holds_up_nobody(tmp_path: Path, stack: Up) -> None:
+    """Nor does a model that nobody has wait for it for ever."""
+    urls = f"127.0.0.1:9,{stack.triton_grpc}"
+    with running_stack(tmp_path, env={"SAMPHIRE_TRITON_URLS": urls}) as up, Client(up.broker_url) as client:
+        check(submit_some(client, 50))
+
+
+def test_a_full_queue_at_triton_burns_nothing(stack: Up, client: Client) -> None:
+    """It has more than it can do: the model is left alone for a while, and all are answered."""
+    with triton(stack.triton_grpc) as stub:  # somebody else fills its queue
+        calls = [stub.ModelInfer.future(slow_request(0.5), timeout=60) for _ in range(4)]
+        tasks = [
+            client.submit("queued", {"seconds": np.array([[0.01]], np.float32)}, backoff=Backoff(60, 60, 0))
+            for _ in range(12)
+        ]
+        for task in tasks:  # a single retry would take a minute
+            task.result(30)
+        assert any(call.exception() is not None for call in calls), "its queue was full"
+    assert "model queued is away" in stack.worker_log(), "for us too"
+    with stack.redis() as server:
+        assert not [task for task in tasks if server.exists(keys.TASK_PREFIX + task.id)]
+
+
+def slow_request(seconds: float) -> service_pb2.ModelInferRequest:
+    request = service_pb2.ModelInferRequest(model_name="queued")
+    request.inputs.add(name="seconds", datatype="FP32", shape=[1, 1])
+    request.raw_input_contents.append(np.float32(seconds).tobytes())
+    return request
