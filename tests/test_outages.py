@@ -175,3 +175,14 @@ def slow_request(seconds: float) -> service_pb2.ModelInferRequest:
     request.inputs.add(name="seconds", datatype="FP32", shape=[1, 1])
     request.raw_input_contents.append(np.float32(seconds).tobytes())
     return request
+
+
+def test_the_time_that_is_left_is_tritons_timeout(client: Client) -> None:
+    """So that a model whose queue policy lets requests say so never begins what nobody waits for."""
+    seconds = {"seconds": np.array([[0]], np.float32)}
+    usual = client.submit("queued", seconds).result(TIMEOUT_S).outputs["timeout_us"].item()
+    assert usual == 60e6, "SAMPHIRE_TRITON_TIMEOUT_S"
+    short = client.submit("queued", seconds, deadline_s=20).result(TIMEOUT_S).outputs["timeout_us"].item()
+    assert 10e6 < short <= 20e6
+    own = client.submit("queued", seconds, parameters={"timeout": 5_000_000}).result(TIMEOUT_S)
+    assert own.outputs["timeout_us"].item() == 5e6

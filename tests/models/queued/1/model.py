@@ -1,14 +1,10 @@
-import json
 import time
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    def initialize(self, args):
-        parameters = json.loads(args["model_config"])["parameters"]
-        time.sleep(float(parameters.get("load_s", {"string_value": "0"})["string_value"]))
-
     def execute(self, requests):
         responses = []
         for request in requests:
@@ -16,5 +12,6 @@ class TritonPythonModel:
             until = time.monotonic() + float(seconds.max())
             while time.monotonic() < until and not request.is_cancelled():
                 time.sleep(min(0.05, max(0.0, until - time.monotonic())))
-            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("slept", seconds)]))
+            timeout = pb_utils.Tensor("timeout_us", np.array([[request.timeout()]], np.int64))
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("slept", seconds), timeout]))
         return responses
