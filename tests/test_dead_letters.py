@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from samphire import (
 )
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store
-from tests.stacks import Up, Valkey, samphire
+from tests.stacks import Up, Valkey, eventually, running_stack, samphire
 
 TIMEOUT_S = 30
 
@@ -170,3 +171,26 @@ def test_the_command(client: Client, stack: Up, tmp_path: Any) -> None:
         assert samphire(url, "dead-letters", *arguments).returncode == 2
     assert samphire(url, "dead-letters", "purge", "--model", "picky", "--yes").returncode == 0
     assert client.dead_letters.list(LetterFilter(model="picky")) == []
+
+
+def test_the_oldest_letters_go_when_there_are_too_many(tmp_path: Path) -> None:
+    """Not before a warning; the newest stay."""
+    env = {"SAMPHIRE_DEAD_LETTERS_MAX": "10"}
+    with running_stack(tmp_path, env=env) as up, Client(up.broker_url, validate=False) as client:
+
+        def fail_some(count: int) -> list[str]:
+            tasks = [client.submit("nope", {"x": np.zeros(1)}) for _ in range(count)]
+            for task in tasks:
+                with pytest.raises(UnknownModelError):
+                    task.result(TIMEOUT_S)
+            return [task.id for task in tasks]
+
+        first = fail_some(8)
+        eventually(lambda: "8 dead letters" in up.worker_log(), 20, "the warning")
+        assert len(client.dead_letters.list()) == 8
+        last = fail_some(10)
+        eventually(lambda: len(client.dead_letters.list()) == 10, 20, "the trimming")
+        assert {letter.id for letter in client.dead_letters.list()} == set(last)
+        assert "8 of the oldest were deleted" in up.worker_log()
+        with up.redis() as server:
+            assert not server.exists(*(keys.DEAD_PREFIX + letter for letter in first))

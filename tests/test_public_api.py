@@ -37,6 +37,7 @@ TaskExpiredError(TaskGoneError)
 TaskGoneError(SamphireError)
 TransientError(SamphireError)
 UnknownModelError(InvalidInputError)
+UnknownTaskError(SamphireError)
 WorkerCrashError(SamphireError)
 """
 

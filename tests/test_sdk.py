@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -40,6 +41,7 @@ from samphire import (
     TaskExpiredError,
     TensorSpec,
     UnknownModelError,
+    UnknownTaskError,
     keys,
 )
 from tests.stacks import Up, Valkey, clean_environment, eventually
@@ -208,6 +210,28 @@ def test_cancel(client: Client) -> None:
         assert task.result(15).outputs["slept"].tolist() == [[pytest.approx(0.1)]]
     assert queued[0].cancel() is False
     assert queued[0].status() == "succeeded"
+
+
+def test_a_cancel_of_what_is_no_task_says_so(client: Client, stack: Up) -> None:
+    """And changes nothing; tasks that nobody has started yet are found wherever they are."""
+    unknown = client.task("00000000-0000-0000-0000-000000000000")
+    with pytest.raises(UnknownTaskError, match="no task 00000000"):
+        unknown.cancel()
+    with stack.redis() as server:
+        assert not server.exists(keys.meta_key(unknown.id))
+        assert server.zscore(keys.CANCELLED, unknown.id) is None
+    (worker,) = stack.ready["pids"]["worker"]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        queued = [client.submit("identity", fp32(1), priority=priority) for priority in ("high", "normal", "low")]
+        with stack.redis() as server:
+            for task in queued:
+                server.rpush(keys.CANCELS, f" {task.id}")
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    for task in queued:  # whatever the worker takes up first
+        with contextlib.suppress(TaskCancelledError):
+            task.result(TIMEOUT_S)
 
 
 def together(client: Client, stack: Up, **first: Any) -> tuple[Task, Task]:

@@ -85,6 +85,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 def push(valkey: Valkey, *names: str, priority: int = 0) -> None:
+    valkey.client.sadd(keys.QUEUES, QUEUE)
     for name in names:
         valkey.client.lpush(keys.queue_list(QUEUE, priority), name)
 
@@ -565,6 +566,7 @@ def test_a_cancel_request_writes_to_clients_streams_only(valkey: Valkey) -> None
     """The name of any other key is not taken for one."""
 
     async def test() -> None:
+        push(valkey, "one", "two", "three", "four")
         valkey.client.rpush(keys.CANCELS, "scheduled one", "dead two", "events:* three", "events:c four")
         async with worker(valkey) as w:
             assert set((await w.store.cancel(META)).values()) == {"cancelled"}
@@ -601,7 +603,7 @@ def test_routed_claims_go_to_their_queue(valkey: Valkey) -> None:
             moves = [(claim.field, "inference.n", "inference.n") for claim in claims]
             assert await w.store.route(moves) == 2
             assert await w.store.route(moves) == 0
-            assert await w.store.known_queues() == {"inference.n"}
+            assert await w.store.known_queues() == {QUEUE, "inference.n"}
         assert valkey.client.lrange("inference.n", 0, -1) == [b"b", b"a"]
         assert [pubsub.get_message(timeout=1) for _ in range(2)][1]["data"] == b"inference.n"  # type: ignore[index]
         pubsub.close()

@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     dead_letter_ttl_s: int = Field(default=14 * 86400, gt=0)
     """How long a dead letter is kept."""
 
+    dead_letters_max: int = Field(default=100_000, ge=1)
+    """Most dead letters that are kept, the newest; workers warn from 80 % of it, and of the lifetime, on."""
+
     lease_s: float = Field(default=15.0, ge=1)
     """A worker whose heartbeat is older than this has lost its claims."""
 

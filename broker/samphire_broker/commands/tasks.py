@@ -99,6 +99,7 @@ def _parameter(text: str) -> Any:
 @click.option("--parameter", "parameters", multiple=True, metavar="NAME=VALUE", help="For the model; repeatable.")
 @click.option("--delay-s", type=float, help="Not before so many seconds from now.")
 @click.option("--deadline-s", type=float, help="Of use for so many seconds from now.")
+@click.option("--max-attempts", type=int, help="Most attempts; by default what is set for the model.")
 @click.option("--wait", is_flag=True, help="Wait for the result and print it.")
 @click.option("--timeout-s", type=float, help="With --wait: how long; for ever by default.")
 @with_client
@@ -114,6 +115,7 @@ def submit(
     parameters: tuple[str, ...],
     delay_s: float | None,
     deadline_s: float | None,
+    max_attempts: int | None,
     wait: bool,
     timeout_s: float | None,
     as_json: bool,
@@ -132,6 +134,7 @@ def submit(
         parameters={name: _parameter(text) for name, text in _parse_pairs(parameters, "--parameter").items()},
         delay_s=delay_s,
         deadline_s=deadline_s,
+        max_attempts=max_attempts,
     )
     if wait:
         say(f"task {task.id} is queued")
@@ -199,7 +202,7 @@ def _for_npz(name: str, array: Any) -> Any:
 @click.option("--timeout-s", type=float, default=5.0, show_default=True, help="How long to wait for a worker.")
 @with_client
 def cancel(client: Client, *, task_ids: tuple[str, ...], timeout_s: float, as_json: bool) -> None:
-    """End tasks that have not started; fails if one of them goes on or has ended."""
+    """End tasks, queued, scheduled or running; fails if one of them has ended, or is unknown."""
     all_cancelled = True
     for task_id in task_ids:
         task = client.task(task_id)

@@ -130,6 +130,15 @@ class Settlement(NamedTuple):
     """Of a task whose state is "retrying": it waits with the scheduled ones."""
 
 
+class Letters(NamedTuple):
+    """The dead letters, after the limit was enforced."""
+
+    deleted: int
+    left: int
+    oldest_s: float
+    """Age of the oldest; 0 if there is none."""
+
+
 class Reaped(NamedTuple):
     """What a reap returned to the queues; `moved` -1: the worker lives."""
 
@@ -192,6 +201,7 @@ class Store:
             "cancel",
             "delete",
             "letters",
+            "trim",
         )
         self._scripts = {name: _script(name) for name in names}
 
@@ -302,12 +312,13 @@ class Store:
 
         Returns:
             "cancelled" or "marked" by task id, "running" of each marked one that this worker has started, or Celery's
-            state of a task that is past cancelling, or runs elsewhere.
+            state of a task that is past cancelling, or runs elsewhere; "unknown" of what is no task.
         """
         args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
-        args += [CANCELLED_TTL_S, CANCELLED_MAX, meta, keys.WAKE_CHANNEL, CANCELS_MAX, *task_ids]
+        args += [CANCELLED_TTL_S, CANCELLED_MAX, meta, keys.WAKE_CHANNEL, CANCELS_MAX, keys.UNKNOWN_PREFIX]
+        args += [keys.INTAKE, keys.WORKER_PREFIX, keys.DEAD_PREFIX, *task_ids]
         key_names = [keys.CANCELS, keys.CANCELLED, keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.CANCELLED_LATELY]
-        key_names.append(self._started)
+        key_names += [self._started, keys.QUEUES, keys.WORKERS]
         reply = [key_text(value) for value in await self._run("cancel", key_names, args)]
         return dict(zip(reply[::2], reply[1::2], strict=True))
 
@@ -325,6 +336,12 @@ class Store:
         args: list[Argument] = [keys.DEAD_PREFIX, keys.META_PREFIX, keys.TASK_PREFIX, keys.WAKE_CHANNEL, LETTERS_MAX]
         args += [STREAM_MAX_LENGTH, STREAM_TTL_S, self._settings.dead_letter_ttl_s]
         return int(await self._run("letters", [keys.LETTERS, keys.DEAD, keys.TRIED], args))
+
+    async def trim_letters(self) -> Letters:
+        """Delete the oldest dead letters beyond the limit, at most `BATCH_MAX` a call; what there is."""
+        args: list[Argument] = [keys.DEAD_PREFIX, self._settings.dead_letters_max]
+        deleted, left, oldest, now = await self._run("trim", [keys.DEAD], args)
+        return Letters(deleted, left, float(now) - float(oldest) if oldest else 0.0)
 
     async def publish_catalogue(self, signatures: Mapping[str, bytes], gone: Collection[str]) -> None:
         """Tell clients what the models take, and which are gone; what no worker renews expires."""
@@ -396,6 +413,10 @@ class Store:
         """Queues that the SDK has submitted to."""
         names = await self._rest.execute("SMEMBERS", keys.QUEUES)
         return {queue for name in names if (queue := keys.known_form(name))}
+
+    async def name_queues(self, queues: Collection[str]) -> None:
+        """Note queues that were found, as those of the SDK are."""
+        await self._rest.execute("SADD", keys.QUEUES, *queues)
 
     async def find_queues(self, cursor: int) -> tuple[int, set[str]]:
         """One bounded step of a scan for queues that plain producers made; returns the next cursor."""

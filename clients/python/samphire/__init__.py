@@ -30,6 +30,7 @@ from samphire.errors import (
     TaskGoneError,
     TransientError,
     UnknownModelError,
+    UnknownTaskError,
     WorkerCrashError,
 )
 from samphire.pipeline import Output, Step
@@ -72,5 +73,6 @@ __all__ = [
     "TensorSpec",
     "TransientError",
     "UnknownModelError",
+    "UnknownTaskError",
     "WorkerCrashError",
 ]

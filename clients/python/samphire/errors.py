@@ -17,6 +17,7 @@
     │   ├── TaskExpiredError       its time ran out before it was started
     │   ├── TaskCancelledError     somebody cancelled it
     │   └── ResultDeletedError     its result was read, and deleted as asked for
+    ├── UnknownTaskError           no such task is queued, scheduled, running or ended
     ├── LetterGoneError            there is no such dead letter
     ├── ResultTimeoutError         the result did not come within `timeout_s`; the task goes on
     ├── ProtocolError              stored data is not what this version of Samphire writes
@@ -105,6 +106,10 @@ class TaskCancelledError(TaskGoneError):
 
 class ResultDeletedError(TaskGoneError):
     """The result was read before, and deleted."""
+
+
+class UnknownTaskError(SamphireError):
+    """There is no such task."""
 
 
 class LetterGoneError(SamphireError):

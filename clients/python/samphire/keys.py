@@ -27,6 +27,7 @@ Written by workers only:
     scheduled:messages           HASH    task id -> "<queue list> <message>"
     cancelled                    ZSET    ids of tasks that were cancelled before they were claimed, by time; trimmed
     cancelled:lately             STRING  present for a minute after a cancellation
+    cancelled:unknown:<id>       STRING  somebody wanted to cancel what is no task; expires after seconds
     catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
                                          are all models; expires when no worker renews it
     tried                        SET     ids of the tasks that have a task:<id>; expires
@@ -39,7 +40,7 @@ Written by workers only:
     worker:<wid>:info            STRING  host name, process id; expires with the lease
     worker:<wid>:inflight        HASH    <n>:<queue list> -> message, from claim to settlement
     worker:<wid>:started         HASH    <n>:<queue list> -> task id, from start to settlement
-    dead                         ZSET    dead letters by time of death
+    dead                         ZSET    dead letters by time of death; trimmed
     dead:<letter id>             HASH    message, queue, list, task_id, model, reason, error, attempts, worker,
                                          died_at, history (JSON array), run, stream; expires
 
@@ -76,6 +77,7 @@ SCHEDULED = "scheduled"
 SCHEDULED_MESSAGES = "scheduled:messages"
 CANCELLED = "cancelled"
 CANCELLED_LATELY = "cancelled:lately"
+UNKNOWN_PREFIX = "cancelled:unknown:"
 CATALOGUE = "catalogue"
 CATALOGUE_COMPLETE = "*"
 TRIED = "tried"

@@ -113,6 +113,10 @@ class Waiter:
         scheduled = await self._reads.execute("ZSCORE", keys.SCHEDULED, task_id)
         return "queued" if scheduled is None else "scheduled"
 
+    async def is_unknown(self, task_id: str) -> bool:
+        """Whether a worker has just told that it knows no such task."""
+        return bool(await self._reads.execute("EXISTS", keys.UNKNOWN_PREFIX + task_id))
+
     # -- the stream ---------------------------------------------------------------------------------
 
     async def _read(self) -> None:

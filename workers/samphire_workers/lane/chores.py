@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from samphire.errors import SamphireError
+from samphire_broker.settings import Settings
 from samphire_broker.store import Store
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,11 @@ CLOCK_S = 0.1
 CATALOGUE_S = 10.0
 """The catalogue is published when it changes, and again after this long."""
 CATALOGUE_CHECK_S = 0.25
+
+LETTERS_S = 10.0
+"""Between two looks at how many dead letters there are."""
+WARN_S = 600.0
+WARN_PART = 0.8
 
 Cancel = Callable[[Sequence[str]], Awaitable[Mapping[str, str]]]
 
@@ -36,6 +42,32 @@ async def keep_clock(store: Store, cancel: Cancel) -> None:
 
 async def _count(cancel: Cancel) -> int:
     return len(await cancel(()))
+
+
+async def watch_letters(store: Store, settings: Settings) -> None:
+    """Keep the dead letters within their limits, and warn before they are reached, for ever."""
+    warned_at = -WARN_S
+    while True:
+        try:
+            deleted, left, oldest_s = await store.trim_letters()
+        except SamphireError as error:
+            logger.warning("dead letters were not counted: %s", error, extra={"action": "letters_failed"})
+            await asyncio.sleep(LETTERS_S)
+            continue
+        near = left >= WARN_PART * settings.dead_letters_max or oldest_s >= WARN_PART * settings.dead_letter_ttl_s
+        if deleted or (near and time.monotonic() - warned_at >= WARN_S):
+            logger.warning(
+                "%d dead letters, the oldest %.1f h old: kept are %d, for %.1f h; %d of the oldest were deleted just "
+                "now. Redrive or purge them (samphire dead-letters), or raise the limits",
+                left,
+                oldest_s / 3600,
+                settings.dead_letters_max,
+                settings.dead_letter_ttl_s / 3600,
+                deleted,
+                extra={"action": "letters_near_limit"},
+            )
+            warned_at = time.monotonic()
+        await asyncio.sleep(0 if deleted else LETTERS_S)
 
 
 async def tell_clients(store: Store, signatures: Callable[[], dict[str, bytes]]) -> None:

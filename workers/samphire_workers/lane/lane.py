@@ -32,7 +32,7 @@ from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching, outcome
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.catalogue import Catalogue
-from samphire_workers.lane.chores import keep_clock, tell_clients
+from samphire_workers.lane.chores import keep_clock, tell_clients, watch_letters
 from samphire_workers.lane.dispatch import Dispatcher
 from samphire_workers.lane.endings import Endings, our_error
 from samphire_workers.lane.events import TaskEvents
@@ -136,6 +136,7 @@ class Lane:
                 group.create_task(self._watch.listen()),
                 group.create_task(self._events.run()),
                 group.create_task(keep_clock(self._store, self.cancel)),
+                group.create_task(watch_letters(self._store, self._settings)),
                 group.create_task(tell_clients(self._store, self._catalogue.signatures)),
             ]
             await self._claim_loop()
@@ -252,6 +253,11 @@ class Lane:
             except SamphireError as error:
                 logger.warning("queues were not looked up: %s", error, extra={"action": "discovery_failed"})
                 queues, found = set(), set()
+            try:
+                if new := found - queues:
+                    await self._store.name_queues(new)
+            except SamphireError as error:
+                logger.warning("queues were not noted: %s", error, extra={"action": "discovery_failed"})
             if self._planner.add(queues | found | self._catalogue.queues):
                 self._watch.wake()
             for queue in self._planner.queues:

@@ -1,15 +1,17 @@
 -- cancel: end tasks, or mark them where somebody else has to.
 -- KEYS  1 sub:cancels   2 cancelled   3 scheduled   4 scheduled:messages   5 cancelled:lately
---       6 worker:<wid>:started, of the worker that asks
+--       6 worker:<wid>:started, of the worker that asks   7 sub:queues   8 workers
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
 --       5 lifetime of marks in s   6 most marks   7 result (JSON with an empty task id)   8 channel to wake lanes
---       9 most requests that are taken from sub:cancels   10.. ids that a revocation names
+--       9 most requests that are taken from sub:cancels   10 prefix of the answers to requests that name no task
+--      11 the intake   12 prefix of worker keys   13 prefix of letters   14.. ids that a revocation names
 -- A request in the list is "<stream> <task id>", of a client that names a task of its own: the task ends now, and its
--- message is dropped when it is claimed. A revocation goes to all workers of all applications, and may name anybody's
+-- message is dropped when it is claimed. Where little is queued it is looked for first: an id that is nowhere is no
+-- task, and nothing changes. A revocation goes to all workers of all applications, and may name anybody's
 -- task: a scheduled one ends now, any other is marked, and ends if it is ever claimed. A running one is marked, and ends
 -- where it runs: every worker that asks is told of the marked ones that it has started.
 -- Returns task id, verdict, task id, verdict, …: "cancelled", "marked", the state of a task past cancelling or running
--- elsewhere, and "running" for those that the worker that asks has started.
+-- elsewhere, "unknown", and "running" for those that the worker that asks has started.
 local requests = {}
 if redis.call('TYPE', KEYS[1]).ok == 'list' then
   requests = redis.call('LRANGE', KEYS[1], 0, ARGV[9] - 1)
@@ -25,12 +27,56 @@ if #requests > 0 then
 end
 local time = redis.call('TIME')
 local reply = {}
+local looks = 4000 -- messages that are searched in one call, for all ids together; beyond it an id is believed
+local places
+local function find_places()
+  places = {}
+  local queues = redis.call('SMEMBERS', KEYS[7])
+  queues[#queues + 1] = ARGV[11]
+  for _, queue in ipairs(queues) do
+    for _, suffix in ipairs({'', '\6\0223', '\6\0226', '\6\0229'}) do
+      local found = redis.pcall('LRANGE', queue .. suffix, 0, looks)
+      if not found.err and #found > 0 then
+        places[#places + 1] = found
+      end
+    end
+  end
+  for _, worker in ipairs(redis.call('SMEMBERS', KEYS[8])) do
+    local found = redis.pcall('HVALS', ARGV[12] .. worker .. ':inflight')
+    if not found.err then
+      places[#places + 1] = found
+    end
+  end
+end
+local function is_known(id)
+  if redis.call('EXISTS', ARGV[13] .. id) == 1 then
+    return true
+  end
+  if not places then
+    find_places()
+  end
+  for _, messages in ipairs(places) do
+    for _, message in ipairs(messages) do
+      looks = looks - 1
+      if looks <= 0 or string.find(message, id, 1, true) then
+        return true
+      end
+    end
+  end
+  return false
+end
 local function cancel(id, stream, named)
   local key = ARGV[1] .. id
   local meta = redis.pcall('GET', key)
   local state = type(meta) == 'string' and string.match(meta, '"status": ?"(%u+)"')
   local value = redis.call('HGET', KEYS[4], id)
   local verdict = state
+  if named and not state and not value and not is_known(id) then
+    reply[#reply + 1] = id
+    reply[#reply + 1] = 'unknown'
+    redis.call('SETEX', ARGV[10] .. id, 10, '1')
+    return
+  end
   if mark and state == 'STARTED' then
     redis.call('ZADD', KEYS[2], time[1], id)
     redis.call('SET', KEYS[5], '1', 'EX', 60)
@@ -74,7 +120,7 @@ for n = 1, #requests do
     cancel(id, stream, true)
   end
 end
-for i = 10, #ARGV do
+for i = 14, #ARGV do
   cancel(ARGV[i], '', false)
 end
 if mark and #reply > 0 then
