@@ -590,3 +590,30 @@ def test_the_stock_consumer_is_kept_off_the_lanes_queues(app: Celery, queue: str
 
 def _samphire_workers(app: Celery) -> list[str]:
     return [name for name in app.control.inspect(timeout=1).ping() if name.startswith("worker1@")]
+
+
+def test_a_chain_waits_for_a_retry(app: Celery, infer: Infer) -> None:
+    """The next step begins once, with the answer of the attempt that succeeded."""
+    number = {"name": "task", "datatype": "INT64", "shape": [1, 1], "data": [time.time_ns()]}
+    failures = {"name": "failures", "datatype": "INT64", "shape": [1, 1], "data": [1]}
+    first = infer(number, failures, model="flaky", backoff={"base_s": 0.3})
+    last = chain(first, infer({"name": "input_int64", "from": "asked"})).apply_async()
+    assert last.get(timeout=TIMEOUT_S)["outputs"][0]["data"] == [2]
+    assert last.parent.state == "SUCCESS"
+
+
+def test_a_chord_waits_for_a_retry_and_is_told_of_a_dead_letter(app: Celery, infer: Infer) -> None:
+    """Neither comes early."""
+
+    def flaky(failures: int) -> Any:
+        tensors = [
+            {"name": name, "datatype": "INT64", "shape": [1, 1], "data": [value]}
+            for name, value in (("task", time.time_ns()), ("failures", failures))
+        ]
+        return infer(*tensors, model="flaky", backoff={"base_s": 0.3}, max_attempts=2)
+
+    body = infer({"name": "input_int64", "from": "asked"})
+    asked = chord([flaky(0), flaky(1)])(body).get(timeout=TIMEOUT_S)["outputs"][0]["data"]
+    assert sorted(asked) == [1, 2]
+    with pytest.raises(Exception, match="not yet"):
+        chord([flaky(0), flaky(9)])(body).get(timeout=TIMEOUT_S)

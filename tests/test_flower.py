@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from celery import Celery
 
-from samphire import Client, InvalidInputError
+from samphire import Backoff, Client, InvalidInputError
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.flower import kept_password
 from samphire_broker.settings import Settings
@@ -227,6 +227,21 @@ def test_a_failed_task_is_shown_with_its_exception(stack: Up, flower: Flower) ->
     page = flower.page(f"/task/{task.id}")
     assert "FAILURE" in page and "InvalidInputError" in page
     assert_numbers_are_hidden(json.dumps(info) + page)
+
+
+def test_a_retried_task_is_shown(flower: Flower, client: Client) -> None:
+    """As RETRY with the error while it waits, as SUCCESS in the end."""
+    inputs = {"task": np.array([[time.time_ns()]]), "failures": np.array([[1]])}
+    task = client.submit("flaky", inputs, backoff=Backoff(base_s=4, jitter=0))
+
+    def info() -> dict[str, Any]:
+        status, text = flower.get(f"/api/task/info/{task.id}")
+        return json.loads(text) if status == 200 else {}
+
+    waiting = eventually(lambda: info() if info().get("state") == "RETRY" else None, TIMEOUT_S, "the retry")
+    assert "not yet" in waiting["exception"] and waiting["name"] == "samphire.infer"
+    task.result(TIMEOUT_S)
+    assert flower.ended(task.id)["state"] == "SUCCESS"
 
 
 @pytest.mark.parametrize("by", ["plain", "flower"])
