@@ -1,0 +1,25 @@
+"""A connection whose next replies are lost: the script runs, and its caller does not learn that it did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from samphire.direct import COMMAND_TIMEOUT_S, Argument, DirectConnection
+from samphire.errors import BrokerUnavailableError
+
+
+class LossyConnection(DirectConnection):
+    """The real connection; after `lose_next` the reply of the next script is thrown away, and the connection closed."""
+
+    def __init__(self, url: str, *, name: str | None = None) -> None:
+        super().__init__(url, name=name)
+        self.lose_next = False
+
+    async def execute(self, *command: Argument, timeout_s: float = COMMAND_TIMEOUT_S) -> Any:
+        """As the real one; a script that the server does not know yet has not run, so its reply is not the one."""
+        reply = await super().execute(*command, timeout_s=timeout_s)
+        if self.lose_next and command[0] == "EVALSHA":
+            self.lose_next = False
+            await self.close()
+            raise BrokerUnavailableError("the reply was thrown away")
+        return reply
