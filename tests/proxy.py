@@ -1,11 +1,17 @@
-"""A TCP proxy that can swallow a reply: the request arrives, the answer does not."""
+"""A TCP proxy that cuts connections: in place of a reply, when the request has been carried out, or of a request."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Literal
 from urllib.parse import urlsplit
+
+_COMMAND = re.compile(rb"\*\d+\r\n\$\d+\r\n(\S+)\r\n(?:\$\d+\r\n(\S+)\r\n)?")
+
+Where = Literal["request", "reply"]
 
 
 class Proxy:
@@ -16,30 +22,69 @@ class Proxy:
         self.url = ""
         self.cut_next = False
         self.cuts = 0
+        self.cut_commands: list[str] = []
+        """What was cut: the command's name, of a script its SHA-1, of another command with a second word that too."""
+        self.connections: set[asyncio.Task[None]] = set()
+        self._armed: Where | None = None
+        self._spare = 0
+
+    def cut(self, where: Where, after: int) -> None:
+        """Cut one request before it arrives whole, or one reply, once `after` others have gone through."""
+        self._armed, self._spare = where, after
+
+    def disarm(self) -> bool:
+        """Cut nothing more; whether the cut that was asked for was still to come."""
+        armed, self._armed = self._armed is not None, None
+        return armed
+
+    def _cuts(self, where: Where, command: str) -> bool:
+        if where == "reply" and self.cut_next:
+            self.cut_next = False
+        elif self._armed != where:
+            return False
+        elif self._spare:
+            self._spare -= 1
+            return False
+        else:
+            self._armed = None
+        self.cuts += 1
+        self.cut_commands.append(command)
+        return True
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if (task := asyncio.current_task()) is not None:
+            self.connections.add(task)
+            task.add_done_callback(self.connections.discard)
         upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        forward = asyncio.create_task(_pump(reader, upstream_writer))
+        command = ""
+
+        async def forward() -> None:
+            nonlocal command
+            while data := await reader.read(65536):
+                if begins := _COMMAND.match(data):
+                    words = [word.decode(errors="replace") for word in begins.groups() if word]
+                    command = words[1] if words[0] == "EVALSHA" else " ".join(words)
+                    if self._cuts("request", command):
+                        upstream_writer.write(data[: len(data) // 2])  # half of a command is none
+                        break
+                upstream_writer.write(data)
+                await upstream_writer.drain()
+            writer.close()
+
+        forwarding = asyncio.create_task(forward())
         try:
             while data := await upstream_reader.read(65536):
-                if self.cut_next:
-                    self.cut_next = False
-                    self.cuts += 1
+                if self._cuts("reply", command):
                     break
                 writer.write(data)
                 await writer.drain()
-        except asyncio.CancelledError:
-            pass  # the loop is closing
+        except (asyncio.CancelledError, ConnectionError):
+            pass  # the proxy is closing, or one of the two is gone
         finally:
-            forward.cancel()
+            forwarding.cancel()
             writer.close()
             upstream_writer.close()
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
+            await asyncio.gather(forwarding, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -52,3 +97,6 @@ async def cutting_proxy(broker_url: str) -> AsyncIterator[Proxy]:
         yield proxy
     finally:
         server.close()
+        for connection in list(proxy.connections):
+            connection.cancel()
+        await asyncio.gather(*proxy.connections, return_exceptions=True)

@@ -14,26 +14,44 @@ import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from samphire import keys
 from samphire.errors import BrokerUnavailableError, IdempotencyConflictError
 from samphire.publisher import IdempotencyKey, Publisher
 from samphire_broker.settings import Settings
-from samphire_broker.store import Claimed, LeaseLostError, Letter, OtherEnd, Settlement, Store, Turn, WorkerInfo
+from samphire_broker.store import (
+    CANCELLED,
+    DUE,
+    Claimed,
+    LeaseLostError,
+    Letter,
+    OtherEnd,
+    Settlement,
+    Store,
+    Turn,
+    WorkerInfo,
+)
 from tests.faults.lossy import LossyConnection
 from tests.faults.model import TERMINAL, End, State, StoreModel, in_order
 from tests.stacks import Valkey, running_valkey
 
 LONG = os.environ.get("SAMPHIRE_FAULTS") == "long"
-EXAMPLES, STEPS = (4000, 100) if LONG else (100, 50)
+EXAMPLES, STEPS = (4000, 100) if LONG else (120, 50)
 
 QUEUES = (keys.INTAKE, "inference.m", "inference.m@t")
 PRIORITIES = (0, 6)
@@ -57,7 +75,6 @@ class Worker:
         self.info = WorkerInfo(name, f"{name}@host", 1)
         self.named = LossyConnection(url, name=keys.CONNECTION_PREFIX + name)
         self.believed: dict[str, str] = {}
-        self.claims = 0
 
     @property
     def connections(self) -> list[LossyConnection]:
@@ -68,6 +85,28 @@ class Worker:
         """Close them."""
         await self.store.close()
         await self.named.close()
+
+
+class Hands:
+    """Who acts on the broker; the same for all examples, since they remember nothing."""
+
+    def __init__(self, valkey: Valkey) -> None:
+        self.client = valkey.client
+        self.runner = asyncio.Runner()
+        self.workers = {name: Worker(valkey.url, name) for name in WORKERS}
+        self.publisher = Publisher(valkey.url, queue_limit=0, blob_ttl_s=3600)
+        self.publisher.connection = LossyConnection(valkey.url)
+
+    def close(self) -> None:
+        """Close all connections."""
+
+        async def close() -> None:
+            for worker in self.workers.values():
+                await worker.close()
+            await self.publisher.close()
+
+        self.runner.run(close())
+        self.runner.close()
 
 
 def meta(state: State, task_id: str) -> str:
@@ -122,20 +161,19 @@ def _plain(name: str, value: Any) -> Any:
 class StoreMachine(RuleBasedStateMachine):
     """What lanes and clients may do, in any order."""
 
-    valkey: ClassVar[Valkey]
+    hands: ClassVar[Hands]
 
     def __init__(self) -> None:
         super().__init__()
-        self.client = self.valkey.client
+        self.client = self.hands.client
         self.client.flushdb()
         self.pubsub = self.client.pubsub()
         self.pubsub.psubscribe(f"{keys.META_PREFIX}*")
         assert (self.pubsub.get_message(timeout=5) or {})["type"] == "psubscribe"
-        self.runner = asyncio.Runner()
+        self.runner, self.workers, self.publisher = self.hands.runner, self.hands.workers, self.hands.publisher
+        for worker in self.workers.values():
+            worker.believed.clear()
         self.model = StoreModel()
-        self.workers = {name: Worker(self.valkey.url, name) for name in WORKERS}
-        self.publisher = Publisher(self.valkey.url, queue_limit=0, blob_ttl_s=3600)
-        self.publisher.connection = LossyConnection(self.valkey.url)
         self.made: Counter[str] = Counter()
         """Messages of each task that were ever pushed."""
         self.heard: list[tuple[str, State]] = []
@@ -143,13 +181,6 @@ class StoreMachine(RuleBasedStateMachine):
         """Tasks that were cancelled: these end before their message is dropped."""
 
     def teardown(self) -> None:
-        async def close() -> None:
-            for worker in self.workers.values():
-                await worker.close()
-            await self.publisher.close()
-
-        self.runner.run(close())
-        self.runner.close()
         self.pubsub.close()
 
     # -- help -------------------------------------------------------------------------------------
@@ -175,6 +206,11 @@ class StoreMachine(RuleBasedStateMachine):
         assert reply == expected, f"replied {reply}, expected {expected}"
         return reply
 
+    def let_go(self, worker: Worker, fields: Iterable[str]) -> None:
+        """The worker has learned that these are done with, or are not its own any more."""
+        for claim in fields:
+            worker.believed.pop(claim, None)
+
     def new_task(self) -> str:
         task_id = f"t{len(self.made)}"
         self.made[task_id] += 1
@@ -189,7 +225,8 @@ class StoreMachine(RuleBasedStateMachine):
         return in_order(data.draw(st.lists(st.sampled_from(believed), min_size=1, max_size=4, unique=True)))
 
     def some_tasks(self, data: st.DataObject) -> list[str]:
-        return data.draw(st.lists(st.sampled_from(sorted(self.made)), max_size=3))
+        some = [task_id for task_id in self.made if self.model.status(task_id) not in TERMINAL] or ["t0"]
+        return data.draw(st.lists(st.sampled_from([*some, "t0"]), max_size=1))
 
     def holding(self, data: st.DataObject) -> Worker:
         return self.workers[data.draw(st.sampled_from([n for n, w in self.workers.items() if w.believed]))]
@@ -202,6 +239,14 @@ class StoreMachine(RuleBasedStateMachine):
     def lost_claims(self) -> list[str]:
         """Workers with claims that they do not know of."""
         return [n for n, w in self.workers.items() if self.model.workers[n].inflight.keys() - w.believed.keys()]
+
+    @initialize()
+    def begin(self) -> None:
+        """Workers that live and tasks that wait: what an example does then reaches further."""
+        for name in WORKERS:
+            self.beat(name)
+        for queue in QUEUES[:2]:
+            self.submit(queue, 0, 3, queue != keys.INTAKE, False)
 
     # -- producers --------------------------------------------------------------------------------
 
@@ -224,6 +269,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.publish(lost, queue, priority, messages, [(key, b"data") for key in blobs]) == ""
         self.model.submit(queue, priority, ids, blobs)
 
+    @precondition(lambda self: len(self.made) % 3 == 0 or len(self.model.idempotency) == 1)
     @rule(key=st.sampled_from("kl"), digest=st.sampled_from("xy"), lost=st.booleans())
     def submit_with_a_key(self, key: str, digest: str, lost: bool) -> None:
         name = keys.IDEMPOTENCY_PREFIX + key
@@ -241,23 +287,24 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(IdempotencyConflictError, match=known[0]):
                 self.publish(*arguments)
 
-    @precondition(lambda self: self.made)
+    @precondition(lambda self: sum(self.made.values()) - len(self.made) < 6)
     @rule(data=st.data(), key=st.sampled_from(LISTS))
     def a_producer_repeats_itself(self, data: st.DataObject, key: str) -> None:
-        task_id = data.draw(st.sampled_from(sorted(self.made)))
+        under_way = [task_id for worker in self.workers.values() for task_id in worker.believed.values()]
+        task_id = data.draw(st.sampled_from(under_way or sorted(self.made)))
         self.made[task_id] += 1
         self.client.lpush(key, task_id)
         self.model.lists[key].append(task_id)
 
     # -- claims -----------------------------------------------------------------------------------
 
-    @rule(name=st.sampled_from(WORKERS))
     def beat(self, name: str) -> None:
         worker, new = self.workers[name], not self.model.workers[name].leased
         beat = self.call(lambda: worker.store.beat(worker.info, worker.named))
         assert (beat == 1) == new
         self.model.beat(name)
 
+    @precondition(lambda self: any(self.model.lists.values()))
     @rule(name=st.sampled_from(WORKERS), most=st.integers(1, 8), lost=st.booleans())
     def claim(self, name: str, most: int, lost: bool) -> None:
         worker = self.workers[name]
@@ -266,7 +313,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not self.model.workers[name].leased:
             with pytest.raises(LeaseLostError):
                 self.call(claim)
-            return
+            self.beat(name)
         claimed: list[Claimed] = []
         if lost:
             for connection in worker.connections:
@@ -303,12 +350,21 @@ class StoreMachine(RuleBasedStateMachine):
     def start(self, data: st.DataObject, lost: bool) -> None:
         worker = self.holding(data)
         tasks = [(claim, worker.believed[claim]) for claim in self.some_claims(data, worker)]
-        self.persist(
+        verdicts = self.persist(
             worker,
             lost,
             lambda: worker.store.start(tasks, worker.info),
             lambda: self.model.start(worker.store.worker_id, tasks),
         )
+        self.let_go(worker, [claim for (claim, _), verdict in zip(tasks, verdicts, strict=True) if verdict in (-1, -2)])
+
+    @precondition(lambda self: self.anybody_holds)
+    @rule(data=st.data(), lost=st.booleans())
+    def run(self, data: st.DataObject, lost: bool) -> None:
+        """Start and settle, as most tasks go."""
+        self.start(data, lost)
+        if self.anybody_holds:
+            self.settle(data, True, False, lost)
 
     # -- the ways out of a claim ------------------------------------------------------------------
 
@@ -336,6 +392,7 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: worker.store.settle([self.settlement(end) for end in ends]),
             lambda: self.model.settle(worker.store.worker_id, ends),
         )
+        self.let_go(worker, [end.field for end in ends])
         queued = Counter(self.model.lists[QUEUES[2]])
         for end in ends:
             for _, pushed in end.pushes:
@@ -370,6 +427,7 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: worker.store.release(fields, blamed=blamed),
             lambda: self.model.release(worker.store.worker_id, fields, blamed),
         )
+        self.let_go(worker, fields)
 
     @precondition(lambda self: self.anybody_holds)
     @rule(data=st.data(), queue=st.sampled_from(QUEUES), lost=st.booleans())
@@ -382,6 +440,7 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: worker.store.route(moves),
             lambda: self.model.route(worker.store.worker_id, moves),
         )
+        self.let_go(worker, [claim for claim, _, _ in moves])
 
     @precondition(lambda self: self.anybody_holds)
     @rule(data=st.data(), due=st.booleans(), lost=st.booleans())
@@ -392,11 +451,14 @@ class StoreMachine(RuleBasedStateMachine):
             copies = sum(1 for _, other, _ in tasks if other == task_id) + (task_id in self.model.scheduled)
             if copies > 1:
                 self.named_once.add(task_id)
-        self.persist(
+        verdicts = self.persist(
             worker,
             lost,
             lambda: worker.store.schedule([(c, t, 1.0 if past else 4e9) for c, t, past in tasks]),
             lambda: self.model.schedule(worker.store.worker_id, tasks),
+        )
+        self.let_go(
+            worker, [claim for (claim, _, _), v in zip(tasks, verdicts, strict=True) if v not in (DUE, CANCELLED)]
         )
 
     @precondition(lambda self: self.model.scheduled)
@@ -425,19 +487,21 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: self.model.cancel(left.pop(0), revoked),
         )
 
-    @precondition(lambda self: self.made)
+    @precondition(lambda self: self.model.letters)
     @rule(data=st.data(), verb=st.sampled_from(["redrive", "purge"]), lost=st.booleans())
     def serve_letters(self, data: st.DataObject, verb: str, lost: bool) -> None:
-        requests = [(verb, task_id) for task_id in self.some_tasks(data)]
+        known = sorted({*self.model.letters, "t0"})
+        ids = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
+        requests = [(verb, task_id) for task_id in ids]
         for _, letter in requests:
             self.client.rpush(keys.LETTERS, f"{verb} {letter}")
         worker, left = self.workers["w3"], [requests, []]
         self.persist(worker, lost, worker.store.serve_letters, lambda: self.model.serve_letters(left.pop(0)))
 
-    @precondition(lambda self: self.made)
+    @precondition(lambda self: any(state.status == "SUCCESS" for state in self.model.states.values()))
     @rule(data=st.data(), lost=st.booleans())
     def delete_results(self, data: st.DataObject, lost: bool) -> None:
-        ids = self.some_tasks(data)
+        ids = data.draw(st.lists(st.sampled_from(sorted(self.model.states)), min_size=1, max_size=3))
         for task_id in ids:
             self.client.rpush(keys.DELETES, task_id)
         worker, left = self.workers["w1"], [ids, []]
@@ -445,13 +509,17 @@ class StoreMachine(RuleBasedStateMachine):
 
     # -- workers that are lost, and come back -------------------------------------------------------
 
+    @precondition(lambda self: any(worker.inflight for worker in self.model.workers.values()))
     @rule(
         by=st.sampled_from(WORKERS),
         name=st.sampled_from(WORKERS),
-        how=st.sampled_from(["lapsed", "connection", "beaten since", "alive"]),
+        how=st.sampled_from(["lapsed", "connection", "beaten since", "alive", "left"]),
         lost=st.booleans(),
     )
     def reap(self, by: str, name: str, how: str, lost: bool) -> None:
+        if how == "left":
+            self.call(self.workers[name].store.leave)
+            self.model.leave(name)
         lease = keys.WORKER_PREFIX + name
         if not self.model.workers[name].leased:
             how = "lapsed"
@@ -463,11 +531,6 @@ class StoreMachine(RuleBasedStateMachine):
         lives = how in ("beaten since", "alive")
         predict = (lambda: (-1, 0, 0)) if lives else (lambda: self.model.reap(name))
         self.persist(self.workers[by], lost, lambda: store.reap(name, last_beat), predict)
-
-    @rule(name=st.sampled_from(WORKERS))
-    def leave(self, name: str) -> None:
-        self.call(self.workers[name].store.leave)
-        self.model.leave(name)
 
     # -- what must hold after every step ------------------------------------------------------------
 
@@ -527,19 +590,22 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+def hands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hands]:
     """One server for all examples: each begins with an empty database."""
     with running_valkey(tmp_path_factory.mktemp("valkey"), "--appendfsync", "no") as valkey:
-        yield valkey
+        made = Hands(valkey)
+        yield made
+        made.close()
 
 
 @pytest.mark.timeout(0 if LONG else 300)
-def test_any_sequence_of_transitions(server: Valkey) -> None:
+def test_any_sequence_of_transitions(hands: Hands) -> None:
     """The broker holds what the model holds, and the invariants hold."""
 
     class Machine(StoreMachine):
-        valkey = server
+        pass
 
+    Machine.hands = hands
     profile = settings(
         max_examples=EXAMPLES,
         stateful_step_count=STEPS,

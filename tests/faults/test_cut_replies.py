@@ -1,0 +1,630 @@
+"""Every command of every call is cut once: its reply, when the broker has carried it out, and its request before.
+
+A case is a call with its setting. It is run again and again, with the first command cut, then the second, until there
+is none left to cut: connecting, loading a script and repeating are commands like any other. Afterwards every
+id is accounted for. A public method without a case fails the test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import redis
+from numpy.typing import NDArray
+
+from samphire import (
+    AsyncClient,
+    BrokerUnavailableError,
+    LetterGoneError,
+    ModelFaultError,
+    ResultDeletedError,
+    Step,
+    keys,
+)
+from samphire.aio import AsyncTask
+from samphire.dead_letters import AsyncDeadLetters
+from samphire.direct import Script
+from samphire_broker.store import CANCELLED, Claimed, Settlement, Store
+from tests.faults.model import TERMINAL
+from tests.proxy import Proxy, Where, cutting_proxy
+from tests.stacks import Up, Valkey, eventually, running_valkey
+from tests.test_store import META, QUEUE, Worker, everywhere, failed, push, status
+
+T = TypeVar("T")
+
+MOST_CUTS = 60
+"""More commands than any call makes: a case that is cut more often than this does not come to its end."""
+REPEATS = 3
+TIMEOUT_S = 30
+
+
+async def again(call: Callable[[], Awaitable[T]]) -> T:
+    """The call, repeated after a lost reply as lanes and callers repeat it."""
+    for _ in range(REPEATS):
+        try:
+            return await call()
+        except BrokerUnavailableError as error:
+            assert error.retryable
+    raise AssertionError(f"after one cut, {REPEATS} calls failed")
+
+
+def public_methods(kind: type) -> set[str]:
+    """Names of what can be called, but for closing."""
+    return {name for name in vars(kind) if not name.startswith("_")} - {"close"}
+
+
+def scripts() -> dict[str, str]:
+    """Names of the store's scripts by SHA-1."""
+    folder = resources.files("samphire_broker.store") / "lua"
+    found = {file.name.removesuffix(".lua"): file.read_text() for file in folder.iterdir()}
+    found["submit"] = (resources.files("samphire") / "submit.lua").read_text()
+    return {Script(text).sha: name for name, text in found.items()}
+
+
+@dataclass
+class Setting:
+    """A worker behind the proxy, and another that is not."""
+
+    valkey: Valkey
+    worker: Worker
+    other: Worker
+    arm: Callable[[], None]
+    """From here on commands are cut."""
+
+    async def claims(self, *names: str) -> list[Claimed]:
+        """Messages that the worker has claimed."""
+        push(self.valkey, *names)
+        return await self.worker.claim()
+
+    def ended(self) -> list[tuple[str, str]]:
+        """Events in the stream, one by one."""
+        entries = [fields for _, fields in self.valkey.client.xrange("events:c")]
+        return [(k.decode(), v.decode()) for fields in entries for k, v in fields.items() if k != b"result"]
+
+
+# -- the store ----------------------------------------------------------------------------------------
+
+
+async def beat(s: Setting) -> None:
+    s.arm()
+    assert await again(s.worker.beat) >= 1
+    assert s.valkey.client.smembers(keys.WORKERS) == {b"w1", b"w2"}
+
+
+async def claim(s: Setting) -> None:
+    push(s.valkey, "a", "b", "c")
+    held = {c.field: c for c in await s.worker.claim(1)}
+    s.arm()
+    try:
+        claimed = await s.worker.claim(1)
+    except BrokerUnavailableError:
+        claimed = await again(lambda: s.worker.store.adopt(set(held)))
+    held |= {c.field: c for c in claimed}
+    inflight = s.valkey.client.hgetall("worker:w1:inflight")
+    assert {c.field.encode(): c.message for c in held.values()} == inflight
+    assert everywhere(s.valkey) == ["a", "b", "c"]
+
+
+async def adopt(s: Setting) -> None:
+    await s.claims("a", "b")
+    s.arm()
+    assert [c.message for c in await again(lambda: s.worker.store.adopt(set()))] == [b"a", b"b"]
+    assert everywhere(s.valkey) == ["a", "b"]
+
+
+async def start(s: Setting) -> None:
+    claims = await s.claims("a", "done", "done", "gone")
+    await s.worker.settle(claims[1])
+    await s.other.store.cancel(META, ["gone"])
+    s.arm()
+    first, _, duplicate, cancelled = await again(lambda: s.worker.start(claims))
+    assert (first, cancelled) == (0, CANCELLED)
+    assert duplicate in (-1, -2)  # the second time it is not ours any more, which comes to the same
+    assert (status(s.valkey, "a"), status(s.valkey, "done")) == ("STARTED", "SUCCESS")
+    assert everywhere(s.valkey) == ["a", "gone"]
+    assert s.valkey.client.hvals("worker:w1:started") == [b"a"]
+
+
+async def settle(s: Setting) -> None:
+    done, dead = await s.claims("a", "b")
+    await s.worker.start([done, dead])
+    succeeded = Settlement(done.field, "a", "succeeded", '{"status":"SUCCESS"}', "events:c", pushes=((QUEUE, "next"),))
+    s.arm()
+    ours = await again(lambda: s.worker.store.settle([succeeded, failed(dead, "b", stream="events:c")]))
+    assert ours in ([1, 1], [0, 0])
+    assert (status(s.valkey, "a"), status(s.valkey, "b")) == ("SUCCESS", "FAILURE")
+    assert sorted(s.ended()) == [("failed", "b"), ("succeeded", "a")]
+    assert everywhere(s.valkey) == ["b", "next"]
+
+
+async def release(s: Setting) -> None:
+    claims = await s.claims("a", "b")
+    await s.worker.start(claims[:1])
+    s.arm()
+    assert await again(lambda: s.worker.store.release([c.field for c in claims], blamed=True)) in (2, 0)
+    assert s.valkey.client.lrange(QUEUE, 0, -1) == [b"b", b"a"]
+    assert s.valkey.client.hgetall("task:a") == {b"attempts": b"1"}
+
+
+async def route(s: Setting) -> None:
+    claims = await s.claims("a", "b")
+    s.arm()
+    moves = [(c.field, "inference.n", "inference.n") for c in claims]
+    assert await again(lambda: s.worker.store.route(moves)) in (2, 0)
+    assert s.valkey.client.lrange("inference.n", 0, -1) == [b"b", b"a"]
+    assert everywhere(s.valkey) == []
+
+
+async def schedule(s: Setting) -> None:
+    claims = await s.claims("a", "b")
+    s.arm()
+    tasks = [(c.field, c.message.decode(), 4e9) for c in claims]
+    assert await again(lambda: s.worker.store.schedule(tasks)) in ([1, 1], [0, 0])
+    assert everywhere(s.valkey) == ["a", "b"]
+    assert s.valkey.client.zrange(keys.SCHEDULED, 0, -1) == [b"a", b"b"]
+
+
+async def return_due(s: Setting) -> None:
+    await schedule(s)
+    s.valkey.client.zadd(keys.SCHEDULED, {"a": 1})
+    s.arm()
+    assert await again(s.worker.store.return_due) in (1, 0)
+    assert s.valkey.client.lrange(QUEUE, 0, -1) == [b"a"]
+    assert everywhere(s.valkey) == ["a", "b"]
+
+
+async def cancel(s: Setting) -> None:
+    push(s.valkey, "a", "b")
+    s.valkey.client.rpush(keys.CANCELS, "events:c a")
+    s.arm()
+    await again(lambda: s.worker.store.cancel(META, ["b"]))
+    assert status(s.valkey, "a") == "REVOKED"
+    assert s.ended() == [("cancelled", "a")]
+    assert s.valkey.client.zrange(keys.CANCELLED, 0, -1) == [b"a", b"b"]
+    assert everywhere(s.valkey) == ["a", "b"]
+
+
+async def is_cancelled(s: Setting) -> None:
+    await s.other.store.cancel(META, ["b"])
+    s.arm()
+    assert await again(lambda: s.worker.store.is_cancelled("b"))
+
+
+async def delete_results(s: Setting) -> None:
+    (done,) = await s.claims("a")
+    await s.worker.settle(done, '{"status":"SUCCESS","result":{"ref":{"key":"result:blob:a:0"}}}')
+    s.valkey.client.set("result:blob:a:0", "data")
+    s.valkey.client.rpush(keys.DELETES, "a", "a")
+    s.arm()
+    assert await again(s.worker.store.delete_results) in (2, 0)
+    assert json.loads(s.valkey.client.get(keys.meta_key("a")))["result"] == {"deleted": True}
+    assert not s.valkey.client.exists("result:blob:a:0", keys.DELETES)
+
+
+async def serve_letters(s: Setting) -> None:
+    one, two = await s.claims("a", "b")
+    await s.worker.store.settle([failed(one, "a"), failed(two, "b")])
+    s.valkey.client.rpush(keys.LETTERS, "redrive a", "purge b", "redrive c")
+    s.arm()
+    assert await again(s.worker.store.serve_letters) in (3, 0)
+    assert everywhere(s.valkey) == ["a"]
+    assert (status(s.valkey, "a"), status(s.valkey, "b")) == (None, "FAILURE")
+
+
+async def publish_catalogue(s: Setting) -> None:
+    s.valkey.client.hset(keys.CATALOGUE, "gone", "{}")
+    s.arm()
+    await again(lambda: s.worker.store.publish_catalogue({"m": b"{}"}, ["gone"]))
+    assert s.valkey.client.hgetall(keys.CATALOGUE) == {b"m": b"{}"}
+    assert s.valkey.client.ttl(keys.CATALOGUE) > 0
+
+
+async def others(s: Setting) -> None:
+    s.arm()
+    assert await again(s.worker.store.others) == {"w2": 1}
+
+
+async def connected(s: Setting) -> None:
+    s.arm()
+    assert "w2" in await again(s.worker.store.connected)
+
+
+async def uptime_s(s: Setting) -> None:
+    s.arm()
+    assert await again(s.worker.store.uptime_s) >= 0
+
+
+async def reap(s: Setting) -> None:
+    push(s.valkey, "a", "b")
+    claims = await s.other.claim()
+    await s.other.start(claims[:1])
+    s.arm()
+    assert await again(lambda: s.worker.store.reap("w2", 1)) in ((2, 1, 0), (0, 0, 0))
+    assert s.valkey.client.lrange(QUEUE, 0, -1) == [b"b", b"a"]
+    assert s.valkey.client.hgetall("task:a") == {b"attempts": b"1"}
+    assert await s.other.settle(claims[0]) == 0
+
+
+async def leave(s: Setting) -> None:
+    s.arm()
+    await again(s.worker.store.leave)
+    assert s.valkey.client.smembers(keys.WORKERS) == {b"w2"}
+    assert not s.valkey.client.exists("worker:w1", "worker:w1:info")
+
+
+async def known_queues(s: Setting) -> None:
+    s.valkey.client.sadd(keys.QUEUES, "inference.m")
+    s.arm()
+    assert await again(s.worker.store.known_queues) == {"inference.m"}
+
+
+async def find_queues(s: Setting) -> None:
+    push(s.valkey, "a")
+    s.arm()
+    assert await again(lambda: s.worker.store.find_queues(0)) == (0, {"inference.m"})
+
+
+async def read_blob(s: Setting) -> None:
+    s.valkey.client.set("sub:blob:a:0", b"x" * 200_000)
+    s.arm()
+    assert await again(lambda: s.worker.store.read_blob("sub:blob:a:0", 200_000)) == b"x" * 200_000
+
+
+async def write_blob(s: Setting) -> None:
+    s.arm()
+    ref = await again(lambda: s.worker.store.write_blob("a", 0, b"x" * 200_000, "sha"))
+    assert s.valkey.client.get(ref.key) == b"x" * 200_000
+    assert s.valkey.client.ttl(ref.key) > 0
+
+
+STORE_CASES: dict[str, Callable[[Setting], Awaitable[None]]] = {
+    case.__name__: case
+    for case in (
+        *(beat, claim, adopt, start, settle, release, route, schedule, return_due, cancel, is_cancelled),
+        *(delete_results, serve_letters, publish_catalogue, others, connected, uptime_s, reap, leave),
+        *(known_queues, find_queues, read_blob, write_blob),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    """A broker whose database each case empties."""
+    with running_valkey(tmp_path_factory.mktemp("valkey")) as valkey:
+        yield valkey
+
+
+async def cut_all(name: str, where: Where, proxy: Proxy, case: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
+    """Run a case with each of its commands cut, one after the other."""
+    for number in range(MOST_CUTS):
+        try:
+            await case(lambda number=number: proxy.cut(where, number))  # type: ignore[misc]
+        except BaseException as error:
+            error.add_note(f"{name}, {where} {number} cut: {proxy.cut_commands[-1:]}")
+            raise
+        if proxy.disarm():
+            assert number, f"{name}: nothing was cut"
+            return
+    raise AssertionError(f"{name} was cut {MOST_CUTS} times, and is not done")
+
+
+@pytest.mark.parametrize("where", ["request", "reply"])
+def test_every_command_of_the_store_is_cut(server: Valkey, where: Where) -> None:
+    """Repeated as the lane repeats it, each call has its effect once."""
+    assert STORE_CASES.keys() == public_methods(Store) - {"worker_id", "suspects"}
+
+    async def test() -> set[str]:
+        async with cutting_proxy(server.url) as proxy:
+            for name, case in STORE_CASES.items():
+
+                async def run(arm: Callable[[], None], case: Any = case) -> None:
+                    server.client.flushdb()
+                    server.client.script_flush()  # loading it again can be cut as well
+                    worker, other = Worker(proxy.url, "w1"), Worker(server.url, "w2")
+                    await worker.beat()
+                    await other.beat()
+
+                    def arm_anew() -> None:
+                        server.client.script_flush()
+                        arm()
+
+                    try:
+                        await case(Setting(server, worker, other, arm_anew))
+                    finally:
+                        for made in (worker, other):
+                            await made.named.close()
+                            await made.store.close()
+
+                await cut_all(name, where, proxy, run)
+            return set(proxy.cut_commands)
+
+    cut = asyncio.run(test())
+    names = scripts()
+    missed = set(names.values()) - {names.get(command, "") for command in cut} - {"submit"}
+    assert not missed, f"the {where} of these scripts was never cut: {missed}"
+    assert "SCRIPT LOAD" in cut
+
+
+# -- the SDK ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sdk:
+    """A client behind the proxy, and one that is not; a real worker and Triton serve them."""
+
+    client: AsyncClient
+    direct: AsyncClient
+    arm: Callable[[], None]
+    expected: dict[str, int]
+    """How often each task's end is to be published."""
+
+    def made(self, task: AsyncTask, ends: int = 1) -> AsyncTask:
+        """A task that will end."""
+        self.expected[task.id] = ends
+        return task
+
+    def again(self, task: AsyncTask) -> AsyncTask:
+        """The handle of another client's task, on the client that is cut."""
+        return self.client.task(task.id)
+
+    async def letter(self) -> str:
+        """A new dead letter."""
+        task = self.made(await self.direct.submit("picky", {"x": np.array([[-1]], np.float32)}))
+        with pytest.raises(ModelFaultError):
+            await task.result(TIMEOUT_S)
+        return task.id
+
+    async def later(self) -> AsyncTask:
+        """A task that waits for its time, which does not come."""
+        task = self.made(await self.direct.submit("identity", fp32(1), delay_s=600))
+        while await task.status() != "scheduled":
+            await asyncio.sleep(0.01)
+        return task
+
+
+def fp32(*values: float) -> dict[str, NDArray[Any]]:
+    return {"input_fp32": np.array([values], np.float32)}
+
+
+def first_value(result: Any) -> float:
+    return float(result.outputs["output_fp32"].flat[0])
+
+
+async def sdk_submit(s: Sdk) -> None:
+    s.arm()
+    task = s.made(await s.client.submit("identity", fp32(7)))
+    assert first_value(await task.result(TIMEOUT_S)) == 7
+
+
+async def sdk_submit_with_key(s: Sdk) -> None:
+    s.arm()
+    key = f"key-{time.monotonic_ns()}"
+    task = s.made(await s.client.submit("identity", fp32(7), idempotency_key=key))
+    assert (await s.client.submit("identity", fp32(7), idempotency_key=key)).id == task.id
+    assert first_value(await task.result(TIMEOUT_S)) == 7
+
+
+async def sdk_submit_with_claim_checks(s: Sdk) -> None:
+    big = np.arange(50_000, dtype=np.float32).reshape(1, -1)
+    s.arm()
+    task = s.made(await s.client.submit("identity", {"input_fp32": big}))
+    assert np.array_equal((await task.result(TIMEOUT_S)).outputs["output_fp32"], big)
+
+
+async def sdk_chain(s: Sdk) -> None:
+    first = Step("identity", fp32(7))
+    s.arm()
+    task = await s.client.chain(first, Step("identity", {"input_fp32": first["output_fp32"]}))
+    assert first_value(await task.result(TIMEOUT_S)) == 7
+    s.made(task)
+    s.expected["a step before"] = 1
+
+
+async def sdk_map(s: Sdk) -> None:
+    s.arm()
+    results = [result async for result in s.client.map("identity", [fp32(n) for n in range(5)])]
+    assert [first_value(result) for result in results] == [0, 1, 2, 3, 4]
+    s.expected |= {result.task_id: 1 for result in results}
+
+
+async def sdk_result(s: Sdk) -> None:
+    task = s.made(await s.direct.submit("identity", fp32(7)))
+    s.arm()
+    assert first_value(await s.again(task).result(TIMEOUT_S)) == 7
+
+
+async def sdk_result_deleted(s: Sdk) -> None:
+    task = s.made(await s.direct.submit("identity", fp32(7)))
+    s.arm()
+    assert first_value(await s.again(task).result(TIMEOUT_S, delete=True)) == 7
+    with pytest.raises(ResultDeletedError):
+        while True:
+            await task.result(TIMEOUT_S)
+            await asyncio.sleep(0.02)
+
+
+async def sdk_cancel(s: Sdk) -> None:
+    task = await s.later()
+    s.arm()
+    assert await again(s.again(task).cancel) is True
+    assert await task.status() == "cancelled"
+
+
+async def sdk_status(s: Sdk) -> None:
+    task = await s.later()
+    s.arm()
+    assert await again(s.again(task).status) == "scheduled"
+    await task.cancel()
+
+
+async def sdk_events(s: Sdk) -> None:
+    task = s.made(await s.direct.submit("identity", fp32(7)))
+    await task.result(TIMEOUT_S)
+    s.arm()
+
+    async def events() -> list[str]:
+        return [event.status async for event in s.again(task).events()]
+
+    assert await again(events) == ["succeeded"]
+
+
+async def sdk_task(s: Sdk) -> None:
+    s.arm()
+    assert await again(s.client.task("nobody").status) == "queued"
+
+
+async def sdk_signature(s: Sdk) -> None:
+    s.arm()
+    found = await s.client.signature("identity")
+    if found is None:  # the broker was away: nothing is known, and nothing refused
+        await asyncio.sleep(0.6)
+        found = await s.client.signature("identity")
+    assert found is not None and found.versions == ("1",)
+
+
+async def sdk_list(s: Sdk) -> None:
+    letter = await s.letter()
+    s.arm()
+    assert letter in [found.id for found in await again(lambda: s.client.dead_letters.list(limit=5))]
+
+
+async def sdk_get(s: Sdk) -> None:
+    letter = await s.letter()
+    s.arm()
+    found = await again(lambda: s.client.dead_letters.get(letter))
+    assert found.message is not None and json.loads(found.message)["headers"]["id"] == letter
+
+
+async def sdk_redrive(s: Sdk) -> None:
+    letter = await s.letter()
+    died_at = (await s.direct.dead_letters.get(letter)).died_at
+    s.arm()
+    try:
+        assert await s.client.dead_letters.redrive([letter]) == 1
+    except BrokerUnavailableError as error:
+        assert error.retryable  # the request may stand: who asks again looks first
+        await asyncio.sleep(0.5)
+        found = [seen for seen in await s.direct.dead_letters.list() if seen.id == letter]
+        if found and found[0].died_at == died_at:
+            assert await again(lambda: s.client.dead_letters.redrive([letter])) == 1
+    s.expected[letter] = 2  # one end a run
+
+
+async def sdk_purge(s: Sdk) -> None:
+    letter = await s.letter()
+    s.arm()
+    try:
+        assert await s.client.dead_letters.purge([letter]) == 1
+    except BrokerUnavailableError as error:
+        assert error.retryable
+        with pytest.raises(LetterGoneError):
+            while True:
+                await again(lambda: s.client.dead_letters.purge([letter]))
+    assert letter not in [found.id for found in await s.direct.dead_letters.list()]
+
+
+SDK_CASES: dict[str, tuple[Callable[[Sdk], Awaitable[None]], ...]] = {
+    "AsyncClient.submit": (sdk_submit, sdk_submit_with_key, sdk_submit_with_claim_checks),
+    "AsyncClient.chain": (sdk_chain,),
+    "AsyncClient.map": (sdk_map,),
+    "AsyncClient.signature": (sdk_signature,),
+    "AsyncClient.task": (sdk_task,),
+    "AsyncClient.dead_letters": (),
+    "AsyncTask.result": (sdk_result, sdk_result_deleted),
+    "AsyncTask.cancel": (sdk_cancel,),
+    "AsyncTask.status": (sdk_status,),
+    "AsyncTask.events": (sdk_events,),
+    "AsyncDeadLetters.list": (sdk_list,),
+    "AsyncDeadLetters.get": (sdk_get,),
+    "AsyncDeadLetters.redrive": (sdk_redrive,),
+    "AsyncDeadLetters.purge": (sdk_purge,),
+}
+
+
+class Ends:
+    """Every end that is published, by task."""
+
+    def __init__(self, url: str) -> None:
+        self._client = redis.Redis.from_url(url, socket_timeout=10)
+        self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
+        self._pubsub.psubscribe(f"{keys.META_PREFIX}*")
+        self.counted: Counter[str] = Counter()
+
+    def read(self) -> Counter[str]:
+        """All ends so far; what is published now is among them."""
+        marker = f"#{time.monotonic_ns()}"
+        self._client.publish(keys.META_PREFIX + marker, "")
+        while True:
+            message = self._pubsub.get_message(timeout=5)
+            if message is None:  # a confirmation, which is not told
+                continue
+            task_id = message["channel"].decode().removeprefix(keys.META_PREFIX)
+            if task_id == marker:
+                return self.counted
+            assert json.loads(message["data"])["status"] in TERMINAL
+            self.counted[task_id] += 1
+
+    def close(self) -> None:
+        """Close both connections."""
+        self._pubsub.close()
+        self._client.close()
+
+
+def nothing_is_left(client: redis.Redis) -> bool:
+    """Whether nothing is queued, in flight or to be done for clients."""
+    if any(client.llen(key) for key in client.scan_iter("inference*", _type="list")):
+        return False
+    if any(client.hlen(key) for key in client.scan_iter("worker:*:inflight")):
+        return False
+    return not client.exists(keys.CANCELS, keys.DELETES, keys.LETTERS)
+
+
+@pytest.mark.parametrize("name", sorted(SDK_CASES))
+@pytest.mark.parametrize("where", ["request", "reply"])
+def test_every_command_of_the_sdk_is_cut(stack: Up, where: Where, name: str) -> None:
+    """A submit returns, a wait ends, what raises may be repeated; nothing is lost, and no end is published twice."""
+
+    async def test() -> None:
+        async with cutting_proxy(stack.broker_url) as proxy:
+            for case in SDK_CASES[name]:
+
+                async def run(arm: Callable[[], None], case: Any = case) -> None:
+                    with stack.redis() as server:
+                        ends, expected = Ends(stack.broker_url), dict[str, int]()
+                        ends.read()
+                        try:
+                            async with AsyncClient(proxy.url) as client, AsyncClient(stack.broker_url) as direct:
+                                await case(Sdk(client, direct, arm, expected))
+                            eventually(lambda: nothing_is_left(server), 20, "the end of all tasks")
+                            account(ends.read(), expected)
+                            assert server.zcard(keys.SCHEDULED) == 0
+                        finally:
+                            ends.close()
+
+                await cut_all(case.__name__, where, proxy, run)
+
+    asyncio.run(test())
+
+
+def account(ended: Counter[str], expected: dict[str, int]) -> None:
+    """Every task that was submitted has ended, as often as it ran, and no other."""
+    steps = expected.pop("a step before", 0)
+    others = {task_id: count for task_id, count in ended.items() if task_id not in expected}
+    assert {task_id: ended[task_id] for task_id in expected} == expected
+    assert len(others) == steps and set(others.values()) <= {1}, f"nobody submitted these: {others}"
+
+
+def test_every_public_method_of_the_sdk_has_a_case() -> None:
+    """A new one is cut as well."""
+    kinds = (AsyncClient, AsyncTask, AsyncDeadLetters)
+    public = {f"{kind.__name__}.{name}" for kind in kinds for name in public_methods(kind)}
+    assert set(SDK_CASES) == public - {"AsyncTask.id"}
