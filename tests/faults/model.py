@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 from samphire import keys
 
 TERMINAL = {"SUCCESS", "FAILURE", "REVOKED"}
-STATE_OF = {"succeeded": "SUCCESS", "failed": "FAILURE", "cancelled": "REVOKED", "expired": "REVOKED"}
+STATE_OF = {
+    "succeeded": "SUCCESS",
+    "failed": "FAILURE",
+    "cancelled": "REVOKED",
+    "expired": "REVOKED",
+    "retrying": "RETRY",
+}
+ATTEMPT = '{"error":"made up"}'
+"""What is written of an attempt."""
 
 
 class State(NamedTuple):
@@ -25,7 +33,7 @@ class State(NamedTuple):
 
 
 class End(NamedTuple):
-    """One settlement, in the model's words."""
+    """One settlement, in the model's words; a state "retrying" ends the attempt, not the task."""
 
     field: str
     task_id: str
@@ -72,13 +80,14 @@ class StoreModel:
         self.workers: defaultdict[str, WorkerModel] = defaultdict(WorkerModel)
         self.members: set[str] = set()
         self.states: dict[str, State] = {}
-        self.attempts: Counter[str] = Counter()
-        self.suspects = False
+        self.tried: dict[str, dict[str, str]] = {}
+        """What is kept of tasks that were tried before, or redriven."""
         self.scheduled: dict[str, tuple[str, str]] = {}
+        self.ready: set[str] = set()
+        """Those of the scheduled tasks whose time has come."""
         self.marks: set[str] = set()
         self.lately = False
-        self.letters: dict[str, tuple[str, str]] = {}
-        """Letter id -> (list, message)."""
+        self.letters: dict[str, dict[str, str]] = {}
         self.idempotency: dict[str, tuple[str, str]] = {}
         self.blobs: set[str] = set()
         self.events: list[tuple[str, str]] = []
@@ -108,9 +117,10 @@ class StoreModel:
             assert oldest == fields[claim], f"claimed {fields[claim]!r} before {oldest!r}"
         self.workers[wid].inflight |= fields
 
-    def start(self, wid: str, tasks: Sequence[tuple[str, str]]) -> list[int]:
+    def start(self, wid: str, tasks: Sequence[tuple[str, str]]) -> list[int | tuple[int, int]]:
         """Mark claims as running."""
-        worker, reply, started, ended = self.workers[wid], [], [], []
+        worker, started, ended = self.workers[wid], [], []
+        reply: list[int | tuple[int, int]] = []
         for claim, task_id in tasks:
             status = self.status(task_id)
             if claim not in worker.inflight:
@@ -121,7 +131,8 @@ class StoreModel:
                 reply.append(-2)
                 ended.append(claim)
             else:
-                reply.append(self.attempts[task_id])
+                tried = self.tried.get(task_id, {})
+                reply.append((int(tried["attempts"]), int(tried.get("crashes", 0))) if "attempts" in tried else 0)
                 started.append((claim, task_id))
         for claim in ended:
             del worker.inflight[claim]
@@ -138,32 +149,62 @@ class StoreModel:
         messages = {end.field: worker.inflight.pop(end.field, "") for end in ends}
         for end in ends:
             worker.started.pop(end.field, None)
+        ended_now: set[str] = set()
         for end, still in zip(ends, ours, strict=True):
             if not still:
                 continue
-            before = self.status(end.task_id)
-            fresh = before not in TERMINAL
+            message = messages[end.field]
+            before = "ENDED" if end.task_id in ended_now else self.status(end.task_id)
+            fresh = before not in {*TERMINAL, "ENDED"}
+            if end.state == "retrying":
+                if fresh or before == "REVOKED":
+                    self._try_again(end, message, now=before == "REVOKED" or end.task_id in self.marks)
+                if fresh:
+                    self._write(end.task_id, State("RETRY", end.result), "retrying" if end.stream else "")
+                continue
+            tried = self.tried.pop(end.task_id, {})
             if fresh:
-                self._finish(end.task_id, State(STATE_OF[end.state], end.result), end.state if end.stream else "")
+                self._write(end.task_id, State(STATE_OF[end.state], end.result), end.state if end.stream else "")
+                ended_now.add(end.task_id)
             marked = end.task_id in self.marks
             self.marks.discard(end.task_id)
             if fresh:
                 self.blobs -= set(end.blobs)
             if fresh or ((marked or end.state == "cancelled") and before == "REVOKED"):
-                for key, message in end.pushes:
-                    self.lists[key].append(message)
+                for key, pushed in end.pushes:
+                    self.lists[key].append(pushed)
                 for other in end.others:
                     if self.status(other) not in TERMINAL:
-                        self._finish(other, State("FAILURE", {"of": other}), "failed")
+                        self._write(other, State("FAILURE", {"of": other}), "failed")
             if end.state == "failed":
-                self.letters[end.task_id] = (list_of(end.field), messages[end.field])
+                self.letters[end.task_id] = {
+                    "list": list_of(end.field),
+                    "message": message,
+                    "run": tried.get("run", "1"),
+                    "history": f"[{','.join(filter(None, (tried.get('history'), ATTEMPT)))}]",
+                    "stream": "events:c" if end.stream else "",
+                }
         return ours
 
-    def _finish(self, task_id: str, state: State, event: str) -> None:
+    def _write(self, task_id: str, state: State, event: str) -> None:
         self.states[task_id] = state
         self.published.append((task_id, state))
         if event:
             self.events.append((event, task_id))
+
+    def _try_again(self, end: End, message: str, *, now: bool) -> None:
+        self.scheduled[end.task_id] = (list_of(end.field), message)
+        self.ready.discard(end.task_id)
+        if now:
+            self.ready.add(end.task_id)
+        self._one_attempt_more(end.task_id, crashed=False)
+
+    def _one_attempt_more(self, task_id: str, *, crashed: bool) -> None:
+        tried = self.tried.setdefault(task_id, {})
+        tried["attempts"] = str(int(tried.get("attempts", 0)) + 1)
+        tried["history"] = ",".join(filter(None, (tried.get("history"), ATTEMPT)))
+        if crashed:
+            tried["crashes"] = str(int(tried.get("crashes", 0)) + 1)
 
     def release(self, wid: str, fields: Sequence[str], blamed: bool) -> int:
         """Hand claims back."""
@@ -181,8 +222,7 @@ class StoreModel:
         if task_id is None:
             return False
         if blamed:
-            self.attempts[task_id] += 1
-            self.suspects = True
+            self._one_attempt_more(task_id, crashed=True)
         if self.status(task_id) == "STARTED":
             del self.states[task_id]
         return True
@@ -211,16 +251,18 @@ class StoreModel:
                 message = worker.inflight.pop(claim)
                 reply.append(3 if task_id in self.scheduled else 1)
                 self.scheduled[task_id] = (list_of(claim), message)
+                self.ready.discard(task_id)
         return reply
 
     def due(self, task_ids: Sequence[str]) -> int:
         """The time of these has come, of the first first."""
         for task_id in reversed(task_ids):
             key, message = self.scheduled.pop(task_id)
+            self.ready.discard(task_id)
             self.lists[key].insert(0, message)
         return len(task_ids)
 
-    def cancel(self, requests: Sequence[tuple[bool, str]], revoked: Sequence[str]) -> dict[str, str]:
+    def cancel(self, wid: str, requests: Sequence[tuple[bool, str]], revoked: Sequence[str]) -> dict[str, str]:
         """End what clients name (whether with their stream, id) and what a revocation names."""
         reply: dict[str, str] = {}
         for stream, task_id, named in [
@@ -230,15 +272,20 @@ class StoreModel:
             status = self.status(task_id)
             if status in ("STARTED", "SUCCESS", "FAILURE"):
                 reply[task_id] = str(status)
+                if status == "STARTED":
+                    self.marks.add(task_id)
+                    self.lately = True
                 continue
             reply[task_id] = "REVOKED" if status == "REVOKED" else "marked"
             self.marks.add(task_id)
             self.lately = True
             if status != "REVOKED" and (named or task_id in self.scheduled):
                 reply[task_id] = "cancelled"
-                self._finish(task_id, State("REVOKED", {"cancelled": True}), "cancelled" if stream else "")
+                self._write(task_id, State("REVOKED", {"cancelled": True}), "cancelled" if stream else "")
             if task_id in self.scheduled:
                 self.due([task_id])
+        if self.lately:
+            reply |= {task_id: "running" for task_id in self.workers[wid].started.values() if task_id in self.marks}
         return reply
 
     def reap(self, wid: str) -> tuple[int, int, int]:
@@ -262,13 +309,15 @@ class StoreModel:
         for verb, letter in requests:
             if letter not in self.letters:
                 continue
-            key, message = self.letters.pop(letter)
+            kept = self.letters.pop(letter)
             if verb == "redrive":
-                self.attempts.pop(letter, None)
+                self.tried[letter] = {"run": str(int(kept["run"]) + 1)}
                 if self.status(letter) == "FAILURE":
                     del self.states[letter]
                     self.runs[letter] += 1
-                self.lists[key].append(message)
+                if kept["stream"]:
+                    self.events.append(("redriven", letter))
+                self.lists[kept["list"]].append(kept["message"])
         return len(requests)
 
     def delete_results(self, task_ids: Sequence[str]) -> int:
@@ -289,8 +338,8 @@ class StoreModel:
         """Every key that the broker should have, as `snapshot` reads it."""
         found: dict[str, Any] = {key: messages for key, messages in self.lists.items() if messages}
         found |= {keys.meta_key(task_id): state for task_id, state in self.states.items()}
-        found |= {f"{keys.TASK_PREFIX}{task_id}": {"attempts": str(n)} for task_id, n in self.attempts.items() if n}
-        found |= {f"{keys.DEAD_PREFIX}{letter}": where for letter, where in self.letters.items()}
+        found |= {f"{keys.TASK_PREFIX}{task_id}": tried for task_id, tried in self.tried.items()}
+        found |= {f"{keys.DEAD_PREFIX}{letter}": kept for letter, kept in self.letters.items()}
         found |= {key: f"{task_id} {digest}" for key, (task_id, digest) in self.idempotency.items()}
         found |= dict.fromkeys(self.blobs, "data")
         for wid, worker in self.workers.items():
@@ -301,5 +350,5 @@ class StoreModel:
         found |= {keys.QUEUES: self.queues, keys.WORKERS: self.members, keys.DEAD: set(self.letters)}
         found |= {keys.SCHEDULED: set(self.scheduled), keys.CANCELLED: self.marks, "events:c": self.events}
         found[keys.SCHEDULED_MESSAGES] = {task_id: " ".join(where) for task_id, where in self.scheduled.items()}
-        found |= {keys.SUSPECTS: self.suspects, keys.CANCELLED_LATELY: self.lately}
+        found |= {keys.TRIED: set(self.tried), keys.CANCELLED_LATELY: self.lately}
         return {key: value for key, value in found.items() if value}
