@@ -305,6 +305,21 @@ def test_two_duplicates_under_way_end_once(valkey: Valkey) -> None:
     run(test)
 
 
+def test_a_duplicate_that_was_started_leaves_nothing_when_it_is_dropped(valkey: Valkey) -> None:
+    """Its start is repeated after a lost reply; meanwhile the other has ended the task."""
+
+    async def test() -> None:
+        push(valkey, "a", "a")
+        async with worker(valkey) as w:
+            one, two = await w.claim()
+            assert await w.start([one, two]) == [0, 0]
+            assert await w.settle(one) == 1
+            assert await w.start([two]) == [-2]
+            assert not valkey.client.exists("worker:w1:inflight", "worker:w1:started")
+
+    run(test)
+
+
 def test_a_settlement_whose_start_was_lost_still_counts(valkey: Valkey) -> None:
     """The claim decides: a result is never thrown away with its message."""
 

@@ -38,6 +38,7 @@ for n = 1, #metas do
 end
 -- HDEL first, even of nothing: as a write that needs no memory it lets the rest through when memory is full.
 redis.call('HDEL', KEYS[1], '', unpack(ended))
+redis.call('HDEL', KEYS[2], '', unpack(ended)) -- it may have been started before, by a call whose reply was lost
 if #states > 0 then
   redis.call('MSET', unpack(states))
   redis.call('HSET', KEYS[2], unpack(started))
