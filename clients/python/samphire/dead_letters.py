@@ -101,13 +101,15 @@ class AsyncDeadLetters:
             command = ("ZRANGE", keys.DEAD, newest, oldest, "BYSCORE", "REV", "LIMIT", offset, PAGE)
             ids = [key_text(letter) for letter in await self._connection.execute(*command)]
             for letter_id in ids:
+                if limit is not None and len(found) >= limit:
+                    break
                 letter = await self._read(letter_id)
                 if letter is not None and which.fits(letter):
                     found.append(letter)
             if len(ids) < PAGE:
                 break
             offset += PAGE
-        return found[:limit]
+        return found
 
     async def get(self, letter_id: str) -> DeadLetter:
         """One letter with its message.
