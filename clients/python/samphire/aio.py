@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 import uuid
@@ -29,7 +30,15 @@ from samphire.encoder import (
     request_for,
     when,
 )
-from samphire.errors import ClientClosedError, InvalidInputError, ResultTimeoutError, SamphireError, UnknownTaskError
+from samphire.errors import (
+    BrokerMemoryFullError,
+    BrokerUnavailableError,
+    ClientClosedError,
+    InvalidInputError,
+    ResultTimeoutError,
+    SamphireError,
+    UnknownTaskError,
+)
 from samphire.keys import Priority
 from samphire.pipeline import Stage, StepOptions, encode_chain, stages_of
 from samphire.publisher import Publisher
@@ -79,7 +88,8 @@ class AsyncTask:
 
         Args:
             timeout_s: how long; for ever by default.
-            delete: the result is deleted once it was read; a later read raises `ResultDeletedError`.
+            delete: the result is deleted once it was read; a later read raises `ResultDeletedError`. Should the
+                broker go away meanwhile, it stays until its lifetime is over.
 
         Raises:
             ResultTimeoutError: it did not come within `timeout_s`; the task goes on.
@@ -90,7 +100,9 @@ class AsyncTask:
             self._look = "now"  # its end may have been told to the first who asked
         result = await self._client._result(self.id, timeout_s, look)
         if delete:
-            await self._client._publisher.request(keys.DELETES, self.id)
+            # The caller must not lose the result because nobody hears that it may go: then it goes with its lifetime.
+            with contextlib.suppress(BrokerUnavailableError, BrokerMemoryFullError):
+                await self._client._publisher.request(keys.DELETES, self.id)
         return result
 
     async def cancel(self, timeout_s: float = 5.0) -> bool:

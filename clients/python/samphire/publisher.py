@@ -7,7 +7,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib import resources
 from itertools import chain
 from typing import Any, NamedTuple
@@ -120,12 +120,12 @@ class Publisher:
                 self._flusher = asyncio.create_task(self._flush())
 
     async def request(self, list_key: str, request: str) -> None:
-        """Ask the workers for something, by a list that they look into.
+        """Ask the workers for something that does no harm if it is done twice, by a list that they look into.
 
         Raises:
-            BrokerUnavailableError: no answer; the request may or may not be there, and may be repeated.
+            BrokerUnavailableError: no answer, however often it was asked; the request may or may not be there.
         """
-        await self.connection.execute("RPUSH", list_key, request)
+        await self._repeat(lambda: self.connection.execute("RPUSH", list_key, request))
 
     async def _flush(self) -> None:
         """Send what has come together, a batch after the other; cancelled only by `close`."""
@@ -211,11 +211,14 @@ class Publisher:
 
     async def _call(self, key_names: Sequence[str], args: Sequence[Argument]) -> Any:
         """Call the script; what lost replies leave open is settled by calling again, which does nothing twice."""
+        return await self._repeat(lambda: self.connection.call(self._script, key_names, args))
+
+    async def _repeat(self, action: Callable[[], Awaitable[Any]]) -> Any:
         give_up = time.monotonic() + REPEAT_FOR_S
         delay_s = REPEAT_MIN_S
         while True:
             try:
-                return await self.connection.call(self._script, key_names, args)
+                return await action()
             except BrokerUnavailableError:
                 if self._closed or time.monotonic() + delay_s > give_up:
                     raise
