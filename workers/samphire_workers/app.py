@@ -32,6 +32,7 @@ app.conf.update(
     worker_send_task_events=True,
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
+    broker_channel_error_retry=True,  # a broker that refuses writes for a while (a replica, NOREPLICAS) ends no worker
     broker_transport_options={
         "socket_timeout": 30.0,
         "socket_connect_timeout": 5.0,
