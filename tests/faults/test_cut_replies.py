@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-import redis
 from numpy.typing import NDArray
 
 from samphire import (
@@ -34,7 +33,7 @@ from samphire.aio import AsyncTask
 from samphire.dead_letters import AsyncDeadLetters
 from samphire.direct import Script
 from samphire_broker.store import CANCELLED, Claimed, Settlement, Store
-from tests.faults.model import TERMINAL
+from tests.faults.ends import Ends, nothing_is_left
 from tests.proxy import Proxy, Where, cutting_proxy
 from tests.stacks import Up, Valkey, eventually, running_valkey
 from tests.test_store import META, QUEUE, Worker, everywhere, failed, push, status
@@ -553,43 +552,6 @@ SDK_CASES: dict[str, tuple[Callable[[Sdk], Awaitable[None]], ...]] = {
     "AsyncDeadLetters.redrive": (sdk_redrive,),
     "AsyncDeadLetters.purge": (sdk_purge,),
 }
-
-
-class Ends:
-    """Every end that is published, by task."""
-
-    def __init__(self, url: str) -> None:
-        self._client = redis.Redis.from_url(url, socket_timeout=10)
-        self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
-        self._pubsub.psubscribe(f"{keys.META_PREFIX}*")
-        self.counted: Counter[str] = Counter()
-
-    def read(self) -> Counter[str]:
-        """All ends so far; what is published now is among them."""
-        marker = f"#{time.monotonic_ns()}"
-        self._client.publish(keys.META_PREFIX + marker, "")
-        while True:
-            message = self._pubsub.get_message(timeout=5)
-            if message is None:  # a confirmation, which is not told
-                continue
-            task_id = message["channel"].decode().removeprefix(keys.META_PREFIX)
-            if task_id == marker:
-                return self.counted
-            self.counted[task_id] += json.loads(message["data"])["status"] in TERMINAL
-
-    def close(self) -> None:
-        """Close both connections."""
-        self._pubsub.close()
-        self._client.close()
-
-
-def nothing_is_left(client: redis.Redis) -> bool:
-    """Whether nothing is queued, scheduled, in flight or to be done for clients."""
-    if any(client.llen(key) for key in client.scan_iter("inference*", _type="list")):
-        return False
-    if any(client.hlen(key) for key in client.scan_iter("worker:*:inflight")):
-        return False
-    return not client.exists(keys.SCHEDULED, keys.CANCELS, keys.DELETES, keys.LETTERS)
 
 
 @pytest.mark.parametrize("name", sorted(SDK_CASES))
