@@ -1,0 +1,74 @@
+"""A client under test, a process of its own: `python -m tests.faults.client URL JOURNAL OUTSTANDING FIRST`.
+
+It keeps so many tasks under way and writes down, a line each, what it knows:
+
+    S <event stream>          it has begun
+    A <task id> <number>      a submit of this number has returned
+    U <error>                 a submit has raised: the task may or may not be queued
+    E <task id> <verdict>     a result was read: `right`, `wrong`, or the name of the error
+
+SIGTERM: submit no more, read the results that are left, end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import sys
+
+import numpy as np
+
+from samphire import AsyncClient, SamphireError
+
+MODEL = "recorder"
+REFUSED_S = 0.05
+
+
+def answer(number: int) -> int:
+    """What the model makes of a number."""
+    return 3 * number + 1
+
+
+class Journal:
+    """One write a line: whatever kills this process, what was written before stands."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def write(self, *words: object) -> None:
+        os.write(self._file, (" ".join(map(str, words)) + "\n").encode())
+
+
+async def produce(broker_url: str, journal: Journal, outstanding: int, first: int) -> None:
+    """Keep `outstanding` tasks under way until SIGTERM."""
+    numbers = itertools.count(first)
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    async with AsyncClient(broker_url) as client:
+        journal.write("S", client._stream)  # the harness reads it as well
+
+        async def one_after_the_other() -> None:
+            while not stopping.is_set():
+                number = next(numbers)
+                try:
+                    task = await client.submit(MODEL, {"x": np.array([[number]], np.int64)})
+                except SamphireError as error:
+                    journal.write("U", type(error).__name__)
+                    await asyncio.sleep(REFUSED_S)
+                    continue
+                journal.write("A", task.id, number)
+                try:
+                    y = (await task.result()).outputs["y"].tolist()
+                except SamphireError as error:
+                    journal.write("E", task.id, type(error).__name__)
+                else:
+                    journal.write("E", task.id, "right" if y == [[answer(number)]] else "wrong")
+
+        await asyncio.gather(*(one_after_the_other() for _ in range(outstanding)))
+
+
+if __name__ == "__main__":
+    url, path, outstanding, first = sys.argv[1:]
+    asyncio.run(produce(url, Journal(path), int(outstanding), int(first)))

@@ -1,0 +1,173 @@
+"""A round: clients start, a fault happens so many times, clients end, every task is accounted for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import psutil
+
+from samphire import AsyncClient, ResultTimeoutError, SamphireError
+from samphire_broker.embedded.process import Part
+from tests.faults.client import answer
+from tests.faults.matrix import FAULTS
+from tests.faults.stand import NothingUnderWayError, Stand, until_async
+
+CLIENTS = 2
+DRAIN_TIMEOUT_S = 90.0
+READ_TIMEOUT_S = 5.0
+LOST = "lost"
+SETTLE_S = 0.3
+"""Publications travel on another connection than events: so long after the last event the last one is heard."""
+
+
+@dataclass
+class Round:
+    """What came of a round; the counts are of tasks whose submit has returned."""
+
+    fault: str
+    trials: int = 0
+    met_nobody: int = 0
+    """Faults at a moment when nothing was under way: no trials."""
+    tasks: int = 0
+    lost: int = 0
+    """Nothing happens any more, and no end is stored."""
+    published_twice: int = 0
+    wrong: int = 0
+    """Ended as succeeded, with other numbers than the model makes of what was submitted; or not to be read."""
+    unheard: int = 0
+    """Ended, but the client that waited for it was never told, or no event says so."""
+    left_behind: int = 0
+    """Messages in a queue or in flight after all tasks had ended."""
+    dead_lettered: Counter[str] = field(default_factory=Counter)
+    re_executed: int = 0
+    """Executions beyond the first."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Submits that raised: the client was told that the task may not be queued."""
+    recovery_s: list[float] = field(default_factory=list)
+    times: dict[str, list[float]] = field(default_factory=dict)
+    held: list[int] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Trials that did not end as they must."""
+    seconds: float = 0.0
+
+    @property
+    def broken(self) -> bool:
+        """Whether a promise was broken."""
+        counts = self.lost + self.published_twice + self.wrong + self.unheard + self.left_behind
+        return bool(counts or self.failures)
+
+
+async def run_round(
+    stand: Stand, fault: str, trials: int, *, may_go_on: Callable[[], bool] = lambda: True, clients: int = CLIENTS
+) -> Round:
+    """Let a fault happen `trials` times under load, and account for every task."""
+    began = time.monotonic()
+    result = Round(fault)
+    await stand.set_fsync("always" if fault.endswith("-always") else "everysec")
+    await asyncio.gather(*(stand.start_client() for _ in range(clients)))
+    while result.trials + len(result.failures) + result.met_nobody / 2 < trials and may_go_on():
+        await one_trial(stand, fault, result)
+    await account(stand, result)
+    result.seconds = time.monotonic() - began
+    return result
+
+
+async def one_trial(stand: Stand, fault: str, result: Round) -> None:
+    """Let a fault happen, and note what came of it."""
+    try:
+        trial = await FAULTS[fault](stand)
+    except NothingUnderWayError:
+        result.met_nobody += 1
+    except (AssertionError, TimeoutError) as error:
+        result.failures.append(f"{fault}: {error}")
+        await repair(stand)
+    else:
+        result.trials += 1
+        result.recovery_s.append(round(trial.recovery_s, 3))
+        result.held.append(trial.held)
+        for name, seconds in trial.times.items():
+            result.times.setdefault(name, []).append(round(seconds, 3))
+
+
+async def repair(stand: Stand) -> None:
+    """After a trial that failed half-way: what stands still goes on, what has ended is started."""
+    for part in (stand.broker, stand.triton, *stand.workers):
+        if part in stand.starting:
+            continue
+        process = part.process
+        if process is None or process.returncode is not None:
+            await part.start()
+        elif psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+            process.send_signal(signal.SIGCONT)
+
+
+async def account(stand: Stand, result: Round) -> None:
+    """End the clients, wait until nothing is under way, and count."""
+    await stand.all_ready()
+    deaf = {client.spec.name for client in stand.clients if not await _end(client)}
+    stand.clients.clear()
+    ledger = stand.ledger
+    ledger.read_files()
+    with contextlib.suppress(TimeoutError):  # who has not ended then is lost
+        await ledger.wait_ended(ledger.unended(), DRAIN_TIMEOUT_S)
+    with contextlib.suppress(TimeoutError):  # what is there then is left behind
+        await until_async(lambda: _nothing_left(stand), DRAIN_TIMEOUT_S, "empty queues")
+    await asyncio.sleep(SETTLE_S)
+    ledger.read_files()
+    result.left_behind += await stand.left_behind()
+    result.published_twice += ledger.ended_again
+    for task_id, entry in ledger.entries.items():
+        result.published_twice += entry.ends > 1 or entry.published > 1
+        if entry.number is None:
+            continue  # no submit of it has returned: it may have been done, or not
+        result.tasks += 1
+        result.re_executed += max(0, ledger.executions[entry.number] - 1)
+        deaf_to_it = not entry.verdict and entry.client in deaf
+        verdict = entry.verdict or await _read(stand, task_id, entry.number)
+        if verdict == LOST:
+            result.lost += 1
+        elif deaf_to_it or not entry.ends:
+            result.unheard += 1
+        elif entry.state == "failed":
+            result.dead_lettered[verdict] += 1
+        elif verdict != "right":
+            result.wrong += 1
+    result.refused.update(ledger.refused)
+    ledger.close()
+
+
+async def _nothing_left(stand: Stand) -> bool:
+    return not await stand.left_behind()
+
+
+async def _end(client: Part) -> bool:
+    """SIGTERM; whether the client has read all its results in time."""
+    assert client.process is not None
+    client.process.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(DRAIN_TIMEOUT_S):
+            status = await client.process.wait()
+    except TimeoutError:
+        client.process.kill()
+        await client.process.wait()
+        return False
+    assert status == 0, f"{client.spec.name} ended with {status}: see {client.spec.log_file}"
+    return True
+
+
+async def _read(stand: Stand, task_id: str, number: int) -> str:
+    """Read a result in the place of a client that was killed."""
+    async with AsyncClient(stand.broker_url) as client:
+        try:
+            result = await client.task(task_id).result(READ_TIMEOUT_S)
+        except ResultTimeoutError:
+            return LOST
+        except SamphireError as error:
+            return type(error).__name__
+    return "right" if result.outputs["y"].tolist() == [[answer(number)]] else "wrong"

@@ -1,0 +1,307 @@
+"""The servers, workers and clients that faults are tried on: each a process of its own, started and watched here.
+
+`samphire up` restarts what dies by itself. Here the same parts are started one by one, so that a trial decides
+what runs and knows by its exit status what has died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from samphire import keys
+from samphire_broker.embedded.ports import choose_port
+from samphire_broker.embedded.process import Part, PartSpec
+from samphire_broker.embedded.triton import triton_spec
+from samphire_broker.embedded.valkey import valkey_spec
+from samphire_broker.embedded.worker import worker_spec
+from samphire_broker.settings import FsyncPolicy, shipped_model_repository
+from tests.faults.client import MODEL
+from tests.faults.ledger import Ledger
+
+T = TypeVar("T")
+
+MODELS = Path(__file__).parent / "models"
+ROOT = Path(__file__).parents[2]
+BROKER_MEMORY_BYTES = 4 * 2**30
+NUMBERS_A_CLIENT = 10**8
+LOOK_S = 0.01
+ANSWER_TIMEOUT_S = 60.0
+
+
+class NothingUnderWayError(Exception):
+    """A fault would have met nobody: it is no trial."""
+
+
+def running(part: Part) -> asyncio.subprocess.Process:
+    """The part's process."""
+    assert part.process is not None
+    return part.process
+
+
+async def sent(part: Part, number: signal.Signals) -> int:
+    """Send a signal that ends the part, and return its exit status."""
+    process = running(part)
+    assert process.returncode is None, f"{part.spec.name} had ended before"
+    process.send_signal(number)
+    return await process.wait()
+
+
+async def killed(part: Part) -> None:
+    """kill -9; the exit status proves it."""
+    status = await sent(part, signal.SIGKILL)
+    assert status == -signal.SIGKILL, f"{part.spec.name} ended with {status}, not by SIGKILL"
+
+
+async def stopped(part: Part) -> None:
+    """SIGSTOP; the process state proves it."""
+    running(part).send_signal(signal.SIGSTOP)
+    await until(lambda: is_stopped(part), 5, f"{part.spec.name} to stand still")
+
+
+def is_stopped(part: Part) -> bool:
+    """Whether the part stands still."""
+    return psutil.Process(part.pid).status() == psutil.STATUS_STOPPED
+
+
+async def continued(part: Part) -> None:
+    """SIGCONT to what has stood still until now."""
+    assert is_stopped(part), f"{part.spec.name} did not stand still"
+    running(part).send_signal(signal.SIGCONT)
+    await until(lambda: not is_stopped(part), 5, f"{part.spec.name} to go on")
+
+
+async def until(check: Callable[[], Any], timeout_s: float, what: str) -> None:
+    """Wait for a condition.
+
+    Raises:
+        TimeoutError: it does not come true.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s:.0f} s in vain for {what}")
+        await asyncio.sleep(LOOK_S)
+
+
+async def until_async(check: Callable[[], Awaitable[T]], timeout_s: float, what: str) -> T:
+    """Wait for a true value and return it.
+
+    Raises:
+        TimeoutError: it does not come.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not (value := await check()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s:.0f} s in vain for {what}")
+        await asyncio.sleep(LOOK_S)
+    return value
+
+
+def alone(spec: PartSpec, **variables: str) -> PartSpec:
+    """The part without the SAMPHIRE_ variables of whoever runs this, with `variables` instead."""
+    unset = [word for name in os.environ if name.startswith("SAMPHIRE_") for word in ("-u", name)]
+    values = [f"{name}={value}" for name, value in {**spec.env, **variables}.items()]
+    return dataclasses.replace(spec, command=["env", *unset, *values, *spec.command], env={})
+
+
+class Stand:
+    """Valkey, Triton, workers and clients in a folder. `start` it; `stop` ends all of it, whatever happened."""
+
+    def __init__(
+        self, folder: Path, *, workers: int = 4, outstanding: int = 100, settings: Mapping[str, str] | None = None
+    ) -> None:
+        self.folder = folder
+        self.fsync: FsyncPolicy = "everysec"
+        self.broker_port = choose_port(0, "")
+        self.outstanding = outstanding
+        self._variables = dict(settings or {})
+        self.broker = Part(self._broker_spec())
+        self.broker_url = self.broker.spec.address
+        ports = {choose_port(0, "") for _ in range(20)} - {self.broker_port}
+        grpc, http, metrics = list(ports)[:3]
+        self.triton_grpc = f"127.0.0.1:{grpc}"
+        self.triton = Part(alone(triton_spec(folder, grpc, http, metrics, lambda _line: None)))
+        self.workers = [
+            Part(alone(worker_spec(folder, n + 1, self.broker_url, self.triton_grpc), **self._variables))
+            for n in range(workers)
+        ]
+        self.clients: list[Part] = []
+        self.starting: dict[Part, asyncio.Task[None]] = {}
+        """Replacements that are not ready yet."""
+        self.ledger = Ledger(self.broker_url, folder / "model_repository" / MODEL / "executions")
+        self._redis = redis.asyncio.Redis.from_url(self.broker_url, retry=Retry(NoBackoff(), 0), socket_timeout=5)
+        self._turn = 0
+        self._numbers = 0
+        self._ids: dict[int, str] = {}
+
+    def _broker_spec(self) -> PartSpec:
+        return alone(valkey_spec(self.folder, self.broker_port, BROKER_MEMORY_BYTES, self.fsync))
+
+    # -- start and end ------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the servers and the workers."""
+        repository = self.folder / "model_repository"
+        shutil.copytree(shipped_model_repository() / "identity", repository / "identity")
+        shutil.copytree(MODELS, repository, dirs_exist_ok=True)
+        await asyncio.gather(self.broker.start(), self.triton.start())
+        await asyncio.gather(*(worker.start() for worker in self.workers))
+        await until_async(
+            lambda: self.ask("HEXISTS", keys.CATALOGUE, keys.CATALOGUE_COMPLETE), ANSWER_TIMEOUT_S, "the catalogue"
+        )
+        self.ledger.start()
+
+    async def stop(self) -> None:
+        """End everything."""
+        for task in self.starting.values():
+            task.cancel()
+        await asyncio.gather(*self.starting.values(), return_exceptions=True)
+        for part in (*self.clients, *self.workers, self.triton, self.broker):
+            if part.process is not None and part.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    part.process.send_signal(signal.SIGCONT)  # a trial that failed may have left it standing still
+        try:
+            await self.ledger.stop()
+        finally:
+            await asyncio.gather(*(part.stop() for part in (*self.clients, *self.workers)))
+            await self.triton.stop()
+            await self._redis.aclose()
+            await self.broker.stop()
+
+    async def set_fsync(self, fsync: FsyncPolicy) -> None:
+        """Change how durable the broker is, now and after its next start."""
+        self.fsync = fsync
+        self.broker.spec = self._broker_spec()
+        await self.ask("CONFIG", "SET", "appendfsync", fsync)
+
+    async def start_client(self) -> Part:
+        """Start one more client, which submits until it is ended."""
+        number = self._numbers
+        self._numbers += 1
+        name = f"client{number}"
+        journal = self.folder / f"{name}.journal"
+
+        async def wait_ready(_pid: int) -> None:
+            while not journal.exists() or journal.read_text().count("\nA ") < 1:
+                await asyncio.sleep(LOOK_S)
+
+        command = [sys.executable, "-m", "tests.faults.client", self.broker_url, str(journal)]
+        command += [str(self.outstanding), str(number * NUMBERS_A_CLIENT)]
+        spec = PartSpec(name, command, self.folder / "logs" / f"{name}.log", "", wait_ready, {"PYTHONPATH": str(ROOT)})
+        client = Part(alone(spec))
+        self.clients.append(client)
+        await client.start()
+        self.ledger.follow(name, journal)
+        return client
+
+    def restart_later(self, part: Part) -> None:
+        """Start a part again while other things go on; `all_ready` waits for it."""
+
+        async def start() -> None:
+            await part.start()
+            del self.starting[part]
+
+        self.starting[part] = asyncio.create_task(start())
+
+    async def all_ready(self) -> None:
+        """Wait for what is being started."""
+        await asyncio.gather(*self.starting.values())
+
+    # -- what is under way --------------------------------------------------------------------------
+
+    async def ask(self, *command: str | int) -> Any:
+        """Ask the broker, however long it is away."""
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while True:
+            try:
+                return await self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
+            except RedisError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(LOOK_S)
+
+    async def worker_id(self, worker: Part) -> str:
+        """The id under which the worker holds tasks; its process has one for life."""
+        if worker.pid not in self._ids:
+            for member in await self.ask("SMEMBERS", keys.WORKERS):
+                info = await self.ask("GET", f"{keys.WORKER_PREFIX}{member.decode()}:info")
+                if info is not None:
+                    self._ids[json.loads(info)["pid"]] = member.decode()
+        return self._ids[worker.pid]
+
+    async def inflight_key(self, worker: Part) -> str:
+        """The hash of what the worker has claimed and not settled."""
+        return f"{keys.WORKER_PREFIX}{await self.worker_id(worker)}:inflight"
+
+    async def held(self, worker: Part) -> set[str]:
+        """Ids of the tasks that the worker has claimed and not settled."""
+        messages = await self.ask("HVALS", await self.inflight_key(worker))
+        return {json.loads(message)["headers"]["id"] for message in messages}
+
+    async def started(self, worker: Part) -> int:
+        """How many of them it has given to Triton."""
+        return int(await self.ask("HLEN", f"{keys.WORKER_PREFIX}{await self.worker_id(worker)}:started"))
+
+    def ready_workers(self) -> list[Part]:
+        """Workers that run, in the order in which it is their turn."""
+        turned = self.workers[self._turn :] + self.workers[: self._turn]
+        return [worker for worker in turned if worker not in self.starting and not is_stopped(worker)]
+
+    async def busy_worker(self, others: int = 1) -> Part:
+        """The next worker that has given tasks to Triton, while `others` are there to go on.
+
+        Raises:
+            TimeoutError: none has any.
+        """
+
+        async def find() -> Part | None:
+            ready = self.ready_workers()
+            if len(ready) <= others:
+                return None
+            for worker in ready:
+                if await self.started(worker):
+                    return worker
+            return None
+
+        victim = await until_async(find, ANSWER_TIMEOUT_S, "a worker with tasks at Triton")
+        assert victim is not None
+        self._turn = (self.workers.index(victim) + 1) % len(self.workers)
+        return victim
+
+    async def all_held(self) -> set[str]:
+        """What all workers hold; waits until some of it is at Triton."""
+
+        async def look() -> bool:
+            return any([await self.started(worker) for worker in self.ready_workers()])
+
+        await until_async(look, ANSWER_TIMEOUT_S, "tasks at Triton")
+        held: set[str] = set()
+        for worker in self.ready_workers():
+            held |= await self.held(worker)
+        return held
+
+    async def left_behind(self) -> int:
+        """Messages that are in a queue or in flight."""
+        count = 0
+        for key in keys.queue_lists(keys.queue_name(MODEL)):
+            count += int(await self.ask("LLEN", key))
+        for member in await self.ask("SMEMBERS", keys.WORKERS):
+            count += int(await self.ask("HLEN", f"{keys.WORKER_PREFIX}{member.decode()}:inflight"))
+        return count

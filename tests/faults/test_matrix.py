@@ -1,0 +1,57 @@
+"""The short form of the fault matrix: one trial of each, on one stand. `make faults` is the long one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import _need_servers
+from tests.faults.rounds import Round, run_round
+from tests.faults.stand import Stand
+
+LEASE_S = 3
+
+MOST_S = {
+    "worker-kill": 5,
+    "worker-stop": LEASE_S + 5,
+    "triton-kill": 30,
+    "triton-stop": 40,
+    "worker-and-triton-kill": 30,
+    "valkey-kill-always": 15,
+    "valkey-kill-everysec": 15,
+    "client-kill": 5,
+}
+"""Recovery, at most."""
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """One event loop for all trials: the processes of the stand belong to it."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def stand(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    """Real servers, three workers with a short lease."""
+    _need_servers()
+    settings = {"SAMPHIRE_LEASE_S": str(LEASE_S)}
+    stand = Stand(tmp_path_factory.mktemp("faults"), workers=3, outstanding=60, settings=settings)
+    try:
+        runner.run(stand.start())
+        yield stand
+    finally:
+        runner.run(stand.stop())
+
+
+@pytest.mark.parametrize("fault", list(MOST_S))
+def test_nothing_is_lost_and_nothing_published_twice(runner: asyncio.Runner, stand: Stand, fault: str) -> None:
+    """The fault happens under load, is proved to have happened, and every task is accounted for."""
+    result: Round = runner.run(run_round(stand, fault, 1))
+    assert not result.broken, result
+    assert result.trials == 1 and result.held[0] > 0
+    assert result.tasks > result.held[0], "load before and after"
+    assert not result.dead_lettered, result
+    assert max(result.recovery_s) <= MOST_S[fault], result
