@@ -70,6 +70,8 @@ async def run_round(
     began = time.monotonic()
     result = Round(fault)
     await stand.set_fsync("always" if fault.endswith("-always") else "everysec")
+    if fault.startswith("worker"):
+        await stand.may_reap()
     await asyncio.gather(*(stand.start_client() for _ in range(clients)))
     while result.trials + len(result.failures) + result.met_nobody / 2 < trials and may_go_on():
         await one_trial(stand, fault, result)

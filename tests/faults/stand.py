@@ -31,7 +31,7 @@ from samphire_broker.embedded.process import Part, PartSpec
 from samphire_broker.embedded.triton import triton_spec
 from samphire_broker.embedded.valkey import valkey_spec
 from samphire_broker.embedded.worker import worker_spec
-from samphire_broker.settings import FsyncPolicy, shipped_model_repository
+from samphire_broker.settings import FsyncPolicy, Settings, shipped_model_repository
 from tests.faults.client import MODEL
 from tests.faults.ledger import Ledger
 
@@ -147,6 +147,8 @@ class Stand:
         """Replacements that are not ready yet."""
         self.ledger = Ledger(self.broker_url, folder / "model_repository" / MODEL / "executions")
         self._redis = redis.asyncio.Redis.from_url(self.broker_url, retry=Retry(NoBackoff(), 0), socket_timeout=5)
+        self.spared: set[Part] = set()
+        """Workers that are not to be chosen for a fault."""
         self._turn = 0
         self._numbers = 0
         self._ids: dict[int, str] = {}
@@ -162,11 +164,22 @@ class Stand:
         shutil.copytree(shipped_model_repository() / "identity", repository / "identity")
         shutil.copytree(MODELS, repository, dirs_exist_ok=True)
         await asyncio.gather(self.broker.start(), self.triton.start())
+        if not self.workers:
+            return
         await asyncio.gather(*(worker.start() for worker in self.workers))
         await until_async(
             lambda: self.ask("HEXISTS", keys.CATALOGUE, keys.CATALOGUE_COMPLETE), ANSWER_TIMEOUT_S, "the catalogue"
         )
         self.ledger.start()
+
+    async def may_reap(self) -> None:
+        """Wait until the broker has run for longer than a lease: nobody is taken for lost before."""
+        lease_s = float(self._variables.get("SAMPHIRE_LEASE_S", Settings.model_fields["lease_s"].default))
+
+        async def old_enough() -> bool:
+            return bool((await self.ask("INFO", "server"))["uptime_in_seconds"] > lease_s)
+
+        await until_async(old_enough, ANSWER_TIMEOUT_S, "a broker that has run for a lease")
 
     async def stop(self) -> None:
         """End everything."""
@@ -276,7 +289,7 @@ class Stand:
             if len(ready) <= others:
                 return None
             for worker in ready:
-                if await self.started(worker):
+                if worker not in self.spared and await self.started(worker):
                     return worker
             return None
 

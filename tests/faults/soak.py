@@ -1,0 +1,89 @@
+"""Half an hour under mixed faults: is memory flat?
+
+One worker is spared, so that its memory can be followed; it lives through every fault of the others, of Triton, of
+Valkey and of the clients. Growth is the median of the last fifth against that of the second: the first is
+warm-up (what the broker keeps for minutes has come into balance).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from tests.faults.matrix import FAULTS
+from tests.faults.rounds import CLIENTS, Round, account, one_trial
+from tests.faults.stand import Stand
+
+SAMPLE_S = 2.0
+PAUSE_S = 5.0
+ACCOUNT_EVERY_S = 120.0
+MIXED = [fault for fault in FAULTS if fault != "valkey-kill-always"]
+SETTINGS = {"SAMPHIRE_RESULT_TTL_S": "120"}
+"""Results would pile up for an hour, which is longer than the soak."""
+Samples = dict[str, list[float]]
+
+
+async def soak(
+    stand: Stand, seconds: float, seed: int, may_go_on: Callable[[], bool], done: Callable[[list[Round], Samples], None]
+) -> tuple[list[Round], Samples]:
+    """Let faults happen in random order, and follow the memory; `done` is called after each accounting."""
+    samples: Samples = {"worker": [], "valkey": [], "valkey, data": []}
+    stand.spared = {stand.workers[0]}
+    sampler = asyncio.create_task(_sample(stand, samples))
+    chance = random.Random(seed)
+    until = time.monotonic() + seconds
+    rounds: list[Round] = []
+    try:
+        while time.monotonic() < until and may_go_on():
+            began = time.monotonic()
+            total = Round("soak")
+            await asyncio.gather(*(stand.start_client() for _ in range(CLIENTS)))
+            while time.monotonic() < min(until, began + ACCOUNT_EVERY_S) and may_go_on():
+                await one_trial(stand, chance.choice(MIXED), total)
+                await asyncio.sleep(PAUSE_S)
+            await account(stand, total)
+            total.seconds = time.monotonic() - began
+            rounds.append(total)
+            done(rounds, samples)
+    finally:
+        sampler.cancel()
+        await asyncio.gather(sampler, return_exceptions=True)
+    return rounds, samples
+
+
+async def _sample(stand: Stand, samples: Samples) -> None:
+    worker = psutil.Process(stand.workers[0].pid)
+    while True:
+        data = (await stand.ask("INFO", "memory"))["used_memory"]
+        try:
+            valkey = psutil.Process(stand.broker.pid).memory_info().rss
+        except psutil.NoSuchProcess:  # between two lives
+            continue
+        samples["worker"].append(worker.memory_info().rss / 2**20)
+        samples["valkey"].append(valkey / 2**20)
+        samples["valkey, data"].append(data / 2**20)
+        await asyncio.sleep(SAMPLE_S)
+
+
+def growth(samples: Samples) -> dict[str, Any]:
+    """Medians of the second and the last fifth."""
+    found = {}
+    for name, values in samples.items():
+        fifth = len(values) // 5
+        if not fifth:
+            continue
+        begin, end = statistics.median(values[fifth : 2 * fifth]), statistics.median(values[-fifth:])
+        found[name] = {
+            "samples": len(values),
+            "begin_mb": round(begin, 2),
+            "end_mb": round(end, 2),
+            "growth": round(end / begin - 1, 4),
+            "fifths_mb": [round(statistics.median(values[n * fifth : (n + 1) * fifth]), 2) for n in range(5)],
+        }
+    return found
