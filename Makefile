@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Commands that tests need beside Python, each with the Debian package that has it.
 SYSTEM_COMMANDS := chromium:chromium curl:curl docker-compose:docker-compose redis-cli:redis-tools
 
-.PHONY: help demo up test check bench digits screenshots system-packages clean
+.PHONY: help demo up test check bench faults digits screenshots system-packages clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -30,6 +30,9 @@ check: $(VENV)/.dev  ## formatting, lints, types, import rules
 
 bench: $(VENV)/.dev  ## measure Samphire beside a straight client and a plain Celery worker
 	$(BIN)/python -m benchmarks $(ARGS)
+
+faults: $(VENV)/.dev  ## kill, stop and restart every part under load, up to two hours (ARGS="--worker-kill 50", ARGS=--soak)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 digits: $(VENV)/.dev  ## train the shipped digits model again
 	$(BIN)/python -m samphire_workers.training.digits model_repository

@@ -1,8 +1,8 @@
 """The same kills against what one would write without Samphire: a plain Celery worker that forwards to Triton.
 
-As many workers, killed in turn under a backlog. `acks_late` is on, and after the last kill one waits for what
-Celery itself redelivers: the visibility timeout, and Celery's looks every ten seconds. What has no result then, and
-lies in no queue and with no worker, is lost.
+Workers killed in turn under a backlog. `acks_late` is on, and after the last kill one waits for what Celery itself
+redelivers: a worker looks for messages older than the visibility timeout ten seconds after its start, then every
+hundred. What has no result then, and lies in no queue and with no worker, is lost.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class PlainStand:
         self.client = Part(self._spec("plain-client", command, self._submits))
         self.redis = redis.asyncio.Redis.from_url(self.url)
         self._turn = 0
+        self._began: dict[Part, int] = {}
 
     def _spec(self, name: str, command: list[str], wait_ready: Callable[[int], Any]) -> PartSpec:
         variables = {"BENCH_BROKER_URL": self.url, "BENCH_TRITON_URL": self.stand.triton_grpc, "PYTHONPATH": str(ROOT)}
@@ -111,6 +112,16 @@ class PlainStand:
         metas = await self.redis.mget([keys.meta_key(task_id) for task_id in ordered])
         return {task_id for task_id, meta in zip(ordered, metas, strict=True) if meta is None}
 
+    async def held(self, worker: Part) -> set[str]:
+        """Ids of what the worker says that it has received since its start, and that has no result."""
+        return await self.unended(set(_received(worker.spec.log_file, self._began[worker])))
+
+    async def start_worker(self, worker: Part) -> None:
+        """Start it, and mind where its log begins."""
+        log = worker.spec.log_file
+        self._began[worker] = log.stat().st_size if log.exists() else 0
+        await worker.start()
+
     def next_worker(self) -> Part:
         """Whose turn it is."""
         self._turn = (self._turn + 1) % len(self.workers)
@@ -129,21 +140,18 @@ async def run_plain(stand: Stand, trials: int, may_go_on: Callable[[], bool]) ->
             await asyncio.sleep(0.2)
         result.recovery_s.append(round(time.monotonic() - since, 3))
 
-    async def busy() -> set[str]:
-        return await plain.unacknowledged()
-
     try:
         await plain.client.start()
-        await asyncio.gather(*(worker.start() for worker in plain.workers))
+        await asyncio.gather(*(plain.start_worker(worker) for worker in plain.workers))
         while result.trials < trials and may_go_on():
-            await until_async(busy, ANSWER_TIMEOUT_S, "tasks with a plain worker")
             worker = plain.next_worker()
+            await until_async(lambda: plain.held(worker), ANSWER_TIMEOUT_S, "tasks with a plain worker")  # noqa: B023
             since = time.monotonic()
             await killed(worker)
-            held = await plain.unended(await plain.unacknowledged())
-            recoveries.append(asyncio.create_task(recovery(held, since)))
-            result.trials += 1
-            await worker.start()
+            if held := await plain.held(worker):
+                result.trials += 1
+                recoveries.append(asyncio.create_task(recovery(held, since)))
+            await plain.start_worker(worker)
             await asyncio.sleep(BETWEEN_KILLS_S)
         assert plain.client.process is not None
         plain.client.process.send_signal(signal.SIGTERM)
@@ -181,16 +189,17 @@ async def _account(plain: PlainStand, result: PlainResult) -> None:
             result.lost += task_id not in somewhere
         elif json.loads(meta)["result"] != values(sent):
             result.wrong += 1
-    received = _received(plain.stand.folder / "logs")
+    received: Counter[str] = Counter()
+    for worker in plain.workers:
+        received.update(_received(worker.spec.log_file, 0))
     result.delivered_again = sum(count - 1 for count in received.values())
 
 
-def _received(logs: Path) -> Counter[str]:
-    """How often workers say that they have received a task, by its id."""
+def _received(log: Path, offset: int) -> Counter[str]:
+    """How often a worker says that it has received a task, by its id."""
     received: Counter[str] = Counter()
-    for log in logs.glob("plain?.log"):
-        for line in log.read_text().splitlines():
-            _, found, rest = line.partition("Task plain.infer[")
-            if found and rest.endswith("] received"):
-                received[rest.removesuffix("] received")] += 1
+    for line in Tail(log, offset).lines():
+        _, found, rest = line.partition("Task plain.infer[")
+        if found and rest.endswith("] received"):
+            received[rest.removesuffix("] received")] += 1
     return received

@@ -16,12 +16,15 @@ LEASE_S = 3
 MOST_S = {
     "worker-kill": 5,
     "worker-stop": LEASE_S + 5,
+    "worker-restart": 10,
     "triton-kill": 30,
     "triton-stop": 40,
     "worker-and-triton-kill": 30,
     "valkey-kill-always": 15,
     "valkey-kill-everysec": 15,
+    "valkey-stop": 15,
     "client-kill": 5,
+    "client-stop": 5,
 }
 """Recovery, at most."""
 
