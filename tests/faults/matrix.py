@@ -7,11 +7,13 @@ and the broker: in all of them; a client: submitted, and not ended) has ended.
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from samphire import keys
 from tests.faults.stand import (
     ANSWER_TIMEOUT_S,
     NothingUnderWayError,
@@ -28,6 +30,7 @@ RESTART_S = 0.5
 AWAY_S = 1.0
 """How long a server that is known to stand still goes on doing so."""
 BROKER_PAUSE_S = 2.0
+UNDER_WAY_META = re.compile(rb'"status": ?"(STARTED|SUCCESS|FAILURE|REVOKED)"')
 
 
 @dataclass
@@ -38,8 +41,9 @@ class Trial:
     """Tasks under way."""
     recovery_s: float
     times: dict[str, float] = field(default_factory=dict)
-    """`returned_s`: until a lost worker's tasks were back in their queue. `resumed_s`: from the return of a server
-    until the next task ended. `detected_s`: until a server that stood still had no tasks any more."""
+    """`returned_s`: until a lost worker's tasks were back in their queue. `running_s`: until all of them were started
+    elsewhere, where those that the worker had started wait for their turn to run alone. `resumed_s`: from the return
+    of a server until the next task ended. `detected_s`: until a server that stood still had no tasks any more."""
 
 
 Fault = Callable[[Stand], Awaitable[Trial]]
@@ -72,6 +76,17 @@ async def emptied(stand: Stand, inflight_key: str) -> None:
     await until_async(look, ANSWER_TIMEOUT_S, "a lost worker's tasks to be returned")
 
 
+async def run_again(stand: Stand, held: set[str]) -> float:
+    """When all of a lost worker's tasks, once they are returned, have been started elsewhere, or have ended."""
+
+    async def look() -> bool:
+        metas = await stand.ask("MGET", *(keys.meta_key(task_id) for task_id in held)) if held else []
+        return all(meta is not None and UNDER_WAY_META.search(meta) for meta in metas)
+
+    await until_async(look, ANSWER_TIMEOUT_S, "a lost worker's tasks to be started elsewhere")
+    return time.monotonic()
+
+
 # -- workers ----------------------------------------------------------------------------------------
 
 
@@ -84,7 +99,9 @@ async def worker_kill(stand: Stand) -> Trial:
     held = await stand.held(worker)
     stand.restart_later(worker)
     await emptied(stand, inflight)
-    return await recovered(stand, held, began, returned_s=time.monotonic() - began)
+    returned_s = time.monotonic() - began
+    running_s = await run_again(stand, held) - began
+    return await recovered(stand, held, began, returned_s=returned_s, running_s=running_s)
 
 
 async def worker_stop(stand: Stand) -> Trial:
@@ -101,7 +118,9 @@ async def worker_stop(stand: Stand) -> Trial:
         await continued(worker)
         raise NothingUnderWayError
     await emptied(stand, inflight)
-    trial = await recovered(stand, held, began, returned_s=time.monotonic() - began)
+    returned_s = time.monotonic() - began
+    running_s = await run_again(stand, held) - began
+    trial = await recovered(stand, held, began, returned_s=returned_s, running_s=running_s)
     await continued(worker)
 
     async def works() -> bool:
@@ -236,7 +255,7 @@ async def broker_stop(stand: Stand) -> Trial:
 
 async def client_kill(stand: Stand) -> Trial:
     """kill -9 of a client that has tasks under way: they are done although nobody waits for them."""
-    client = stand.clients[0]
+    client = await stand.busy_client()
     began = time.monotonic()
     await killed(client)
     stand.clients.remove(client)
@@ -248,7 +267,7 @@ async def client_kill(stand: Stand) -> Trial:
 
 async def client_stop(stand: Stand) -> Trial:
     """SIGSTOP of a client until its tasks have ended, then SIGCONT: it reads the results that it has missed."""
-    client = stand.clients[0]
+    client = await stand.busy_client()
     began = time.monotonic()
     await stopped(client)
     stand.ledger.read_files()

@@ -76,7 +76,7 @@ def table(found: dict[str, Any]) -> str:
         cells = ["plain Celery: worker-kill", *(f"{plain[name]:,}" for name in ("trials", "tasks", "lost"))]
         cells += ["-", f"{plain['delivered_again']:,} delivered again"]
         lines.append(_row([*cells, _seconds(plain["recovery_p50_s"]), _seconds(plain["recovery_max_s"])]))
-    lines += ["", _remarks(found)]
+    lines += ["", _lost_workers(found) + _remarks(found)]
     if plain is not None:
         lines += [
             "",
@@ -95,6 +95,17 @@ def _remarks(found: dict[str, Any]) -> str:
     refused = ", ".join(f"{name} {count:,}" for name, count in found["refused"].items())
     said.append(f"Submits that raised, so that the client knew: {refused or 'none'}.")
     return " ".join(said)
+
+
+def _lost_workers(found: dict[str, Any]) -> str:
+    kill = found["by_fault"].get("worker-kill")
+    if kill is None:
+        return ""
+    return (
+        f"A killed worker's tasks were back in their queues after {kill['returned_p50_s']:.2f} s (p50; max "
+        f"{kill['returned_max_s']:.2f} s), and all started elsewhere after {kill['running_p50_s']:.2f} s (max "
+        f"{kill['running_max_s']:.2f} s). "
+    )
 
 
 def memory_table(found: dict[str, Any]) -> str:

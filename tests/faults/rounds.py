@@ -73,7 +73,7 @@ async def run_round(
     if fault.startswith("worker"):
         await stand.may_reap()
     await asyncio.gather(*(stand.start_client() for _ in range(clients)))
-    while result.trials + len(result.failures) + result.met_nobody / 2 < trials and may_go_on():
+    while result.trials + len(result.failures) < trials and result.met_nobody <= trials and may_go_on():
         await one_trial(stand, fault, result)
     await account(stand, result)
     result.seconds = time.monotonic() - began

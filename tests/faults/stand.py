@@ -298,6 +298,12 @@ class Stand:
         self._turn = (self.workers.index(victim) + 1) % len(self.workers)
         return victim
 
+    async def busy_client(self) -> Part:
+        """A client that waits for results."""
+        client = self.clients[0]
+        await until(lambda: self.ledger.unended(client.spec.name), ANSWER_TIMEOUT_S, "a client to wait for results")
+        return client
+
     async def all_held(self) -> set[str]:
         """What all workers hold; waits until some of it is at Triton."""
 
