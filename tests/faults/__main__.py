@@ -29,16 +29,16 @@ PLAN = {
     "worker-kill": 1000,
     "valkey-kill-always": 100,
     "valkey-kill-everysec": 100,
-    "client-kill": 50,
-    "client-stop": 20,
-    "worker-stop": 20,
+    "client-kill": 20,
+    "client-stop": 10,
+    "worker-stop": 10,
     "worker-restart": 20,
     "triton-kill": 20,
-    "triton-stop": 20,
+    "triton-stop": 10,
     "triton-restart": 10,
-    "worker-and-triton-kill": 20,
-    "valkey-stop": 20,
-    "valkey-restart": 20,
+    "worker-and-triton-kill": 10,
+    "valkey-stop": 10,
+    "valkey-restart": 10,
 }
 PLAIN = "celery-kill"
 PLAIN_TRIALS = 100

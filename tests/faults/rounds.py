@@ -19,7 +19,9 @@ from tests.faults.matrix import FAULTS
 from tests.faults.stand import NothingUnderWayError, Stand, until_async
 
 CLIENTS = 2
-DRAIN_TIMEOUT_S = 90.0
+DRAIN_TIMEOUT_S = 45.0
+QUIET_TIMEOUT_S = 15.0
+"""For what is left when the clients have ended."""
 READ_TIMEOUT_S = 5.0
 LOST = "lost"
 SETTLE_S = 0.3
@@ -117,13 +119,16 @@ async def account(stand: Stand, result: Round) -> None:
     ledger = stand.ledger
     ledger.read_files()
     with contextlib.suppress(TimeoutError):  # who has not ended then is lost
-        await ledger.wait_ended(ledger.unended(), DRAIN_TIMEOUT_S)
+        await ledger.wait_ended(ledger.unended(), QUIET_TIMEOUT_S)
     with contextlib.suppress(TimeoutError):  # what is there then is left behind
-        await until_async(lambda: _nothing_left(stand), DRAIN_TIMEOUT_S, "empty queues")
+        await until_async(lambda: _nothing_left(stand), QUIET_TIMEOUT_S, "empty queues")
     await asyncio.sleep(SETTLE_S)
     ledger.read_files()
     result.left_behind += await stand.left_behind()
     result.published_twice += ledger.ended_again
+    accepted = {task_id: entry.number for task_id, entry in ledger.entries.items() if entry.number is not None}
+    unread = {task_id: number for task_id, number in accepted.items() if not ledger.entries[task_id].verdict}
+    verdicts = await _read(stand, unread)
     for task_id, entry in ledger.entries.items():
         result.published_twice += entry.ends > 1 or entry.published > 1
         if entry.number is None:
@@ -131,7 +136,7 @@ async def account(stand: Stand, result: Round) -> None:
         result.tasks += 1
         result.re_executed += max(0, ledger.executions[entry.number] - 1)
         deaf_to_it = not entry.verdict and entry.client in deaf
-        verdict = entry.verdict or await _read(stand, task_id, entry.number)
+        verdict = entry.verdict or verdicts[task_id]
         if verdict == LOST:
             result.lost += 1
         elif deaf_to_it or not entry.ends:
@@ -163,13 +168,18 @@ async def _end(client: Part) -> bool:
     return True
 
 
-async def _read(stand: Stand, task_id: str, number: int) -> str:
-    """Read a result in the place of a client that was killed."""
+async def _read(stand: Stand, numbers: dict[str, int]) -> dict[str, str]:
+    """Read results in the place of clients that were killed; verdicts by task id."""
     async with AsyncClient(stand.broker_url) as client:
-        try:
-            result = await client.task(task_id).result(READ_TIMEOUT_S)
-        except ResultTimeoutError:
-            return LOST
-        except SamphireError as error:
-            return type(error).__name__
-    return "right" if result.outputs["y"].tolist() == [[answer(number)]] else "wrong"
+
+        async def read(task_id: str, number: int) -> str:
+            try:
+                result = await client.task(task_id).result(READ_TIMEOUT_S)
+            except ResultTimeoutError:
+                return LOST
+            except SamphireError as error:
+                return type(error).__name__
+            return "right" if result.outputs["y"].tolist() == [[answer(number)]] else "wrong"
+
+        verdicts = await asyncio.gather(*(read(task_id, number) for task_id, number in numbers.items()))
+    return dict(zip(numbers, verdicts, strict=True))

@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 BROKER_MEMORY_BYTES = 4 * 2**30
 NUMBERS_A_CLIENT = 10**8
 LOOK_S = 0.01
-ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 45.0
 
 
 class NothingUnderWayError(Exception):
