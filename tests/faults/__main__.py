@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from tests.faults import report
 from tests.faults.matrix import FAULTS
 from tests.faults.plain import PlainResult, run_plain
 from tests.faults.rounds import Round, run_round
-from tests.faults.soak import SETTINGS, Samples, growth, soak
+from tests.faults.soak import SETTINGS, Kinds, Samples, growth, soak
 from tests.faults.stand import ROOT, Stand
 
 PLAN = {
@@ -140,22 +141,22 @@ async def run_soak(options: argparse.Namespace, may_go_on: Callable[[], bool]) -
     began_at = datetime.now(UTC).isoformat(timespec="seconds")
     seconds = options.soak * 60
 
-    def keep(rounds: list[Round], samples: Samples, *, complete: bool = False) -> None:
-        memory = growth(samples)
-        report.write(report.report(rounds, None, began_at=began_at, complete=complete, memory=memory), path)
+    def keep(rounds: list[Round], samples: Samples, kinds: list[Kinds], *, complete: bool = False) -> None:
+        memory: dict[str, Any] = {"memory": growth(samples), "valkey_bytes_by_kind": kinds}
+        report.write(report.report(rounds, None, began_at=began_at, complete=complete, **memory), path)
 
-    def done(rounds: list[Round], samples: Samples) -> None:
+    def done(rounds: list[Round], samples: Samples, kinds: list[Kinds]) -> None:
         tell(rounds[-1])
-        keep(rounds, samples)
+        keep(rounds, samples, kinds)
 
     with tempfile.TemporaryDirectory(prefix="samphire-faults-") as folder:
         stand = Stand(Path(folder), workers=WORKERS, settings=SETTINGS)
         try:
             await stand.start()
-            rounds, samples = await soak(stand, seconds, options.seed, may_go_on, done)
+            rounds, samples, kinds = await soak(stand, seconds, options.seed, may_go_on, done)
         finally:
             await stand.stop()
-    keep(rounds, samples, complete=sum(one.seconds for one in rounds) >= seconds)
+    keep(rounds, samples, kinds, complete=sum(one.seconds for one in rounds) >= seconds)
     found = json.loads(path.read_text())
     text = f"{report.table(found)}\n\n{report.memory_table(found)}"
     say(text)

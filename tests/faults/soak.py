@@ -27,11 +27,17 @@ MIXED = [fault for fault in FAULTS if fault != "valkey-kill-always"]
 SETTINGS = {"SAMPHIRE_RESULT_TTL_S": "120"}
 """Results would pile up for an hour, which is longer than the soak."""
 Samples = dict[str, list[float]]
+Kinds = dict[str, int]
+"""Bytes of the broker's data by kind of key, when nothing is under way."""
 
 
 async def soak(
-    stand: Stand, seconds: float, seed: int, may_go_on: Callable[[], bool], done: Callable[[list[Round], Samples], None]
-) -> tuple[list[Round], Samples]:
+    stand: Stand,
+    seconds: float,
+    seed: int,
+    may_go_on: Callable[[], bool],
+    done: Callable[[list[Round], Samples, list[Kinds]], None],
+) -> tuple[list[Round], Samples, list[Kinds]]:
     """Let faults happen in random order, and follow the memory; `done` is called after each accounting."""
     samples: Samples = {"worker": [], "valkey": [], "valkey, data": []}
     stand.spared = {stand.workers[0]}
@@ -39,6 +45,7 @@ async def soak(
     chance = random.Random(seed)
     until = time.monotonic() + seconds
     rounds: list[Round] = []
+    kinds: list[Kinds] = []
     try:
         while time.monotonic() < until and may_go_on():
             began = time.monotonic()
@@ -48,13 +55,14 @@ async def soak(
                 await one_trial(stand, chance.choice(MIXED), total)
                 await asyncio.sleep(PAUSE_S)
             await account(stand, total)
+            kinds.append(await stand.memory_by_kind())
             total.seconds = time.monotonic() - began
             rounds.append(total)
-            done(rounds, samples)
+            done(rounds, samples, kinds)
     finally:
         sampler.cancel()
         await asyncio.gather(sampler, return_exceptions=True)
-    return rounds, samples
+    return rounds, samples, kinds
 
 
 async def _sample(stand: Stand, samples: Samples) -> None:

@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -324,3 +326,11 @@ class Stand:
         for member in await self.ask("SMEMBERS", keys.WORKERS):
             count += int(await self.ask("HLEN", f"{keys.WORKER_PREFIX}{member.decode()}:inflight"))
         return count
+
+    async def memory_by_kind(self) -> dict[str, int]:
+        """Bytes of the broker's data, by the first word of its keys."""
+        found: Counter[str] = Counter()
+        async for key in self._redis.scan_iter(count=1000):
+            kind = re.split("[:-]", key.decode(errors="replace"))[0]
+            found[kind] += int(await self.ask("MEMORY", "USAGE", key) or 0)
+        return dict(found.most_common())
