@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ import pytest
 import redis
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from samphire import Backoff, Client, Task, keys
+from samphire import Backoff, Client, Task, WorkerCrashError, keys
+from samphire_broker.settings import shipped_model_repository
 from samphire_workers.triton import CONTROL_TIMEOUT_S
-from tests.stacks import Up, eventually, running_stack
+from tests.stacks import TEST_MODELS, Up, eventually, running_stack
 
 TIMEOUT_S = 60
 OUTAGE_S = float(os.environ.get("SAMPHIRE_TEST_OUTAGE_S", "8"))
@@ -36,7 +38,8 @@ def check(tasks: list[Task]) -> None:
 
 
 def nothing_burned(server: redis.Redis) -> bool:
-    return server.zcard(keys.DEAD) == 0 and not list(server.scan_iter(keys.TASK_PREFIX + "*"))
+    tried = server.scan_iter(keys.TASK_PREFIX + "*")
+    return server.zcard(keys.DEAD) == 0 and not [key for key in tried if server.hexists(key, "attempts")]
 
 
 def held(server: redis.Redis) -> int:
@@ -108,6 +111,31 @@ def test_a_model_that_hangs_is_timed_out_and_tried_again(tmp_path: Path, reposit
         assert (letter.reason, letter.attempts, len(letter.history)) == ("timeout", 3, 3)
         # Triton was told each time: the model is free again.
         assert client.submit("slow", {"seconds": np.array([[0]], np.float32)}).result(TIMEOUT_S)
+
+
+def test_a_request_that_kills_the_server_is_isolated(tmp_path: Path) -> None:
+    """It cannot take Triton down for ever: it is a dead letter at its budget, and nobody else's budget suffers."""
+    models = tmp_path / "models"
+    for name in ("identity", "deadly"):
+        shutil.copytree((TEST_MODELS if name == "deadly" else shipped_model_repository()) / name, models / name)
+    with (
+        running_stack(tmp_path, "--model-repository", str(models)) as up,
+        Client(up.broker_url) as client,
+        up.redis() as server,
+    ):
+        first = up.ready["pids"]["triton"]
+        values = [1.0, 2.0, 999.0, 3.0]
+        deadly = [client.submit("deadly", {"x": np.array([[x]], np.float32)}, max_attempts=1) for x in values]
+        others = submit_some(client, 50)
+        with pytest.raises(WorkerCrashError, match="1 of 1 attempts"):
+            deadly[2].result(180)
+        assert up.ready["pids"]["triton"] != first
+        for x, task in zip(values, deadly, strict=True):
+            if x != 999:
+                assert task.result(TIMEOUT_S).outputs["y"].tolist() == [[2 * x]]
+        check(others)
+        assert server.zcard(keys.DEAD) == 1
+        assert "died with this task alone" in client.dead_letters.get(deadly[2].id).history[0].error
 
 
 def test_two_endpoints_each_with_a_breaker_for_each_model(tmp_path: Path, stack: Up) -> None:

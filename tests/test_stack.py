@@ -255,21 +255,38 @@ def holder(up: Up) -> int:
     return 0
 
 
-def test_a_task_that_takes_workers_down_is_dead_lettered_and_its_neighbours_are_not(tmp_path: Path) -> None:
-    """Its attempts are counted over crashes; the budget ends it."""
-    with running_stack(tmp_path) as up:
-        (pid,) = up.ready["pids"]["worker"]
-        os.kill(pid, signal.SIGSTOP)
-        with Client(up.broker_url) as client, up.redis() as server:
-            poison = client.submit("identity", {"input_fp32": X})
-            good = client.submit("identity", {"input_fp32": X})
-            server.hset(f"task:{poison.id}", mapping={"attempts": 3, "crashes": 3})  # as three reaps would have left it
-            server.sadd(keys.TRIED, poison.id)
-            os.kill(pid, signal.SIGCONT)
-            with pytest.raises(SamphireError, match="3 attempts, 3 of them"):
-                poison.result(TIMEOUT_S)
-            good.result(TIMEOUT_S)
-            assert server.hget(f"dead:{poison.id}", "reason") == b"worker_crash"
+def test_a_task_that_takes_workers_down_is_dead_lettered_and_its_neighbours_are_not(
+    tmp_path: Path, repository: Path
+) -> None:
+    """Whenever it runs its worker dies: what ran beside it is answered, it ends at its budget, with its history."""
+    with (
+        running_stack(tmp_path, "--model-repository", str(repository)) as up,
+        Client(up.broker_url) as client,
+        up.redis() as server,
+    ):
+        for _ in range(4):  # a worker claims more than one task at once only of a model that was quick of late
+            client.submit("slow", {"seconds": np.zeros((1, 1), np.float32)}).result(TIMEOUT_S)
+        os.kill(up.ready["pids"]["worker"][0], signal.SIGSTOP)
+        poison = client.submit("slow", {"seconds": np.array([[20]], np.float32)})
+        good = [client.submit("slow", {"seconds": np.array([[0.1]], np.float32)}) for _ in range(7)]
+        os.kill(up.ready["pids"]["worker"][0], signal.SIGCONT)
+        beside = 0
+        for attempt in range(1, 4):
+            eventually(lambda: poison.status() == "running", 60, "its start")
+            beside += sum(task.status() == "running" for task in good)
+            pid = up.ready["pids"]["worker"][0]
+            kill(pid)
+            counted = str(attempt).encode()
+            task_key = keys.TASK_PREFIX + poison.id
+            eventually(lambda: server.hget(task_key, "attempts") == counted, 60, "its return")  # noqa: B023
+        assert beside, "some ran in its micro-batch"
+        for task in good:
+            task.result(60)
+        with pytest.raises(WorkerCrashError, match="3 of 3 attempts"):
+            poison.result(60)
+        letter = client.dead_letters.get(poison.id)
+        assert (letter.reason, letter.attempts) == ("worker_crash", 3)
+        assert [attempt.error for attempt in letter.history[:3]] == ["WorkerCrashError: the worker was lost"] * 3
 
 
 def test_while_triton_is_away_nothing_is_burned(tmp_path: Path) -> None:

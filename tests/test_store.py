@@ -642,7 +642,7 @@ def test_a_lost_workers_claims_return_and_only_started_ones_count(valkey: Valkey
             again = await other.claim()
             assert [claim.message for claim in again] == [b"a", b"b", b"c"]
             assert other.store.suspects
-            assert await other.start(again) == [Tried(1, 1), 0, 0]
+            assert await other.start(again) == [Tried(1, 1, 0), 0, 0]
             assert await other.store.others() == {}
         assert everywhere(valkey) == ["a", "b", "c"]
 

@@ -30,7 +30,7 @@ from samphire import (
     UnknownModelError,
 )
 from samphire_broker.retry import Retry, RetryPolicy, decide
-from samphire_workers.triton import StubDiedError, translate
+from samphire_workers.triton import EndpointDiedError, StubDiedError, translate
 from tests.stacks import Up, running_stack
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
@@ -179,7 +179,7 @@ def test_the_server_hangs_and_dies(up: Up, stub: Stub) -> None:
     assert_documented("server hangs", *provoke(lambda: stub.ModelInfer(slow(0), timeout=1)), EndpointTimeoutError)
     os.kill(server.pid, signal.SIGKILL)
     ending = under_way.exception()
-    assert_documented("server killed", ending.code(), ending.details(), EndpointUnavailableError)
+    assert_documented("server killed", ending.code(), ending.details(), EndpointDiedError)
     code, details = provoke(lambda: stub.ModelInfer(slow(0), timeout=5))
     assert_documented("server away", code, details, EndpointUnavailableError)
 
@@ -188,4 +188,4 @@ def test_the_server_hangs_and_dies(up: Up, stub: Stub) -> None:
 def test_a_broken_connection_is_no_models_fault(details: str) -> None:
     """Whatever status gRPC gives it."""
     for code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
-        assert type(translate(code, details)) is EndpointUnavailableError
+        assert type(translate(code, details)) is EndpointDiedError

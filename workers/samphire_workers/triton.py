@@ -61,9 +61,13 @@ _ERRORS: Mapping[grpc.StatusCode, type[SamphireError]] = {
 }
 
 
-_BROKEN_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+_BROKEN_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
 _BROKEN_WORDS = ("RST_STREAM", "Stream removed", "Connection reset", "Socket closed")
-"""What gRPC says in those of a connection that broke; Triton has no such words."""
+"""What gRPC says in those of a connection that broke under a request; Triton has no such words."""
+
+
+class EndpointDiedError(EndpointUnavailableError):
+    """The connection broke under the request: the endpoint has died, perhaps of it."""
 
 
 class StubDiedError(EndpointUnavailableError):
@@ -84,7 +88,7 @@ def translate(code: grpc.StatusCode, details: str, retry_after_s: float | None =
     elif code is grpc.StatusCode.INTERNAL and "is not healthy" in details:
         kind = StubDiedError
     elif code in _BROKEN_CODES and any(words in details for words in _BROKEN_WORDS):
-        kind = EndpointUnavailableError
+        kind = EndpointDiedError
     return kind(details or code.name, retry_after_s=retry_after_s)
 
 

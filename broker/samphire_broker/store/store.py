@@ -99,6 +99,8 @@ class Tried(NamedTuple):
     attempts: int
     crashes: int
     """Those of them that took a worker or a model's process down."""
+    losses: int = 0
+    """Endpoints that died with it; no attempts."""
 
 
 class OtherEnd(NamedTuple):
@@ -274,6 +276,18 @@ class Store:
             found.append(Claimed(field, size, message))
         return found
 
+    async def tried(self, task_ids: Sequence[str]) -> list[Tried]:
+        """What was tried of tasks before they are started."""
+        found = [Tried(0, 0)] * len(task_ids)
+        members = await self._starts.execute("SMISMEMBER", keys.TRIED, *task_ids)
+        for n, is_member in enumerate(members):
+            if is_member:
+                counts = await self._starts.execute(
+                    "HMGET", keys.TASK_PREFIX + task_ids[n], "attempts", "crashes", "losses"
+                )
+                found[n] = Tried(*(int(count or 0) for count in counts))
+        return found
+
     async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int | Tried]:
         """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
         args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, info.hostname, info.pid]
@@ -351,12 +365,14 @@ class Store:
             await self._rest.execute("HSET", keys.CATALOGUE, *(part for item in signatures.items() for part in item))
             await self._rest.execute("EXPIRE", keys.CATALOGUE, CATALOGUE_TTL_S)
 
-    async def release(self, fields: Sequence[str], *, attempt: str = "") -> int:
+    async def release(self, fields: Sequence[str], *, attempt: str = "", endpoint_died: bool = False) -> int:
         """Hand claims back to the heads of their lists; returns how many were still ours.
 
-        With an `attempt` (JSON) it counts as one of those that had started: one of them may be to blame.
+        With an `attempt` (JSON) it counts as one of those that had started: one of them may be to blame. Where the
+        `endpoint_died` with them that is noted, and is no attempt.
         """
         args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, self._settings.dead_letter_ttl_s, attempt]
+        args.append(int(endpoint_died))
         key_names = [self._inflight, self._started, keys.TRIED]
         return int(await self._run("release", key_names, [*args, *fields]))
 

@@ -30,7 +30,7 @@ from samphire.errors import (
 
 DEFAULT_BROKER_URL = "redis://localhost:6379/0"
 _AWAY = ("READONLY", "MISCONF", "BUSY", "NOREPLICAS", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
-"""Beginnings of errors that pass: a replica, a full disk, a slow script, a start, a wait that a change of role ended."""
+"""Beginnings of errors that pass: a replica, a full disk, a slow script, a start, a wait that a new role ended."""
 
 CONNECT_TIMEOUT_S = 5.0
 

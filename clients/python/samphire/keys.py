@@ -22,7 +22,8 @@ Written by workers only:
                                          the terminal one, which expires
     task:<id>                    HASH    of a task tried before and not ended: attempts so far; crashes, those of them
                                          that took a worker or a model's process down; history, a JSON object for
-                                         each, comma between; run, if it was redriven; expires
+                                         each, comma between; losses: endpoints that died with it, no attempts; run,
+                                         if it was redriven; expires
     scheduled                    ZSET    ids of tasks that wait for their time, by that time
     scheduled:messages           HASH    task id -> "<queue list> <message>"
     cancelled                    ZSET    ids of tasks that were cancelled before they were claimed, by time; trimmed

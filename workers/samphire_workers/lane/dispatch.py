@@ -8,6 +8,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf
 from typing import Protocol
@@ -36,7 +37,7 @@ from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.request import Request, fetch, has_refs, load
 from samphire_workers.lane.turnstile import Turnstile
-from samphire_workers.triton import Endpoint, Running, StubDiedError, Tensor
+from samphire_workers.triton import Endpoint, EndpointDiedError, Running, StubDiedError, Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,21 @@ BUSY_S = 1.0
 """Longest rest of a model whose queue at Triton is full, where Triton does not say how long."""
 
 
+LOSSES_MAX = 2
+"""Endpoints that may die with a task before it is suspected."""
+
+
+def is_suspect(before: Tried) -> bool:
+    """Whether a task is to be alone with its model."""
+    return before.crashes > 0 or before.losses >= LOSSES_MAX
+
+
 class Release(Protocol):
     """Hands requests back to their queues."""
 
-    async def __call__(self, requests: Sequence[Request], *, blamed: SamphireError | None = None) -> None:
+    async def __call__(
+        self, requests: Sequence[Request], *, blamed: SamphireError | None = None, endpoint_died: bool = False
+    ) -> None:
         """With `blamed` it counts as an attempt of those that had started: one of them may have caused that."""
 
 
@@ -128,7 +140,7 @@ class Dispatcher:
             async with self._budget.hold(nbytes):
                 loaded = await self._load(batch)
                 if self._store.suspects:
-                    await self._infer(model, await self._start(loaded))
+                    await self._run_carefully(model, loaded)
                 elif loaded:
                     await self._start_and_infer(model, loaded)
         finally:
@@ -154,6 +166,30 @@ class Dispatcher:
                 if request.claim.field in started
             ]
         )
+
+    async def _run_carefully(self, model: str, batch: list[Request]) -> None:
+        """Run a micro-batch that may have members that were tried before, each of these by itself.
+
+        Who took a worker or a process down before is alone with its model, and is not started until then: if that
+        happens again, it is this one's doing, and nobody's budget suffers but its own. The same goes for one that was
+        there whenever an endpoint died.
+        """
+        if not batch:
+            return
+        tried = await persist(lambda: self._store.tried([request.task_id for request in batch]))
+        calm = [request for request, before in zip(batch, tried, strict=True) if not is_suspect(before)]
+        async with asyncio.TaskGroup() as group:
+            for request, before in zip(batch, tried, strict=True):
+                if is_suspect(before):
+                    group.create_task(self._run_alone(model, request))
+            await self._infer(model, await self._start(calm))
+
+    async def _run_alone(self, model: str, request: Request) -> None:
+        async with self._turnstiles[model].through(alone=True):
+            if self._ending is None:
+                await self._infer(model, await self._start([request]), alone=True)
+            else:
+                await self._release([request])
 
     async def _load(self, batch: Sequence[Request]) -> list[Request]:
         loaded: list[Request] = []
@@ -183,10 +219,12 @@ class Dispatcher:
                 self._endings.revoke(request, "cancelled")
                 continue
             if isinstance(verdict, Tried):
-                request.attempts, request.crashes = verdict
+                request.attempts, request.crashes, request.losses = verdict
                 if request.attempts >= policy_for(request.infer, self._settings).max_attempts:
                     request.started_at = None  # this attempt is not made
-                    message = f"{request.attempts} attempts, {request.crashes} of them took a worker or the model down"
+                    message = (
+                        f"{request.crashes} of {request.attempts} attempts took a worker, the model or Triton down"
+                    )
                     self._endings.fail(request, WorkerCrashError(message))
                     continue
             elif verdict < 0:
@@ -201,7 +239,7 @@ class Dispatcher:
         self._let_go(dropped)
         return started
 
-    async def _infer(self, model: str, batch: list[Request]) -> None:
+    async def _infer(self, model: str, batch: list[Request], *, alone: bool = False) -> None:
         batch = [request for request in batch if not request.over]
         tried = [request for request in batch if request.attempts]
         if tried and len(batch) > 1:
@@ -215,13 +253,15 @@ class Dispatcher:
         if not batch:
             return
         try:
-            answers = await self._ask(model, batch)
+            answers = await self._ask(model, batch, alone=alone)
         except SamphireError as error:
-            await self._ended_badly(model, batch, error)
+            await self._ended_badly(model, batch, error, alone=alone)
         else:
             await self._endings.succeed(list(zip(batch, answers, strict=True)))
 
-    async def _ended_badly(self, model: str, batch: list[Request], error: SamphireError) -> None:
+    async def _ended_badly(
+        self, model: str, batch: list[Request], error: SamphireError, *, alone: bool = False
+    ) -> None:
         batch = [request for request in batch if not request.over]
         if not batch:
             return
@@ -229,6 +269,11 @@ class Dispatcher:
             # One of them has taken the model's process down: they come back alone, each with an attempt less.
             logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
             await self._release(batch, blamed=WorkerCrashError(f"the model's process died: {error}"))
+        elif isinstance(error, EndpointDiedError):
+            # That is an outage, and no attempt; but of one that is alone and was there whenever it happened.
+            guilty = alone and batch[0].losses >= LOSSES_MAX
+            blamed = WorkerCrashError(f"the endpoint died with this task alone: {error}") if guilty else None
+            await self._release(batch, blamed=blamed, endpoint_died=True)
         elif isinstance(error, EndpointUnavailableError | QueueFullError):
             await self._release(batch)
         elif len(batch) == 1 or isinstance(error, EndpointTimeoutError):
@@ -239,14 +284,13 @@ class Dispatcher:
             await self._infer(model, batch[:middle])
             await self._infer(model, batch[middle:])
 
-    async def _ask(self, model: str, batch: list[Request]) -> list[list[Tensor]]:
+    async def _ask(self, model: str, batch: list[Request], *, alone: bool = False) -> list[list[Tensor]]:
         infer = batch[0].request
         parameters = {name: value for name, value in infer.parameters.items() if name != "micro_batch"}
         endpoint = self._endpoints.pick(model)
         asked, asked_at, timeout_s = Asked(batch), time.monotonic(), 0.0
         try:
-            # Who took a process down before is alone with the model: if that happens again, it is this one's doing.
-            async with self._turnstiles[model].through(alone=len(batch) == 1 and batch[0].crashes > 0):
+            async with nullcontext() if alone else self._turnstiles[model].through(alone=False):
                 if self._ending is not None:
                     raise self._ending
                 asked_at, timeout_s = time.monotonic(), self._timeout_s(batch)

@@ -376,12 +376,16 @@ class Lane:
                 self._let_go([request.claim.field])
         self._sort_out(due)
 
-    async def _release(self, requests: Sequence[Request], *, blamed: SamphireError | None = None) -> None:
+    async def _release(
+        self, requests: Sequence[Request], *, blamed: SamphireError | None = None, endpoint_died: bool = False
+    ) -> None:
         attempt = "" if blamed is None else outcome.attempt_text(self._hostname, blamed)
         fields = [request.claim.field for request in requests]
         for request in requests:
             self._events.dropped(request)
-        await self._hand_back(requests, lambda: self._store.release(fields, attempt=attempt))
+        await self._hand_back(
+            requests, lambda: self._store.release(fields, attempt=attempt, endpoint_died=endpoint_died)
+        )
 
     async def _hand_back(self, requests: Sequence[Request], action: Callable[[], Awaitable[int]]) -> None:
         try:

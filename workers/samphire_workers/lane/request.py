@@ -95,6 +95,8 @@ class Request:
     """Attempts before this one."""
     crashes: int = 0
     """Those of them that took a worker or a model's process down."""
+    losses: int = 0
+    """Endpoints that died with it, which are no attempts."""
     over: bool = False
     """It has ended while its micro-batch is still under way: whatever comes of that is not for it."""
     times: Times = _NO_TIMES

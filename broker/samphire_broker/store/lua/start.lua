@@ -2,9 +2,9 @@
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 cancelled
 -- ARGV  1 prefix of result keys   2 prefix of task hashes   3 host name   4 process id
 --       5 MessagePack: array of [field, task id]
--- Returns for each task 0, or [attempts so far, those of them that took a worker or a model's process down], or -1 (claim lost: not ours any more), or -2
--- (the task already ended: a terminal state is written once; the message is dropped as a duplicate), or -3 (it is
--- cancelled: it stays claimed and is to be settled as such).
+-- Returns for each task 0, or [attempts so far, those of them that took a worker or a model's process down, endpoints
+-- that died with it], or -1 (claim lost: not ours any more), or -2 (the task already ended: a terminal state is written once; the message is
+-- dropped as a duplicate), or -3 (it is cancelled: it stays claimed and is to be settled as such).
 -- The running state has no lifetime of its own: settling, failing, releasing and reaping all replace it.
 local tail = ',"result":{"hostname":' .. cjson.encode(ARGV[3]) .. ',"pid":' .. ARGV[4] .. '}'
 tail = tail .. ',"traceback":null,"children":[],"date_done":null}'
@@ -32,8 +32,12 @@ for n = 1, #metas do
     local s = #states
     states[s + 1], states[s + 2] = metas[n], '{"status":"STARTED","task_id":' .. cjson.encode(id) .. tail
     started[s + 1], started[s + 2] = field, id
-    local tried = some_tried and redis.call('HMGET', hashes[n], 'attempts', 'crashes')
-    reply[n] = tried and tried[1] and {tonumber(tried[1]), tonumber(tried[2] or 0)} or 0
+    local tried = some_tried and redis.call('HMGET', hashes[n], 'attempts', 'crashes', 'losses')
+    if tried and (tried[1] or tried[3]) then
+      reply[n] = {tonumber(tried[1] or 0), tonumber(tried[2] or 0), tonumber(tried[3] or 0)}
+    else
+      reply[n] = 0
+    end
   end
 end
 -- HDEL first, even of nothing: as a write that needs no memory it lets the rest through when memory is full.
