@@ -154,7 +154,7 @@ def test_the_command(client: Client, stack: Up, tmp_path: Any) -> None:
         json.loads(line)
         for line in samphire(url, "dead-letters", "list", "--model", "picky", "--json").stdout.splitlines()
     ]
-    assert listed[0]["id"] == task_id and "message" not in listed[0]
+    assert {letter["id"]: letter for letter in listed}[task_id].keys().isdisjoint({"message", "history"})
     assert task_id in samphire(url, "dead-letters", "list", "--reason", "model_fault", "--since", "2020-01-01").stdout
     shown = samphire(url, "dead-letters", "show", task_id, "--save", str(tmp_path / "message"))
     assert "negative" in shown.stdout

@@ -126,6 +126,13 @@ def test_ctrl_c_while_parts_start(tmp_path: Path) -> None:
         stop(up, signal.SIGKILL)
 
 
+def is_of_group(pid: int, group: int) -> bool:
+    try:
+        return os.getpgid(pid) == group
+    except ProcessLookupError:
+        return False
+
+
 @pytest.mark.parametrize("part", ["broker", "triton", "worker", "flower"])
 def test_a_part_that_dies_is_restarted(tmp_path: Path, part: str) -> None:
     """The ready file names the new process, the models are back, and work goes on."""
@@ -135,6 +142,8 @@ def test_a_part_that_dies_is_restarted(tmp_path: Path, part: str) -> None:
         victim = before[part][0] if part == "worker" else before[part]
         kill(victim)
         eventually(lambda: up.ready["pids"] != before, 60, "another process id in the ready file")
+        left = [each for each in psutil.process_iter() if is_of_group(each.pid, victim)]
+        assert not left, "it left processes behind"
         infer(up.broker_url)
         with Client(up.broker_url) as client:
             for version in (1, 2):

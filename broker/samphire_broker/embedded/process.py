@@ -63,6 +63,8 @@ class Part:
             PartError: it ended, or was not ready in time; the message holds the end of its log.
         """
         spec = self.spec
+        if self.process is not None:
+            await self._kill()  # a server that was killed may have left the processes of its models behind
         spec.before_start()
         spec.log_file.parent.mkdir(parents=True, exist_ok=True)
         setpriv = shutil.which("setpriv")
