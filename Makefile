@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Commands that tests need beside Python, each with the Debian package that has it.
-SYSTEM_COMMANDS := chromium:chromium curl:curl docker-compose:docker-compose redis-cli:redis-tools
+SYSTEM_COMMANDS := chromium:chromium curl:curl docker-compose:docker-compose redis-cli:redis-tools strace:strace
 
 .PHONY: help demo up test check bench faults digits screenshots system-packages clean
 
