@@ -90,7 +90,13 @@ def test_a_broker_that_forgets_and_evicts(tmp_path: Path) -> None:
         valkey.client.config_set("appendfsync", "no")
         valkey.client.hset(keys.CATALOGUE, mapping={keys.CATALOGUE_COMPLETE: "1"})
         _, found = examine(valkey.url)
+        assert found["durability"]["state"] == "error"
         assert "appendfsync no" in found["durability"]["found"]
+        for mode, meaning in (("always", "survives a power failure"), ("everysec", "in the last 2 s")):
+            valkey.client.config_set("appendfsync", mode)
+            durability = examine(valkey.url)[1]["durability"]
+            assert durability["state"] == "ok"
+            assert durability["found"].startswith(f"{mode}: ") and meaning in durability["found"]
         assert "no endpoint of the workers has" in found["queue inference.m"]["found"]
 
 

@@ -85,10 +85,10 @@ def test_everything_listens_on_loopback_only(stack: Up) -> None:
 
 
 def test_the_broker_is_durable_and_bounded(stack: Up) -> None:
-    """Append-only file on, nothing evicted, memory limited."""
+    """Append-only file on and synced before a submit returns, nothing evicted, memory limited."""
     with stack.redis() as client:
-        settings = client.config_get("appendonly", "maxmemory", "maxmemory-policy")
-    assert settings["appendonly"] == "yes"
+        settings = client.config_get("appendonly", "appendfsync", "maxmemory", "maxmemory-policy")
+    assert (settings["appendonly"], settings["appendfsync"]) == ("yes", "always")
     assert settings["maxmemory-policy"] == "noeviction"
     assert int(settings["maxmemory"]) > 0
 
@@ -209,7 +209,7 @@ def test_a_second_stack_in_the_same_folder_is_refused(stack: Up) -> None:
         (["--broker-port", "70000"], "0<=x<=65535"),
         (["--workers", "0"], "1<=x<=64"),
         (["--broker-memory", "much"], "expected a size such as 512mb"),
-        (["--broker-fsync", "never"], "'everysec', 'always'"),
+        (["--broker-fsync", "never"], "'always', 'everysec'"),
         (["--model-repository", "/nowhere"], "does not exist"),
     ],
 )

@@ -66,10 +66,10 @@ def stack_options(default_ports: bool) -> Callable[[Callable[..., None]], Callab
             ),
             click.option(
                 "--broker-fsync",
-                type=click.Choice(["everysec", "always"]),
-                default="everysec",
+                type=click.Choice(["always", "everysec"]),
+                default="always",
                 show_default=True,
-                help="When the broker's append-only file reaches the disk.",
+                help="always: what is accepted survives a power failure; everysec: but for the last 2 s.",
             ),
             click.option(
                 "--model-repository",

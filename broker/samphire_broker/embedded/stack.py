@@ -40,7 +40,7 @@ class StackOptions:
     triton_metrics_port: int = 8002
     flower_port: int = 5555
     broker_memory_bytes: int = 4 * 2**30
-    broker_fsync: FsyncPolicy = "everysec"
+    broker_fsync: FsyncPolicy = "always"
     model_repository: Path | None = None
     """Models to serve; by default those that ship."""
     ready_file: Path | None = None
