@@ -51,6 +51,9 @@ def run(quick: bool) -> dict[str, Any]:
                     note(name, value)
             for name, value in measure.samphire(stack, scale).items():
                 note(name if fsync == "everysec" else f"{name}_always", value)
+            if fsync == "always":  # as the stack runs by default
+                for name, value in measure.fairness(stack, scale).items():
+                    note(name, value)
             if fsync == "everysec":
                 for name, value in measure.claim_cost(stack, 1_000_000 if not quick else 20_000).items():
                     note(name, value)
@@ -74,10 +77,29 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
         "publish_vs_send_task": figures["publish_per_s"] / figures["send_task_per_s"],
         "queued_bytes_over_payload": figures["queued_bytes_over_payload"],
         "worker_memory_mb": figures["worker_memory_mb"],
+        **fairness_ratios(figures),
         "claim_cost_1m_vs_1k": figures["claim_us_1m"] / figures["claim_us_1k"],
         "claim_cost_100k_vs_1k": figures["claim_us_100k"] / figures["claim_us_1k"],
     }
     return {name: round(value, 3) for name, value in found.items()}
+
+
+def fairness_ratios(figures: dict[str, Any]) -> dict[str, float]:
+    """What a neighbour's backlog costs a tenant's first task."""
+    alone, beside = figures["first_task_alone_p50_ms"], figures["first_task_beside_backlog_p50_ms"]
+    return {
+        "first_task_beside_vs_alone": round(beside / alone, 3),
+        "first_task_delay_p50_ms": round(beside - alone, 3),
+        "first_task_delay_max_ms": round(figures["first_task_beside_backlog_max_ms"] - alone, 3),
+    }
+
+
+def only_fairness(quick: bool) -> None:
+    """That part alone; nothing is written."""
+    with bench_stack("always") as stack:
+        figures = measure.fairness(stack, 0.05 if quick else 1.0)
+    for name, value in (figures | fairness_ratios(figures)).items():
+        print(f"  {name:<34} {value:>12,.2f}", flush=True)
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
@@ -107,7 +129,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a twentieth of the work: it runs, however fast")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for latest.json and latest.png")
+    parser.add_argument("--only", choices=["fairness"], help="measure this part alone, and write nothing")
     arguments = parser.parse_args()
+    if arguments.only:
+        only_fairness(arguments.quick)
+        return
     began = time.time()
     figures = run(arguments.quick)
     found = ratios(figures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import statistics
@@ -161,12 +162,12 @@ class _Memory:
         self._thread.join()
 
 
-async def _publish(client: AsyncClient, server: redis.Redis, count: int) -> float:
+async def _publish(client: AsyncClient, server: redis.Redis, count: int, queue: str = QUEUE) -> float:
     """Publish through `map`, and return the seconds until the broker has all of it."""
     results = client.map("identity", ({"input_fp32": ROW} for _ in range(count)), window=count, window_bytes=2**40)
     began = time.perf_counter()
     first = asyncio.ensure_future(anext(results))
-    while server.llen(keys.queue_list(QUEUE, keys.PRIORITIES["normal"])) < count:
+    while server.llen(keys.queue_list(queue, keys.PRIORITIES["normal"])) < count:
         await asyncio.sleep(0.01)
     elapsed = time.perf_counter() - began
     first.cancel()
@@ -278,6 +279,46 @@ def large_tensors(stack: BenchStack, scale: float) -> Figures:
     with _Memory(stack.worker_pid) as memory:
         figures = asyncio.run(run())
     return figures | {"worker_memory_600kb_mb": memory.most_mb}
+
+
+def fairness(stack: BenchStack, scale: float) -> Figures:
+    """How long a tenant waits for its first task: alone, and beside one that has 100,000 tasks queued on the model."""
+    backlog, rounds, trials = int(100_000 * scale), 3, 10
+    neighbour = keys.queue_name("identity", "neighbour")
+    waiting = keys.queue_list(neighbour, keys.PRIORITIES["normal"])
+    newcomers = (f"newcomer{number}" for number in itertools.count())
+
+    async def first_task() -> float:
+        async with AsyncClient(stack.broker_url, tenant=next(newcomers)) as client:
+            await client.signature("identity")  # it is connected, and nothing more
+            began = time.perf_counter()
+            await (await client.submit("identity", {"input_fp32": ROW})).result(timeout_s=60)
+            return (time.perf_counter() - began) * 1000
+
+    async def run() -> Figures:
+        alone, beside = [await first_task() for _ in range(rounds * trials)], list[float]()
+        with stack.redis() as server:
+            for _ in range(rounds):
+                with _worker_stopped(stack):
+                    async with AsyncClient(stack.broker_url, tenant="neighbour") as client:
+                        await _publish(client, server, backlog, neighbour)
+                for _ in range(trials):
+                    taken = await first_task()
+                    if not server.llen(waiting):
+                        break  # the neighbour has nothing left: this was no trial
+                    beside.append(taken)
+                while server.llen(waiting) or _unsettled(server):
+                    await asyncio.sleep(0.02)
+        assert beside, "the neighbour's backlog was gone before the first trial ended"
+        return {
+            "first_task_alone_p50_ms": statistics.median(alone),
+            "first_task_alone_max_ms": max(alone),
+            "first_task_beside_backlog_p50_ms": statistics.median(beside),
+            "first_task_beside_backlog_max_ms": max(beside),
+            "first_task_trials_beside_backlog": len(beside),
+        }
+
+    return asyncio.run(run())
 
 
 def claim_cost(stack: BenchStack, most: int) -> Figures:
