@@ -799,8 +799,9 @@ def test_a_full_broker_refuses_before_it_is_full(valkey: Valkey) -> None:
         used = int(valkey.client.info("memory")["used_memory"])
         valkey.client.config_set("maxmemory", str(int(used * 1.1)))
         publisher = Publisher(valkey.url, queue_limit=0, blob_ttl_s=60)
-        with pytest.raises(BrokerMemoryFullError, match="refused above 80 %"):
+        with pytest.raises(BrokerMemoryFullError, match="refused above 80 %") as caught:
             await publisher.publish(QUEUE, 0, [b"a"], [])
+        assert caught.value.retryable and caught.value.retry_after_s
         assert everywhere(valkey) == []
         await publisher.close()
 

@@ -17,15 +17,14 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import redis
-from pydantic import ValidationError
 from redis.exceptions import RedisError
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-from samphire import Client, SamphireError, UnknownModelError, keys
+from samphire import Client, InvalidInputError, SamphireError, UnknownModelError, keys
 from samphire.connection import key_text, redact
 from samphire_broker.overview import Overview, broker_connection, look
-from samphire_broker.settings import Settings
+from samphire_broker.settings import Settings, read_settings
 
 State = Literal["ok", "warning", "error", "skipped"]
 
@@ -54,10 +53,9 @@ def examine(broker_url: str | None = None) -> Iterator[Finding]:
     """Look at everything, one finding after the other; what depends on something broken is skipped."""
     yield from check_versions()
     try:
-        settings = Settings() if broker_url is None else Settings(broker_url=broker_url)
-    except ValidationError as error:
-        wrong = "; ".join(f"SAMPHIRE_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
-        yield Finding("settings", "error", wrong, "correct these environment variables")
+        settings = read_settings() if broker_url is None else read_settings(broker_url=broker_url)
+    except InvalidInputError as error:
+        yield Finding("settings", "error", str(error), "correct these environment variables")
         return
     yield Finding("settings", "ok", f"broker {redact(settings.broker_url)}, Triton {', '.join(settings.triton_urls)}")
     seen: Overview | None = None

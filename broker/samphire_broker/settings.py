@@ -5,23 +5,30 @@ Units stand in names (`_s`, `_ms`, `_bytes`). A bad value is refused at start, w
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from samphire.connection import DEFAULT_BROKER_URL
+from samphire.connection import DEFAULT_BROKER_URL, check_broker_url
 from samphire.contract import ATTEMPTS_MAX, BACKOFF_MAX_S, Backoff
+from samphire.errors import InvalidInputError
 
 FsyncPolicy = Literal["always", "everysec"]
+
+ENV_PREFIX = "SAMPHIRE_"
+LONGEST_S = 10 * 365 * 86_400
+"""No lifetime, lease or timeout is longer; Redis refuses much longer ones, and only when it is asked to keep them."""
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 
 class ModelRetry(BaseModel):
     """What is different for one model; the rest is as for all."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_attempts: int | None = Field(default=None, ge=1, le=ATTEMPTS_MAX)
     backoff_base_s: float | None = Field(default=None, ge=0, le=BACKOFF_MAX_S)
@@ -32,11 +39,12 @@ class ModelRetry(BaseModel):
 class Settings(BaseSettings):
     """Settings of the worker and of the embedded stack.
 
-    Raises:
-        pydantic.ValidationError: a value has the wrong type or is out of range; the message names it.
+    Read them with `read_settings`, which names what is wrong as it was written.
     """
 
-    model_config = SettingsConfigDict(env_prefix="SAMPHIRE_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="ignore", allow_inf_nan=False
+    )
 
     broker_url: str = DEFAULT_BROKER_URL
     """Redis or Valkey: `redis://[user:password@]host:port/db`."""
@@ -44,19 +52,19 @@ class Settings(BaseSettings):
     triton_urls: Annotated[tuple[str, ...], NoDecode] = ("localhost:8001",)
     """`host:port` of each Triton's gRPC endpoint, comma-separated."""
 
-    triton_timeout_s: float = Field(default=60.0, gt=0)
+    triton_timeout_s: float = Field(default=60.0, gt=0, le=LONGEST_S)
     """How long one inference may take before it is given up as timed out."""
 
-    result_ttl_s: int = Field(default=3600, gt=0)
+    result_ttl_s: int = Field(default=3600, gt=0, le=LONGEST_S)
     """How long a result stays readable."""
 
-    dead_letter_ttl_s: int = Field(default=14 * 86400, gt=0)
+    dead_letter_ttl_s: int = Field(default=14 * 86400, gt=0, le=LONGEST_S)
     """How long a dead letter is kept."""
 
     dead_letters_max: int = Field(default=100_000, ge=1)
     """Most dead letters that are kept, the newest; workers warn from 80 % of it, and of the lifetime, on."""
 
-    lease_s: float = Field(default=15.0, ge=1)
+    lease_s: float = Field(default=15.0, ge=1, le=LONGEST_S)
     """A worker whose heartbeat is older than this has lost its claims."""
 
     max_attempts: int = Field(default=3, ge=1, le=ATTEMPTS_MAX)
@@ -74,7 +82,7 @@ class Settings(BaseSettings):
     model_retries: dict[str, ModelRetry] = Field(default_factory=dict)
     """JSON object: by model, an object with its own max_attempts, backoff_base_s, backoff_cap_s, backoff_jitter."""
 
-    shutdown_timeout_s: float = Field(default=60.0, ge=0)
+    shutdown_timeout_s: float = Field(default=60.0, ge=0, le=LONGEST_S)
     """How long a worker that is asked to end goes on with what it holds; then it hands it back."""
 
     claim_max: int = Field(default=128, ge=1, le=1000)
@@ -101,6 +109,12 @@ class Settings(BaseSettings):
     queue_weights: dict[str, int] = Field(default_factory=dict)
     """JSON object of model name to its weight in the round robin over models (default 1 each)."""
 
+    @field_validator("broker_url")
+    @classmethod
+    def _check_broker_url(cls, url: str) -> str:
+        check_broker_url(url)
+        return url
+
     @field_validator("triton_urls", mode="before")
     @classmethod
     def _split_urls(cls, value: object) -> object:
@@ -114,8 +128,8 @@ class Settings(BaseSettings):
         if not urls:
             raise ValueError("expected at least one host:port, given none")
         for url in urls:
-            host, colon, port = url.rpartition(":")
-            if not (host and colon and port.isdigit()) or "//" in url:
+            host, _, port = url.rpartition(":")
+            if not (_HOST.fullmatch(host) and port.isdecimal() and 0 < int(port) < 65536):
                 raise ValueError(f"expected host:port of a gRPC endpoint (no scheme), given {url!r}")
         return urls
 
@@ -141,6 +155,27 @@ class Settings(BaseSettings):
     def lease_ms(self) -> int:
         """The lease in milliseconds, as the scripts take it."""
         return int(self.lease_s * 1000)
+
+
+def read_settings(**known: Any) -> Settings:
+    """The settings of the environment; those that are `known` are not looked up there.
+
+    Raises:
+        InvalidInputError: some are malformed; the message names each as the environment variable that it is.
+    """
+    try:
+        return Settings(**known)
+    except ValidationError as error:
+        raise InvalidInputError("; ".join(_named(part["loc"], part["msg"]) for part in error.errors())) from error
+    except SettingsError as error:  # what is to be JSON and is none
+        field = re.search(r'field "(\w+)"', str(error))
+        raise InvalidInputError(_named((field[1],) if field else ("settings",), "expected JSON")) from error
+
+
+def _named(place: tuple[int | str, ...], message: str) -> str:
+    name, *inner = map(str, place)
+    where = f"{ENV_PREFIX}{name.upper()}" + (f" ({'.'.join(inner)})" if inner else "")
+    return f"{where}: {message.removeprefix('Value error, ')}"
 
 
 def shipped_model_repository() -> Path:

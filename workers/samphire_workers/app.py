@@ -6,17 +6,22 @@ stock consumer loses messages when it is killed, and is many times slower.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NoReturn
 
 from celery import Celery
 
 from samphire.contract import INFER_TASK
+from samphire.errors import InvalidInputError
 from samphire_broker.queues import control, intake
-from samphire_broker.settings import Settings
+from samphire_broker.settings import read_settings
 from samphire_workers.lane import control as control_commands
 from samphire_workers.lane.step import LaneStep
 
-_settings = Settings()
+try:
+    _settings = read_settings()
+except InvalidInputError as _error:
+    sys.exit(f"samphire: {_error}")  # the command that loads this application is to end with a line, not a traceback
 
 app = Celery("samphire")
 app.conf.update(

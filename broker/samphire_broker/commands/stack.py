@@ -16,6 +16,7 @@ import click
 
 from samphire.errors import SamphireError
 from samphire_broker.commands.output import fail, say
+from samphire_broker.settings import read_settings
 
 DATA_DIR = "~/.local/share/samphire"
 
@@ -99,6 +100,10 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
         from samphire_broker.embedded.stack import StackOptions, run_stack, serve
     except ModuleNotFoundError as error:
         fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
+    try:
+        read_settings()  # the workers' would be refused by them, one after the other
+    except SamphireError as error:
+        fail(str(error))
     stack_options = StackOptions(
         data_dir=data_dir.expanduser().resolve(),
         external_broker_url=os.environ.get("SAMPHIRE_BROKER_URL") or None,

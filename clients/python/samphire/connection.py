@@ -43,8 +43,7 @@ def connection_pool(url: str, name: str | None = None) -> ConnectionPool:
     Raises:
         InvalidInputError: the URL is not one of Redis.
     """
-    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
-        raise InvalidInputError(f"expected a broker URL redis://host:port/db, given {redact(url)!r}")
+    check_broker_url(url)
     try:
         return ConnectionPool.from_url(
             url,
@@ -57,6 +56,21 @@ def connection_pool(url: str, name: str | None = None) -> ConnectionPool:
         )
     except ValueError as error:
         raise InvalidInputError(f"expected a broker URL redis://host:port/db: {error}") from error
+
+
+def check_broker_url(url: str) -> None:
+    """Whether a URL can be one of Redis, without connecting.
+
+    Raises:
+        InvalidInputError: it cannot.
+    """
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("redis", "rediss", "unix") and parts.port != 0
+    except ValueError as error:
+        raise InvalidInputError(f"expected a broker URL redis://host:port/db: {error}") from error
+    if not known:
+        raise InvalidInputError(f"expected a broker URL redis://host:port/db, given {redact(url)!r}")
 
 
 def redact(url: str) -> str:

@@ -27,6 +27,8 @@ BATCH_MESSAGES = 512
 BATCH_BYTES = 4 * 2**20
 MEMORY_CHECK_INTERVAL_S = 0.1
 RETRY_AFTER_S = 1.0
+"""What a submit that is refused, because the queue or the broker's memory is full, is told to wait: long enough for a
+worker to have done something about it, short enough to be there when it has. How fast it drains nobody knows here."""
 ONCE_TTL_S = 300
 """How long the broker knows that it has carried out a call: longer than anybody repeats it."""
 REPEAT_FOR_S = 3.0

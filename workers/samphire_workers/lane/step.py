@@ -22,7 +22,7 @@ from celery.exceptions import ImproperlyConfigured
 from celery.signals import worker_shutting_down
 
 from samphire_broker.queues import refuse_queue
-from samphire_broker.settings import Settings
+from samphire_broker.settings import read_settings
 from samphire_broker.store import Store, WorkerInfo
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane.canvas import Canvas
@@ -61,7 +61,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
-        self._settings = Settings()
+        self._settings = read_settings()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._lane: Lane | None = None
