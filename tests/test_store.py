@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import redis
@@ -573,6 +575,27 @@ def test_keys_of_other_types_stop_nothing(valkey: Valkey, key: str) -> None:
             if key != keys.meta_key("a"):
                 assert await w.start([claim]) in ([0], [CANCELLED])
                 assert await w.settle(claim) == 1
+
+    run(test)
+
+
+def test_a_search_for_what_is_cancelled_is_bounded_in_bytes(valkey: Valkey) -> None:
+    """Large messages are not all read into the server's memory; then an id is believed."""
+
+    async def test() -> None:
+        push(valkey, *("x" * 2**20 for _ in range(200)))
+        valkey.client.sadd(keys.QUEUES, QUEUE)
+        status_file = Path(f"/proc/{valkey.process.pid}/status")
+
+        def most_mb() -> float:
+            return int(re.findall(r"VmHWM:\s+(\d+) kB", status_file.read_text())[0]) / 1024
+
+        before = most_mb()
+        assert before > 200
+        async with worker(valkey) as w:
+            valkey.client.rpush(keys.CANCELS, "events:c nobody")
+            assert await w.store.cancel(META) == {"nobody": "cancelled"}
+        assert most_mb() - before < 60
 
     run(test)
 

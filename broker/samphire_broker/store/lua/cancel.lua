@@ -27,24 +27,40 @@ if #requests > 0 then
 end
 local time = redis.call('TIME')
 local reply = {}
-local looks = 4000 -- messages that are searched in one call, for all ids together; beyond it an id is believed
-local places
+local looks, bytes = 4000, 16 * 2 ^ 20 -- what is searched in one call, for all ids together; beyond it an id is believed
+local places, too_many
+local function add_place(found)
+  places[#places + 1] = found
+  for _, message in ipairs(found) do
+    bytes = bytes - #message
+  end
+  too_many = bytes < 0
+end
 local function find_places()
   places = {}
   local queues = redis.call('SMEMBERS', KEYS[7])
   queues[#queues + 1] = ARGV[11]
   for _, queue in ipairs(queues) do
     for _, suffix in ipairs({'', '\6\0223', '\6\0226', '\6\0229'}) do
-      local found = redis.pcall('LRANGE', queue .. suffix, 0, looks)
-      if not found.err and #found > 0 then
-        places[#places + 1] = found
+      for first = 0, looks, 32 do -- a page at a time: a few large messages are not to fill the server's memory
+        local found = redis.pcall('LRANGE', queue .. suffix, first, first + 31)
+        if found.err or #found == 0 then
+          break
+        end
+        add_place(found)
+        if too_many then
+          return
+        end
       end
     end
   end
   for _, worker in ipairs(redis.call('SMEMBERS', KEYS[8])) do
     local found = redis.pcall('HVALS', ARGV[12] .. worker .. ':inflight')
     if not found.err then
-      places[#places + 1] = found
+      add_place(found)
+      if too_many then
+        return
+      end
     end
   end
 end
@@ -54,6 +70,9 @@ local function is_known(id)
   end
   if not places then
     find_places()
+  end
+  if too_many then
+    return true
   end
   for _, messages in ipairs(places) do
     for _, message in ipairs(messages) do
