@@ -86,8 +86,13 @@ class StoreModel:
         self.ready: set[str] = set()
         """Those of the scheduled tasks whose time has come."""
         self.marks: set[str] = set()
+        self.unknown: set[str] = set()
+        """Ids whose cancellation was asked for, and that are nowhere."""
         self.lately = False
         self.letters: dict[str, dict[str, str]] = {}
+        self.deaths: dict[str, int] = {}
+        """Which call of `settle` wrote a letter."""
+        self.settled = 0
         self.idempotency: dict[str, tuple[str, str]] = {}
         self.blobs: set[str] = set()
         self.events: list[tuple[str, str]] = []
@@ -117,10 +122,10 @@ class StoreModel:
             assert oldest == fields[claim], f"claimed {fields[claim]!r} before {oldest!r}"
         self.workers[wid].inflight |= fields
 
-    def start(self, wid: str, tasks: Sequence[tuple[str, str]]) -> list[int | tuple[int, int]]:
+    def start(self, wid: str, tasks: Sequence[tuple[str, str]]) -> list[int | tuple[int, int, int]]:
         """Mark claims as running."""
         worker, started, ended = self.workers[wid], [], []
-        reply: list[int | tuple[int, int]] = []
+        reply: list[int | tuple[int, int, int]] = []
         for claim, task_id in tasks:
             status = self.status(task_id)
             if claim not in worker.inflight:
@@ -132,7 +137,8 @@ class StoreModel:
                 ended.append(claim)
             else:
                 tried = self.tried.get(task_id, {})
-                reply.append((int(tried["attempts"]), int(tried.get("crashes", 0))) if "attempts" in tried else 0)
+                counts = [int(tried.get(name, 0)) for name in ("attempts", "crashes", "losses")]
+                reply.append((counts[0], counts[1], counts[2]) if any(counts) else 0)
                 started.append((claim, task_id))
         for claim in ended:
             del worker.inflight[claim]
@@ -144,6 +150,7 @@ class StoreModel:
 
     def settle(self, wid: str, ends: Sequence[End]) -> list[int]:
         """End claims."""
+        self.settled += 1
         worker = self.workers[wid]
         ours = [int(end.field in worker.inflight) for end in ends]
         messages = {end.field: worker.inflight.pop(end.field, "") for end in ends}
@@ -177,6 +184,7 @@ class StoreModel:
                     if self.status(other) not in TERMINAL:
                         self._write(other, State("FAILURE", {"of": other}), "failed")
             if end.state == "failed":
+                self.deaths[end.task_id] = self.settled
                 self.letters[end.task_id] = {
                     "list": list_of(end.field),
                     "message": message,
@@ -206,13 +214,17 @@ class StoreModel:
         if crashed:
             tried["crashes"] = str(int(tried.get("crashes", 0)) + 1)
 
-    def release(self, wid: str, fields: Sequence[str], blamed: bool) -> int:
+    def release(self, wid: str, fields: Sequence[str], blamed: bool, endpoint_died: bool) -> int:
         """Hand claims back."""
         worker, moved = self.workers[wid], 0
         for claim in reversed(fields):
             if claim in worker.inflight:
+                task_id = worker.started.get(claim)
                 self._back_to_head(worker, claim, blamed)
                 moved += 1
+                if endpoint_died and task_id is not None:
+                    tried = self.tried.setdefault(task_id, {})
+                    tried["losses"] = str(int(tried.get("losses", 0)) + 1)
         return moved
 
     def _back_to_head(self, worker: WorkerModel, claim: str, blamed: bool) -> bool:
@@ -270,6 +282,10 @@ class StoreModel:
             *((False, i, False) for i in revoked),
         ]:
             status = self.status(task_id)
+            if named and status is None and task_id not in self.scheduled and not self._is_known(task_id):
+                reply[task_id] = "unknown"
+                self.unknown.add(task_id)
+                continue
             if status in ("STARTED", "SUCCESS", "FAILURE"):
                 reply[task_id] = str(status)
                 if status == "STARTED":
@@ -287,6 +303,21 @@ class StoreModel:
         if self.lately:
             reply |= {task_id: "running" for task_id in self.workers[wid].started.values() if task_id in self.marks}
         return reply
+
+    def _is_known(self, task_id: str) -> bool:
+        """Whether it is found where the broker looks: queues by name, what members hold, letters; in any message."""
+        lists = [key for queue in {*self.queues, keys.INTAKE} for key in keys.queue_lists(queue)]
+        messages = [message for key in lists for message in self.lists.get(key, [])]
+        messages += [message for wid in self.members for message in self.workers[wid].inflight.values()]
+        return task_id in self.letters or any(task_id in message for message in messages)
+
+    def trim(self, most: int) -> tuple[int, int]:
+        """Delete the oldest letters beyond a number; how many, and how many are left."""
+        over = max(0, len(self.letters) - most)
+        # Those of one call have died at the same time; then the name decides.
+        for letter in sorted(self.letters, key=lambda letter: (self.deaths[letter], letter))[:over]:
+            del self.letters[letter]
+        return over, len(self.letters)
 
     def reap(self, wid: str) -> tuple[int, int, int]:
         """Return a lost worker's messages."""
@@ -350,5 +381,6 @@ class StoreModel:
         found |= {keys.QUEUES: self.queues, keys.WORKERS: self.members, keys.DEAD: set(self.letters)}
         found |= {keys.SCHEDULED: set(self.scheduled), keys.CANCELLED: self.marks, "events:c": self.events}
         found[keys.SCHEDULED_MESSAGES] = {task_id: " ".join(where) for task_id, where in self.scheduled.items()}
+        found |= {f"{keys.UNKNOWN_PREFIX}{task_id}": "1" for task_id in self.unknown}
         found |= {keys.TRIED: set(self.tried), keys.CANCELLED_LATELY: self.lately}
         return {key: value for key, value in found.items() if value}

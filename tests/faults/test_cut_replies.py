@@ -32,7 +32,7 @@ from samphire import (
 from samphire.aio import AsyncTask
 from samphire.dead_letters import AsyncDeadLetters
 from samphire.direct import Script
-from samphire_broker.store import CANCELLED, Claimed, Settlement, Store
+from samphire_broker.store import CANCELLED, Claimed, Settlement, Store, Tried
 from tests.faults.ends import Ends, nothing_is_left
 from tests.proxy import Proxy, Where, cutting_proxy
 from tests.stacks import Up, Valkey, eventually, running_valkey
@@ -219,6 +219,29 @@ async def serve_letters(s: Setting) -> None:
     assert (status(s.valkey, "a"), status(s.valkey, "b")) == (None, "FAILURE")
 
 
+async def trim_letters(s: Setting) -> None:
+    claims = await s.claims("a", "b", "c")
+    await s.worker.store.settle([failed(claim, claim.message.decode()) for claim in claims])
+    s.arm()
+    trimmed = await again(s.worker.store.trim_letters)
+    assert (trimmed.deleted, trimmed.left) in ((1, 2), (0, 2))
+    assert everywhere(s.valkey) == ["b", "c"]
+
+
+async def tried(s: Setting) -> None:
+    claims = await s.claims("a", "b")
+    await s.worker.start(claims)
+    await s.worker.store.release([claims[0].field], attempt="{}", endpoint_died=True)
+    s.arm()
+    assert await again(lambda: s.worker.store.tried(["a", "b"])) == [Tried(1, 1, 1), Tried(0, 0)]
+
+
+async def name_queues(s: Setting) -> None:
+    s.arm()
+    await again(lambda: s.worker.store.name_queues(["inference.m", "inference.n"]))
+    assert await s.other.store.known_queues() == {"inference.m", "inference.n"}
+
+
 async def publish_catalogue(s: Setting) -> None:
     s.valkey.client.hset(keys.CATALOGUE, "gone", "{}")
     s.arm()
@@ -295,7 +318,7 @@ STORE_CASES: dict[str, Callable[[Setting], Awaitable[None]]] = {
     for case in (
         *(beat, claim, adopt, start, settle, release, route, schedule, return_due, cancel, is_cancelled),
         *(delete_results, serve_letters, publish_catalogue, others, connected, hostname, uptime_s, reap, leave),
-        *(known_queues, find_queues, read_blob, write_blob),
+        *(known_queues, name_queues, find_queues, read_blob, write_blob, tried, trim_letters),
     )
 }
 
@@ -333,7 +356,7 @@ def test_every_command_of_the_store_is_cut(server: Valkey, where: Where) -> None
                 async def run(arm: Callable[[], None], case: Any = case) -> None:
                     server.client.flushdb()
                     server.client.script_flush()  # loading it again can be cut as well
-                    worker, other = Worker(proxy.url, "w1"), Worker(server.url, "w2")
+                    worker, other = Worker(proxy.url, "w1", dead_letters_max=2), Worker(server.url, "w2")
                     await worker.beat()
                     await other.beat()
 

@@ -58,6 +58,7 @@ QUEUES = (keys.INTAKE, "inference.m", "inference.m@t")
 PRIORITIES = (0, 6)
 LISTS = [keys.queue_list(queue, priority) for queue in QUEUES for priority in PRIORITIES]
 TURNS = [Turn(key, 2, 0) for key in LISTS]
+LETTERS_MAX = 3
 WORKERS = ("w1", "w2", "w3")
 CANCELLED_RESULT = '{"status":"REVOKED","task_id":"","result":{"cancelled":true}}'
 
@@ -68,7 +69,7 @@ class Worker:
     """A worker's store, and what the worker believes to hold: also what was taken from it since."""
 
     def __init__(self, url: str, name: str) -> None:
-        self.store = Store(Settings(broker_url=url, lease_s=3600), name)
+        self.store = Store(Settings(broker_url=url, lease_s=3600, dead_letters_max=LETTERS_MAX), name)
         for attribute, value in vars(self.store).items():
             if type(value).__name__ == "DirectConnection":
                 setattr(self.store, attribute, LossyConnection(url))
@@ -422,15 +423,15 @@ class StoreMachine(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: self.anybody_holds)
-    @rule(data=st.data(), blamed=st.booleans(), lost=st.booleans())
-    def release(self, data: st.DataObject, blamed: bool, lost: bool) -> None:
+    @rule(data=st.data(), blamed=st.booleans(), died=st.booleans(), lost=st.booleans())
+    def release(self, data: st.DataObject, blamed: bool, died: bool, lost: bool) -> None:
         worker = self.holding(data)
         fields = self.some_claims(data, worker)
         self.persist(
             worker,
             lost,
-            lambda: worker.store.release(fields, attempt=ATTEMPT if blamed else ""),
-            lambda: self.model.release(worker.store.worker_id, fields, blamed),
+            lambda: worker.store.release(fields, attempt=ATTEMPT if blamed else "", endpoint_died=died),
+            lambda: self.model.release(worker.store.worker_id, fields, blamed, died),
         )
         self.let_go(worker, fields)
 
@@ -503,6 +504,17 @@ class StoreMachine(RuleBasedStateMachine):
             self.client.rpush(keys.LETTERS, f"{verb} {letter}")
         worker, left = self.workers["w3"], [requests, []]
         self.persist(worker, lost, worker.store.serve_letters, lambda: self.model.serve_letters(left.pop(0)))
+
+    @precondition(lambda self: len(self.model.letters) > 1)
+    @rule(lost=st.booleans())
+    def trim_letters(self, lost: bool) -> None:
+        worker = self.workers["w2"]
+
+        async def trim() -> tuple[int, int]:
+            trimmed = await worker.store.trim_letters()
+            return trimmed.deleted, trimmed.left
+
+        self.persist(worker, lost, trim, lambda: self.model.trim(LETTERS_MAX))
 
     @precondition(lambda self: any(state.status == "SUCCESS" for state in self.model.states.values()))
     @rule(data=st.data(), lost=st.booleans())
