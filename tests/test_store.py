@@ -595,7 +595,7 @@ def test_a_search_for_what_is_cancelled_is_bounded_in_bytes(valkey: Valkey) -> N
         async with worker(valkey) as w:
             valkey.client.rpush(keys.CANCELS, "events:c nobody")
             assert await w.store.cancel(META) == {"nobody": "cancelled"}
-        assert most_mb() - before < 60
+        assert most_mb() - before < 150  # a page and its copies; not the 200 MB that are queued
 
     run(test)
 
