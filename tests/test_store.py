@@ -484,7 +484,7 @@ def test_tasks_can_be_cancelled(valkey: Valkey) -> None:
             assert everywhere(valkey) == ["later", "queued", "running"]
             valkey.client.delete(keys.meta_key("later"))  # its result has expired, the mark has not
             dropped = await w.claim()
-            assert w.store.suspects
+            assert w.store.some_cancelled and not w.store.some_tried
             assert await w.start(dropped) == [CANCELLED, CANCELLED]
             again = [(claim.field, claim.message.decode(), time.time() + 60) for claim in dropped]
             assert await w.store.schedule(again) == [CANCELLED, CANCELLED]
@@ -500,7 +500,7 @@ def test_tasks_can_be_cancelled(valkey: Valkey) -> None:
             assert await w.store.cancel(META) == {}
             valkey.client.delete(keys.CANCELLED_LATELY)  # a minute later
             assert await w.claim() == []
-            assert not w.store.suspects
+            assert not w.store.some_cancelled
 
     run(test)
 
@@ -664,7 +664,7 @@ def test_a_lost_workers_claims_return_and_only_started_ones_count(valkey: Valkey
             assert await lost.store.settle([failed(claims[1], "b")]) == [0]
             again = await other.claim()
             assert [claim.message for claim in again] == [b"a", b"b", b"c"]
-            assert other.store.suspects
+            assert other.store.some_tried and not other.store.some_cancelled
             assert await other.start(again) == [Tried(1, 1, 0), 0, 0]
             assert await other.store.others() == {}
         assert everywhere(valkey) == ["a", "b", "c"]

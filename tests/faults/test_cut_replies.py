@@ -347,7 +347,7 @@ async def cut_all(name: str, where: Where, proxy: Proxy, case: Callable[[Callabl
 @pytest.mark.parametrize("where", ["request", "reply"])
 def test_every_command_of_the_store_is_cut(server: Valkey, where: Where) -> None:
     """Repeated as the lane repeats it, each call has its effect once."""
-    assert STORE_CASES.keys() == public_methods(Store) - {"worker_id", "suspects"}
+    assert STORE_CASES.keys() == public_methods(Store) - {"worker_id", "some_tried", "some_cancelled"}
 
     async def test() -> set[str]:
         async with cutting_proxy(server.url) as proxy:

@@ -336,7 +336,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.model.claimed(name, fields)
         if not lost:
             assert [(c.field, c.message.decode()) for c in claimed] == [(f, fields[f]) for f in in_order(fields)]
-            assert worker.store.suspects == (bool(self.model.tried) or self.model.lately)
+            assert worker.store.some_tried == bool(self.model.tried)
+            assert worker.store.some_cancelled == self.model.lately
             worker.believed |= fields
 
     @precondition(lambda self: self.lost_claims)

@@ -188,8 +188,8 @@ class Store:
         self._inflight = f"{self._lease}:inflight"
         self._started = f"{self._lease}:started"
         self._next_number = 1
-        self.suspects = True
-        """Whether some task was tried before, or was cancelled, as of the last claim."""
+        self.some_tried = self.some_cancelled = True
+        """Whether some task was tried before, and whether some were cancelled lately, as of the last claim."""
         names = (
             "beat",
             "claim",
@@ -257,14 +257,15 @@ class Store:
                 raise LeaseLostError(str(error)) from error
             raise
         values = iter(reply)
-        self.suspects = bool(next(values))
+        about = next(values)
+        self.some_tried, self.some_cancelled = bool(about & 1), bool(about & 2)
         return [
             Claimed(key_text(field), size, message) for field, size, message in zip(values, values, values, strict=True)
         ]
 
     async def adopt(self, known: set[str]) -> list[Claimed]:
         """Return what lies in the in-flight hash and is not in `known`: claims whose reply was lost."""
-        self.suspects = True  # it is not known whether there are
+        self.some_tried = self.some_cancelled = True  # it is not known whether there are
         fields = [key_text(field) for field in await self._rest.execute("HKEYS", self._inflight)]
         lost = sorted((field for field in fields if field not in known), key=lambda field: int(field.split(":", 1)[0]))
         found: list[Claimed] = []

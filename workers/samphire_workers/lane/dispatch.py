@@ -139,13 +139,19 @@ class Dispatcher:
         try:
             async with self._budget.hold(nbytes):
                 loaded = await self._load(batch)
-                if self._store.suspects:
+                if self._store.some_tried:
                     await self._run_carefully(model, loaded)
-                elif loaded:
-                    await self._start_and_infer(model, loaded)
+                else:
+                    await self._run(model, loaded)
         finally:
             self.under_way[model] -= 1
             self._room_again()
+
+    async def _run(self, model: str, batch: list[Request]) -> None:
+        if self._store.some_cancelled:
+            await self._infer(model, await self._start(batch))
+        elif batch:
+            await self._start_and_infer(model, batch)
 
     async def _start_and_infer(self, model: str, batch: list[Request]) -> None:
         """Ask the model while the start is written: no task here was ever tried before."""
@@ -177,12 +183,19 @@ class Dispatcher:
         if not batch:
             return
         tried = await persist(lambda: self._store.tried([request.task_id for request in batch]))
-        calm = [request for request, before in zip(batch, tried, strict=True) if not is_suspect(before)]
+        calm: list[Request] = []
         async with asyncio.TaskGroup() as group:
             for request, before in zip(batch, tried, strict=True):
                 if is_suspect(before):
                     group.create_task(self._run_alone(model, request))
-            await self._infer(model, await self._start(calm))
+                elif before.attempts:
+                    group.create_task(self._run_by_itself(model, request))
+                else:
+                    calm.append(request)
+            await self._run(model, calm)
+
+    async def _run_by_itself(self, model: str, request: Request) -> None:
+        await self._infer(model, await self._start([request]))
 
     async def _run_alone(self, model: str, request: Request) -> None:
         async with self._turnstiles[model].through(alone=True):

@@ -3,8 +3,8 @@
 -- ARGV  1 most messages   2 stop after so many bytes   3 largest message that is returned whole
 --       4 number of the first claim   5.. for each list: how many it gives before the first gives more, and the
 --       number of its group; then for each group, from 1, how many its lists give together
--- Returns whether there are tasks tried before or cancelled lately, then field, size, message, field, size, message, …: of a message over
--- ARGV[3] only the last 16 KB, which hold a kombu message's headers.
+-- Returns 1 if there are tasks that were tried before, plus 2 if some were cancelled lately; then field, size, message,
+-- field, size, message, …: of a message over ARGV[3] only the last 16 KB, which hold a kombu message's headers.
 -- Nothing can fail between LTRIM and HSET: the hash's type is checked first, and once LTRIM, which needs no
 -- memory, has written, HSET is let through though memory be full.
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -14,7 +14,7 @@ redis.call('HLEN', KEYS[2])
 local CHUNK = 32 -- messages read at once, so that a few large ones do not fill the server's memory
 local left, bytes_left, largest = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local number = tonumber(ARGV[4])
-local reply, n = {redis.call('EXISTS', KEYS[3], KEYS[4])}, 1
+local reply, n = {redis.call('EXISTS', KEYS[3]) + 2 * redis.call('EXISTS', KEYS[4])}, 1
 local lists = #KEYS - 4
 local empty, room = {}, {}
 for i = 5 + 2 * lists, #ARGV do
