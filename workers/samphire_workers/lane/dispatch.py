@@ -49,9 +49,14 @@ LOSSES_MAX = 2
 """Endpoints that may die with a task before it is suspected."""
 
 
-def is_suspect(before: Tried) -> bool:
-    """Whether a task is to be alone with its model."""
-    return before.crashes > 0 or before.losses >= LOSSES_MAX
+def is_suspect(before: Tried, max_attempts: int) -> bool:
+    """Whether a task is to be alone with its model.
+
+    All that a lost worker had started comes back at once, and most of it is innocent: it gets a second chance in
+    company, if it has a third one alone.
+    """
+    crashed = before.crashes > 0 and (before.crashes > 1 or before.attempts + 1 >= max_attempts)
+    return crashed or before.losses >= LOSSES_MAX
 
 
 class Release(Protocol):
@@ -174,28 +179,26 @@ class Dispatcher:
         )
 
     async def _run_carefully(self, model: str, batch: list[Request]) -> None:
-        """Run a micro-batch that may have members that were tried before, each of these by itself.
+        """Run a micro-batch that may have members that were tried before, apart from the others.
 
-        Who took a worker or a process down before is alone with its model, and is not started until then: if that
-        happens again, it is this one's doing, and nobody's budget suffers but its own. The same goes for one that was
-        there whenever an endpoint died.
+        A suspect is alone with its model, and is not started until then: if a worker or a process goes down again, it
+        is this one's doing, and nobody's budget suffers but its own. What failed before runs by itself.
         """
         if not batch:
             return
         tried = await persist(lambda: self._store.tried([request.task_id for request in batch]))
         calm: list[Request] = []
+        again: list[Request] = []
         async with asyncio.TaskGroup() as group:
             for request, before in zip(batch, tried, strict=True):
-                if is_suspect(before):
+                if is_suspect(before, policy_for(request.infer, self._settings).max_attempts):
                     group.create_task(self._run_alone(model, request))
                 elif before.attempts:
-                    group.create_task(self._run_by_itself(model, request))
+                    again.append(request)
                 else:
                     calm.append(request)
-            await self._run(model, calm)
-
-    async def _run_by_itself(self, model: str, request: Request) -> None:
-        await self._infer(model, await self._start([request]))
+            group.create_task(self._run(model, calm))
+            await self._infer(model, await self._start(again))
 
     async def _run_alone(self, model: str, request: Request) -> None:
         async with self._turnstiles[model].through(alone=True):
@@ -254,11 +257,11 @@ class Dispatcher:
 
     async def _infer(self, model: str, batch: list[Request], *, alone: bool = False) -> None:
         batch = [request for request in batch if not request.over]
-        tried = [request for request in batch if request.attempts]
-        if tried and len(batch) > 1:
-            # Something went wrong with them before: each runs by itself, so their neighbours are safe.
-            parts = [[request] for request in tried]
-            parts.append([request for request in batch if not request.attempts])
+        failed = [request for request in batch if request.attempts > request.crashes]
+        if failed and len(batch) > 1:
+            # Something was wrong with them before: each runs by itself, so their neighbours are safe.
+            parts = [[request] for request in failed]
+            parts.append([request for request in batch if request.attempts == request.crashes])
             async with asyncio.TaskGroup() as group:
                 for part in parts:
                     group.create_task(self._infer(model, part))
