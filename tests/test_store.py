@@ -23,6 +23,7 @@ from samphire_broker.store import (
     DUE,
     REPLACED,
     Claimed,
+    Later,
     LeaseLostError,
     Letter,
     OtherEnd,
@@ -318,6 +319,22 @@ def test_a_duplicate_that_was_started_leaves_nothing_when_it_is_dropped(valkey: 
             assert await w.settle(one) == 1
             assert await w.start([two]) == [-2]
             assert not valkey.client.exists("worker:w1:inflight", "worker:w1:started")
+
+    run(test)
+
+
+def test_a_task_that_ends_in_the_batch_of_its_retry_is_not_remembered_as_tried(valkey: Valkey) -> None:
+    """Two messages of it were under way; the lanes are not to look out for it until its lifetime is over."""
+
+    async def test() -> None:
+        push(valkey, "a", "a")
+        async with worker(valkey) as w:
+            one, two = await w.claim()
+            await w.start([one, two])
+            again = Settlement(one.field, "a", "retrying", "", "", retry=Later(60, "{}"))
+            done = Settlement(two.field, "a", "succeeded", '{"status":"SUCCESS"}', "")
+            assert await w.store.settle([again, done]) == [1, 1]
+        assert not valkey.client.exists(keys.TRIED, "task:a")
 
     run(test)
 

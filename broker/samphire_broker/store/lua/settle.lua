@@ -127,6 +127,7 @@ local function try_again(field, id, retry, message, now_is_fine)
   call('EXPIRE', hash, ARGV[7])
   call('SADD', KEYS[7], id)
   call('EXPIRE', KEYS[7], ARGV[7])
+  some_tried = true
 end
 local function attempt_over(n, task) -- of a task that is retried
   local id, key, stream = task[2], metas[n], task[5]
