@@ -45,16 +45,19 @@ class Trial:
     elsewhere, where those that the worker had started wait for their turn to run alone. `resumed_s`: from the return
     of a server until the next task ended. `detected_s`: until a server that stood still had no tasks any more."""
 
+    burned: int = 0
+    """Attempts that were counted while a server was away."""
+
 
 Fault = Callable[[Stand], Awaitable[Trial]]
 
 
-async def recovered(stand: Stand, held: set[str], began: float, **times: float) -> Trial:
+async def recovered(stand: Stand, held: set[str], began: float, burned: int = 0, **times: float) -> Trial:
     """Wait for the end of what was held."""
     if not held:
         raise NothingUnderWayError
     ended = await stand.ledger.wait_ended(held, ANSWER_TIMEOUT_S)
-    return Trial(len(held), max(0.0, ended - began), times)
+    return Trial(len(held), max(0.0, ended - began), times, burned)
 
 
 async def next_end(stand: Stand, since: float) -> float:
@@ -165,9 +168,10 @@ async def triton_restart(stand: Stand) -> Trial:
 async def triton_returns(stand: Stand, held: set[str], began: float) -> Trial:
     """Start Triton again, with its models, and wait until the tasks are done."""
     await asyncio.sleep(RESTART_S)
+    burned = await stand.tried()
     await stand.triton.start()
     resumed_s = await next_end(stand, time.monotonic())
-    return await recovered(stand, held, began, resumed_s=resumed_s)
+    return await recovered(stand, held, began, burned, resumed_s=resumed_s)
 
 
 async def triton_stop(stand: Stand) -> Trial:
@@ -183,10 +187,11 @@ async def triton_stop(stand: Stand) -> Trial:
     await until_async(given_up, ANSWER_TIMEOUT_S, "the workers to notice that Triton stands still")
     detected_s = time.monotonic() - began
     await asyncio.sleep(AWAY_S)
+    burned = await stand.tried()
     since = time.monotonic()
     await continued(stand.triton)
     resumed_s = await next_end(stand, since)
-    return await recovered(stand, held, began, resumed_s=resumed_s, detected_s=detected_s)
+    return await recovered(stand, held, began, burned, resumed_s=resumed_s, detected_s=detected_s)
 
 
 async def worker_and_triton_kill(stand: Stand) -> Trial:
@@ -202,6 +207,7 @@ async def worker_and_triton_kill(stand: Stand) -> Trial:
     stand.restart_later(worker)
     trial = await triton_returns(stand, held, began)
     await emptied(stand, inflight)
+    trial.burned = 0  # the worker's tasks have lost an attempt, as they must
     return trial
 
 
@@ -230,7 +236,7 @@ async def broker_returns(stand: Stand, number: signal.Signals) -> Trial:
     await stand.broker.start()
     assert await run_id(stand) != run, "Valkey was not restarted"
     resumed_s = await next_end(stand, time.monotonic())
-    return await recovered(stand, held, began, resumed_s=resumed_s)
+    return await recovered(stand, held, began, await stand.tried(), resumed_s=resumed_s)
 
 
 async def run_id(stand: Stand) -> str:

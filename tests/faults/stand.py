@@ -29,7 +29,7 @@ from redis.exceptions import RedisError
 
 from samphire import keys
 from samphire_broker.embedded.ports import choose_port
-from samphire_broker.embedded.process import Part, PartSpec
+from samphire_broker.embedded.process import Part, PartError, PartSpec
 from samphire_broker.embedded.triton import triton_spec
 from samphire_broker.embedded.valkey import valkey_spec
 from samphire_broker.embedded.worker import worker_spec
@@ -230,7 +230,11 @@ class Stand:
         """Start a part again while other things go on; `all_ready` waits for it."""
 
         async def start() -> None:
-            await part.start()
+            try:
+                await part.start()
+            except PartError:  # while servers are away it may not be ready in time
+                await part.stop()
+                await part.start()
             del self.starting[part]
 
         self.starting[part] = asyncio.create_task(start())
@@ -318,9 +322,13 @@ class Stand:
             held |= await self.held(worker)
         return held
 
+    async def tried(self) -> int:
+        """Tasks under way that have lost an attempt."""
+        return int(await self.ask("SCARD", keys.TRIED))
+
     async def left_behind(self) -> int:
-        """Messages that are in a queue or in flight."""
-        count = 0
+        """Messages that are in a queue, scheduled or in flight."""
+        count = int(await self.ask("ZCARD", keys.SCHEDULED))
         for key in keys.queue_lists(keys.queue_name(MODEL)):
             count += int(await self.ask("LLEN", key))
         for member in await self.ask("SMEMBERS", keys.WORKERS):
