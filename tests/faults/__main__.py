@@ -23,7 +23,7 @@ from tests.faults import report
 from tests.faults.matrix import FAULTS
 from tests.faults.plain import PlainResult, run_plain
 from tests.faults.rounds import Round, run_round
-from tests.faults.soak import SETTINGS, Kinds, Samples, growth, soak
+from tests.faults.soak import REST_S, SETTINGS, Kinds, Samples, growth, soak
 from tests.faults.stand import ROOT, Stand
 
 PLAN = {
@@ -150,7 +150,7 @@ async def run_soak(options: argparse.Namespace, may_go_on: Callable[[], bool]) -
         keep(rounds, samples, kinds)
 
     with tempfile.TemporaryDirectory(prefix="samphire-faults-") as folder:
-        stand = Stand(Path(folder), workers=WORKERS, settings=SETTINGS)
+        stand = Stand(Path(folder), workers=WORKERS, rest_s=REST_S, settings=SETTINGS)
         try:
             await stand.start()
             rounds, samples, kinds = await soak(stand, seconds, options.seed, may_go_on, done)

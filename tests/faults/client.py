@@ -1,13 +1,13 @@
-"""A client under test, a process of its own: `python -m tests.faults.client URL JOURNAL OUTSTANDING FIRST`.
+"""A client under test, a process of its own: `python -m tests.faults.client URL JOURNAL OUTSTANDING FIRST REST_S`.
 
-It keeps so many tasks under way and writes down, a line each, what it knows:
+It keeps so many tasks under way, each place resting so long between two, and writes down, a line each, what it knows:
 
     S <event stream>          it has begun
     A <task id> <number>      a submit of this number has returned
     U <error>                 a submit has raised: the task may or may not be queued
     E <task id> <verdict>     a result was read: `right`, `wrong`, or the name of the error
 
-SIGTERM: submit no more, read the results that are left, end.
+SIGUSR1: submit no more, read the results that are left. SIGUSR2: go on.
 """
 
 from __future__ import annotations
@@ -41,16 +41,21 @@ class Journal:
         os.write(self._file, (" ".join(map(str, words)) + "\n").encode())
 
 
-async def produce(broker_url: str, journal: Journal, outstanding: int, first: int) -> None:
-    """Keep `outstanding` tasks under way until SIGTERM."""
+async def produce(broker_url: str, journal: Journal, outstanding: int, first: int, rest_s: float) -> None:
+    """Keep `outstanding` tasks under way, for ever."""
     numbers = itertools.count(first)
-    stopping = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    working = asyncio.Event()
+    working.set()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, working.clear)
+    loop.add_signal_handler(signal.SIGUSR2, working.set)
     async with AsyncClient(broker_url) as client:
         journal.write("S", client._stream)  # the harness reads it as well
 
         async def one_after_the_other() -> None:
-            while not stopping.is_set():
+            while True:
+                await asyncio.sleep(rest_s)
+                await working.wait()
                 number = next(numbers)
                 try:
                     task = await client.submit(MODEL, {"x": np.array([[number]], np.int64)})
@@ -70,5 +75,5 @@ async def produce(broker_url: str, journal: Journal, outstanding: int, first: in
 
 
 if __name__ == "__main__":
-    url, path, outstanding, first = sys.argv[1:]
-    asyncio.run(produce(url, Journal(path), int(outstanding), int(first)))
+    url, path, outstanding, first, rest_s = sys.argv[1:]
+    asyncio.run(produce(url, Journal(path), int(outstanding), int(first), float(rest_s)))

@@ -40,9 +40,11 @@ class Entry:
     number: int | None = None
     """What was submitted; None while, or where, no submit of this id has returned."""
     client: str = ""
+    accepted_at: float = 0.0
     verdict: str = ""
     """What its client read: `right`, `wrong`, or an error."""
     state: str = ""
+    first_ended_at: float = 0.0
     ended_at: float = 0.0
     ends: int = 0
     """Terminal events."""
@@ -113,6 +115,14 @@ class Ledger:
             if entry.number is not None and not entry.ends and client in ("", entry.client)
         ]
 
+    def unread(self, client: str) -> list[str]:
+        """Tasks whose result this client has not read."""
+        return [
+            task_id
+            for task_id, entry in self.entries.items()
+            if entry.client == client and entry.number is not None and not entry.verdict
+        ]
+
     async def wait_ended(self, task_ids: Collection[str], timeout_s: float) -> float:
         """Return when the last of these tasks has ended.
 
@@ -153,7 +163,7 @@ class Ledger:
                     self._tasks.append(asyncio.create_task(self._follow(first)))
                 elif kind == "A":
                     entry = self._entry(first)
-                    entry.number, entry.client = int(rest[0]), client
+                    entry.number, entry.client, entry.accepted_at = int(rest[0]), client, time.monotonic()
                 elif kind == "E":
                     self._entry(first).verdict = rest[0]
                 else:
@@ -192,6 +202,7 @@ class Ledger:
                     continue
                 entry = self._entry(task_id)
                 entry.state, entry.ended_at = state.decode(), now
+                entry.first_ended_at = entry.first_ended_at or now
                 entry.ends += 1
         self.last_end = now
 

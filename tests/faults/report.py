@@ -15,7 +15,18 @@ from tests.faults.rounds import Round
 
 MACHINE = "2 shared cores"
 BEGIN, END = "<!-- faults: written by make faults -->", "<!-- faults: end -->"
-COUNTS = ("trials", "tasks", "lost", "published_twice", "wrong", "unheard", "left_behind", "burned", "re_executed")
+COUNTS = (
+    "trials",
+    "tasks",
+    "lost",
+    "published_twice",
+    "within_bound",
+    "wrong",
+    "unheard",
+    "left_behind",
+    "burned",
+    "re_executed",
+)
 
 
 def summary(rounds: Iterable[Round]) -> dict[str, Any]:
@@ -87,9 +98,11 @@ def table(found: dict[str, Any]) -> str:
 
 def _remarks(found: dict[str, Any]) -> str:
     said = [
+        f"Of the lost and the published twice, {found['within_bound']} were of the last two seconds before Valkey was "
+        "killed in the mode `everysec`, which does not promise them.",
         f"Wrong results {found['wrong']}, ends of which the client was not told {found['unheard']}, messages left "
         f"behind {found['left_behind']}, attempts counted while a server was away {found['burned']}, trials that did "
-        f"not recover {len(found['failures'])}."
+        f"not recover {len(found['failures'])}.",
     ]
     letters = ", ".join(f"{name} {count}" for name, count in found["dead_lettered"].items())
     said.append(f"Dead letters: {letters or 'none'}.")

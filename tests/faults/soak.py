@@ -23,9 +23,13 @@ from tests.faults.stand import Stand
 SAMPLE_S = 2.0
 PAUSE_S = 5.0
 ACCOUNT_EVERY_S = 120.0
-MIXED = [fault for fault in FAULTS if fault != "valkey-kill-always"]
-SETTINGS = {"SAMPHIRE_RESULT_TTL_S": "120"}
+OFTEN = 3
+MIXED = [fault for fault in FAULTS if fault not in ("valkey-kill-everysec", "client-kill")] * OFTEN + ["client-kill"]
+"""The stream of a client that was killed stays for an hour, so this is done less often."""
+SETTINGS = {"SAMPHIRE_RESULT_TTL_S": "300"}
 """Results would pile up for an hour, which is longer than the soak."""
+REST_S = 1.0
+"""Of each place of a client between two tasks: with a steady load the broker's data are steady."""
 Samples = dict[str, list[float]]
 Kinds = dict[str, int]
 """Bytes of the broker's data by kind of key, when nothing is under way."""
@@ -41,6 +45,7 @@ async def soak(
     """Let faults happen in random order, and follow the memory; `done` is called after each accounting."""
     samples: Samples = {"worker": [], "valkey": [], "valkey, data": []}
     stand.spared = {stand.workers[0]}
+    await stand.set_fsync("always")
     sampler = asyncio.create_task(_sample(stand, samples))
     chance = random.Random(seed)
     until = time.monotonic() + seconds
@@ -50,7 +55,7 @@ async def soak(
         while time.monotonic() < until and may_go_on():
             began = time.monotonic()
             total = Round("soak")
-            await asyncio.gather(*(stand.start_client() for _ in range(CLIENTS)))
+            await stand.load(CLIENTS)
             while time.monotonic() < min(until, began + ACCOUNT_EVERY_S) and may_go_on():
                 await one_trial(stand, chance.choice(MIXED), total)
                 await asyncio.sleep(PAUSE_S)

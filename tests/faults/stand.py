@@ -45,6 +45,11 @@ BROKER_MEMORY_BYTES = 4 * 2**30
 NUMBERS_A_CLIENT = 10**8
 LOOK_S = 0.01
 ANSWER_TIMEOUT_S = 45.0
+READ_ALL_S = 45.0
+EVERYSEC_BOUND_S = 2.0
+"""What `appendfsync everysec` may forget: it puts off writing for up to two seconds while the disk is busy."""
+QUIET_S = 0.1
+"""A client that is told to submit no more may have a submit under way, and the ledger looks every so often."""
 
 
 class NothingUnderWayError(Exception):
@@ -127,12 +132,19 @@ class Stand:
     """Valkey, Triton, workers and clients in a folder. `start` it; `stop` ends all of it, whatever happened."""
 
     def __init__(
-        self, folder: Path, *, workers: int = 4, outstanding: int = 100, settings: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *,
+        workers: int = 4,
+        outstanding: int = 100,
+        rest_s: float = 0.0,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         self.fsync: FsyncPolicy = "everysec"
         self.broker_port = choose_port(0, "")
         self.outstanding = outstanding
+        self.rest_s = rest_s
         self._variables = dict(settings or {})
         self.broker = Part(self._broker_spec())
         self.broker_url = self.broker.spec.address
@@ -149,6 +161,8 @@ class Stand:
         """Replacements that are not ready yet."""
         self.ledger = Ledger(self.broker_url, folder / "model_repository" / MODEL / "executions")
         self._redis = redis.asyncio.Redis.from_url(self.broker_url, retry=Retry(NoBackoff(), 0), socket_timeout=5)
+        self.forgotten: list[float] = []
+        """When Valkey was killed in the mode `everysec`."""
         self.spared: set[Part] = set()
         """Workers that are not to be chosen for a fault."""
         self._turn = 0
@@ -218,13 +232,41 @@ class Stand:
                 await asyncio.sleep(LOOK_S)
 
         command = [sys.executable, "-m", "tests.faults.client", self.broker_url, str(journal)]
-        command += [str(self.outstanding), str(number * NUMBERS_A_CLIENT)]
+        command += [str(self.outstanding), str(number * NUMBERS_A_CLIENT), str(self.rest_s)]
         spec = PartSpec(name, command, self.folder / "logs" / f"{name}.log", "", wait_ready, {"PYTHONPATH": str(ROOT)})
         client = Part(alone(spec))
         self.clients.append(client)
         await client.start()
         self.ledger.follow(name, journal)
         return client
+
+    async def load(self, clients: int) -> None:
+        """Let so many clients submit: those that were told to rest go on, others are started."""
+        for client in self.clients:
+            running(client).send_signal(signal.SIGUSR2)
+        for _ in range(clients - len(self.clients)):
+            await self.start_client()
+
+    async def rest(self) -> dict[str, bool]:
+        """Tell the clients to submit no more, and wait until they have read all their results.
+
+        Returns the names of those that have not, which are ended, and whether they had ended by themselves.
+        """
+        deaf: dict[str, bool] = {}
+        for client in self.clients:
+            if running(client).returncode is None:
+                running(client).send_signal(signal.SIGUSR1)
+        await asyncio.sleep(QUIET_S)
+        for client in list(self.clients):
+            name = client.spec.name
+            try:
+                await until(lambda: not self.ledger.unread(name), READ_ALL_S, f"the results of {name}")  # noqa: B023
+                assert running(client).returncode is None
+            except (TimeoutError, AssertionError):
+                deaf[name] = running(client).returncode is not None
+                self.clients.remove(client)
+                await client.stop()
+        return deaf
 
     def restart_later(self, part: Part) -> None:
         """Start a part again while other things go on; `all_ready` waits for it."""
@@ -322,9 +364,16 @@ class Stand:
             held |= await self.held(worker)
         return held
 
-    async def tried(self) -> int:
-        """Tasks under way that have lost an attempt."""
-        return int(await self.ask("SCARD", keys.TRIED))
+    async def attempts(self) -> int:
+        """Attempts that tasks under way have lost."""
+        count = 0
+        for task_id in await self.ask("SMEMBERS", keys.TRIED):
+            count += int(await self.ask("HGET", keys.TASK_PREFIX + task_id.decode(), "attempts") or 0)
+        return count
+
+    def may_be_forgotten(self, moment: float) -> bool:
+        """Whether this was in the last moments before Valkey was killed in the mode `everysec`."""
+        return any(killed_at - EVERYSEC_BOUND_S <= moment <= killed_at + QUIET_S for killed_at in self.forgotten)
 
     async def left_behind(self) -> int:
         """Messages that are in a queue, scheduled or in flight."""
