@@ -63,6 +63,11 @@ class Round:
     """Trials that did not end as they must."""
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        """As read from a report, where counts are plain objects."""
+        self.dead_lettered = Counter(self.dead_lettered)
+        self.refused = Counter(self.refused)
+
     @property
     def broken(self) -> bool:
         """Whether a promise was broken."""
