@@ -14,8 +14,8 @@ from tests.faults.stand import Stand
 LEASE_S = 3
 
 MOST_S = {
-    "worker-kill": 5,
-    "worker-stop": LEASE_S + 5,
+    "worker-kill": 40,
+    "worker-stop": LEASE_S + 40,
     "worker-restart": 10,
     "triton-kill": 30,
     "triton-stop": 40,
@@ -23,10 +23,13 @@ MOST_S = {
     "valkey-kill-always": 15,
     "valkey-kill-everysec": 15,
     "valkey-stop": 15,
-    "client-kill": 5,
-    "client-stop": 5,
+    "client-kill": 15,
+    "client-stop": 15,
 }
-"""Recovery, at most."""
+"""Recovery, at most: what a lost worker had started is run alone, one after the other, and there may be a hundred."""
+
+RETURNED_S = {"worker-kill": 5, "worker-stop": LEASE_S + 5}
+"""Until a lost worker's tasks are back in their queue, at most."""
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +56,11 @@ def stand(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> I
 def test_nothing_is_lost_and_nothing_published_twice(runner: asyncio.Runner, stand: Stand, fault: str) -> None:
     """The fault happens under load, is proved to have happened, and every task is accounted for."""
     result: Round = runner.run(run_round(stand, fault, 1))
-    assert not result.broken, result
-    assert result.trials == 1 and result.held[0] > 0
-    assert result.tasks > result.held[0], "load before and after"
-    assert not result.dead_lettered, result
-    assert max(result.recovery_s) <= MOST_S[fault], result
+    found = str(result)  # whole, where an object would be shown shortened
+    assert not result.broken, found
+    assert result.trials == 1 and result.held[0] > 0, found
+    assert result.tasks > result.held[0], f"load before and after: {found}"
+    assert not result.dead_lettered, found
+    assert max(result.recovery_s) <= MOST_S[fault], found
+    if fault in RETURNED_S:
+        assert max(result.times["returned_s"]) <= RETURNED_S[fault], found
