@@ -282,7 +282,7 @@ class Dispatcher:
         if not batch:
             return
         if isinstance(error, StubDiedError):
-            # One of them has taken the model's process down: they come back alone, each with an attempt less.
+            # One of them has taken the model's process down: they come back apart from the rest, with an attempt less.
             logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
             await self._release(batch, blamed=WorkerCrashError(f"the model's process died: {error}"))
         elif isinstance(error, EndpointDiedError):
