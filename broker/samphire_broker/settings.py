@@ -64,8 +64,8 @@ class Settings(BaseSettings):
     dead_letters_max: int = Field(default=100_000, ge=1)
     """Most dead letters that are kept, the newest; workers warn from 80 % of it, and of the lifetime, on."""
 
-    lease_s: float = Field(default=15.0, ge=1, le=LONGEST_S)
-    """A worker whose heartbeat is older than this has lost its claims."""
+    lease_s: float = Field(default=12.0, ge=1, le=LONGEST_S)
+    """A worker whose heartbeat is older than this has lost its claims; a few seconds later others have done its work."""
 
     max_attempts: int = Field(default=3, ge=1, le=ATTEMPTS_MAX)
     """How often a task is tried, over failed attempts and lost workers together, before it becomes a dead letter."""
