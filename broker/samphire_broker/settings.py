@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     """Most dead letters that are kept, the newest; workers warn from 80 % of it, and of the lifetime, on."""
 
     lease_s: float = Field(default=12.0, ge=1, le=LONGEST_S)
-    """A worker whose heartbeat is older than this has lost its claims; a few seconds later others have done its work."""
+    """A worker whose heartbeat is older than this has lost its claims; others take over within 3 s more."""
 
     max_attempts: int = Field(default=3, ge=1, le=ATTEMPTS_MAX)
     """How often a task is tried, over failed attempts and lost workers together, before it becomes a dead letter."""
