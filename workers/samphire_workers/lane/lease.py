@@ -14,10 +14,12 @@ from samphire_workers.lane.outcome import attempt_text
 
 logger = logging.getLogger(__name__)
 
-BEAT_S = 0.5
-"""More often than the looks of others, so that a worker whose connection broke beats between two of them."""
-REAP_INTERVAL_S = 0.75
-RETRY_S = 0.25
+BEAT_S = 0.3
+RETRY_S = 0.1
+"""A beat and a retry together take less than the time between two looks of others: a worker whose connection broke has
+beaten again before it can be taken for lost."""
+REAP_INTERVAL_S = 0.55
+"""Between two looks; the second that misses a worker finds it lost."""
 
 
 async def keep_lease(store: Store, settings: Settings, info: WorkerInfo, registered: asyncio.Event) -> None:
