@@ -179,8 +179,8 @@ class Lane:
         adopted_at = 0.0
         short_rounds = 0
         while not self._stopping:
-            named = self._watch.clear()  # before looking, so that no wake-up is lost
-            self._planner.add(named)  # a queue may be new
+            heard, named = self._watch.clear()  # before looking, so that no wake-up is lost
+            self._planner.add(heard)  # a queue may be new
             if not self._endpoints.some_ready.is_set():
                 await self._watch.wait(IDLE_CHECK_S)
                 continue

@@ -46,15 +46,16 @@ class QueueWatch:
             self._named.add(queue)
         self._wake.set()
 
-    def clear(self) -> set[str]:
+    def clear(self) -> tuple[set[str], set[str]]:
         """Forget earlier wake-ups, before looking, so that none is lost.
 
-        Returns the queues that they named; none if one of them named none: then it may be anywhere.
+        Returns the queues that they named, of which some may be new, and those to look into: none if one of the
+        wake-ups named none, since then it may be anywhere.
         """
         self._wake.clear()
-        named = set() if self._anywhere else self._named
+        heard, anywhere = self._named, self._anywhere
         self._named, self._anywhere = set(), False
-        return named
+        return heard, set() if anywhere else heard
 
     def close(self) -> None:
         """End the background tasks; redis-py may swallow a cancellation, so they also look at this."""
