@@ -302,6 +302,8 @@ def fairness(stack: BenchStack, scale: float) -> Figures:
                 with _worker_stopped(stack):
                     async with AsyncClient(stack.broker_url, tenant="neighbour") as client:
                         await _publish(client, server, backlog, neighbour)
+                while server.llen(waiting) > backlog * 0.98:  # the worker is awake again
+                    await asyncio.sleep(0.01)
                 for _ in range(trials):
                     taken = await first_task()
                     if not server.llen(waiting):
