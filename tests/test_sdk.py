@@ -212,6 +212,29 @@ def test_cancel(client: Client) -> None:
     assert queued[0].status() == "succeeded"
 
 
+def test_a_chain_that_has_begun_can_be_cancelled(client: Client, stack: Up) -> None:
+    """Its last step is no message yet: nobody may say that there is no such task."""
+    first = Step("slow", slow(3), parameters={"micro_batch": False})
+    task = client.chain(first, Step("identity", {"input_fp32": first["slept"]}))
+    with stack.redis() as server:
+
+        def under_way() -> list[bytes]:
+            return [
+                message
+                for key in server.scan_iter("worker:*:inflight")
+                for message in server.hvals(key)
+                if b"samphire.infer" in message
+            ]
+
+        eventually(under_way, 10, "the first step")
+        assert task.id.encode() not in under_way()[0]
+        assert task.cancel() is True
+        with pytest.raises(TaskCancelledError):
+            task.result(TIMEOUT_S)
+        eventually(lambda: not under_way(), TIMEOUT_S, "the end of the first step")
+    assert task.status() == "cancelled"
+
+
 def test_a_cancel_of_what_is_no_task_says_so(client: Client, stack: Up) -> None:
     """And changes nothing; tasks that nobody has started yet are found wherever they are."""
     unknown = client.task("00000000-0000-0000-0000-000000000000")

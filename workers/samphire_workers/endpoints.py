@@ -65,6 +65,10 @@ class Endpoints:
             self.some_ready.clear()
         endpoint.stop_all(EndpointUnavailableError(f"endpoint {endpoint.url} does not answer"))
 
+    def answers(self, endpoint: Endpoint) -> bool:
+        """Whether an endpoint has answered the last probe."""
+        return endpoint in self._ready
+
     def trip(self, endpoint: Endpoint, model: str, pause_s: float = 0.0, *, unknown: bool = False) -> None:
         """Send nothing of a model to an endpoint until a probe, `pause_s` from now or later, has seen it ready there.
 

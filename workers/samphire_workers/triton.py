@@ -24,6 +24,7 @@ from samphire.errors import (
     PayloadTooLargeError,
     QueueFullError,
     SamphireError,
+    TransientError,
     UnknownModelError,
 )
 from samphire.validation import ModelSignature, TensorSpec
@@ -31,6 +32,8 @@ from samphire.validation import ModelSignature, TensorSpec
 CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
 RELOAD_S = 60.0
+PUSHBACK_MAX_S = 3600.0
+"""Longest time that a server or proxy is left alone because it asks for it."""
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -97,10 +100,9 @@ def _pushback_s(error: grpc.aio.AioRpcError) -> float | None:
     metadata: Any = error.trailing_metadata() or ()  # an iterable of pairs, whatever its type says
     for key, value in metadata:
         try:
-            if key == "grpc-retry-pushback-ms":
-                return max(0.0, int(value) / 1000)
-            if key == "retry-after":
-                return max(0.0, float(value))
+            if key in ("grpc-retry-pushback-ms", "retry-after"):
+                asked_s = int(value) / 1000 if key != "retry-after" else float(value)
+                return min(max(0.0, asked_s), PUSHBACK_MAX_S) if math.isfinite(asked_s) else None
         except ValueError:
             continue
     return None
@@ -180,6 +182,8 @@ class Endpoint:
         self._channel = grpc.aio.insecure_channel(url, options=_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._running: set[Running] = set()
+        self._seen: set[str] = set()
+        """Models that were ready here once."""
 
     def stop_all(self, why: SamphireError) -> None:
         """End all requests under way here: who waits for one gets `why`."""
@@ -218,10 +222,13 @@ class Endpoint:
             )
             answer = await self._call("ModelConfig", service_pb2.ModelConfigRequest(name=model), CONTROL_TIMEOUT_S)
         except (UnknownModelError, InvalidInputError) as error:
-            if model in await self.models():
+            # A server that does not tell what its repository has may have unloaded what it had a moment ago.
+            known = await self.models()
+            if model in known or (not known and model in self._seen):
                 raise EndpointUnavailableError(f"model {model!r} is not ready on {self.url}: {error}") from error
             raise UnknownModelError(f"no model {model!r} on {self.url}: {error}") from error
         config = answer.config
+        self._seen.add(model)
         return ModelSignature(
             name=model,
             versions=tuple(sorted(metadata.versions, key=int)),
@@ -236,7 +243,7 @@ class Endpoint:
         request = service_pb2.RepositoryIndexRequest(ready=ready)
         try:
             index = await self._call("RepositoryIndex", request, CONTROL_TIMEOUT_S)
-        except EndpointUnavailableError as error:
+        except TransientError as error:
             if "restricted" not in str(error):
                 raise
             return set()

@@ -354,7 +354,7 @@ class Store:
 
     async def trim_letters(self) -> Letters:
         """Delete the oldest dead letters beyond the limit, at most `BATCH_MAX` a call; what there is."""
-        args: list[Argument] = [keys.DEAD_PREFIX, self._settings.dead_letters_max]
+        args: list[Argument] = [keys.DEAD_PREFIX, self._settings.dead_letters_max, self._settings.dead_letter_ttl_s]
         deleted, left, oldest, now = await self._run("trim", [keys.DEAD], args)
         return Letters(deleted, left, float(now) - float(oldest) if oldest else 0.0)
 
@@ -446,7 +446,10 @@ class Store:
         return await read_blob(self._blobs, key, size)
 
     async def write_blob(self, task_id: str, number: int, data: bytes, sha256: str) -> Ref:
-        """Store an output as a claim check with the lifetime of results."""
-        key = f"{keys.RESULT_BLOB_PREFIX}{task_id}:{number}"
+        """Store an output as a claim check with the lifetime of results.
+
+        What its bytes are is in its name: a late attempt of a worker that was taken for lost overwrites nothing else.
+        """
+        key = f"{keys.RESULT_BLOB_PREFIX}{task_id}:{number}:{sha256[:16]}"
         await self._blobs.execute("SET", key, data, "EX", self._settings.result_ttl_s)
         return Ref(key=key, size=len(data), sha256=sha256)

@@ -32,7 +32,7 @@ Written by workers only:
     catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
                                          are all models; expires when no worker renews it
     tried                        SET     ids of the tasks that have a task:<id>; expires
-    result:blob:<id>:<n>         STRING  claim check of an output; expires
+    result:blob:<id>:<n>:<hash>  STRING  claim check of an output; expires
     events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
                                          and the ids that reached it, separated by spaces; of a task settled alone
                                          also its result, if small; trimmed, expires

@@ -94,7 +94,7 @@ class Catalogue:
 
     async def lost_sight(self, endpoint: Endpoint, model: str) -> None:
         """A model did not answer on an endpoint: it is away there, or the whole endpoint is."""
-        if not await endpoint.is_ready():
+        if self._endpoints.answers(endpoint) and not await endpoint.is_ready():
             self._endpoints.mark_away(endpoint)
         self.lost(endpoint, model)
 

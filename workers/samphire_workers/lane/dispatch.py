@@ -7,8 +7,8 @@ import logging
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import inf
 from typing import Protocol
@@ -41,12 +41,14 @@ from samphire_workers.triton import Endpoint, EndpointDiedError, Running, StubDi
 
 logger = logging.getLogger(__name__)
 
+BEYOND_RELOAD_S = 10.0
+"""Between two tries of a model whose process has died, where the worker may not reload it."""
 BUSY_S = 1.0
 """Longest rest of a model whose queue at Triton is full, where Triton does not say how long."""
 
 
 LOSSES_MAX = 2
-"""Endpoints that may die with a task before it is suspected."""
+"""Endpoints that may die with a task before it is suspected: then it runs alone, without any other of any model."""
 
 
 def is_suspect(before: Tried, max_attempts: int) -> bool:
@@ -55,8 +57,7 @@ def is_suspect(before: Tried, max_attempts: int) -> bool:
     All that a lost worker had started comes back at once, and most of it is innocent: it gets a second chance in
     company, if it has a third one alone.
     """
-    crashed = before.crashes > 0 and (before.crashes > 1 or before.attempts + 1 >= max_attempts)
-    return crashed or before.losses >= LOSSES_MAX
+    return before.crashes > 0 and (before.crashes > 1 or before.attempts + 1 >= max_attempts)
 
 
 class Release(Protocol):
@@ -114,6 +115,9 @@ class Dispatcher:
         self._room_again = room_again
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
         self._turnstiles: defaultdict[str, Turnstile] = defaultdict(Turnstile)
+        self._all_models = Turnstile()
+        self._beyond_reload: set[tuple[str, str]] = set()
+        """Models, by endpoint, whose process has died and that may not be reloaded from here."""
         self._reloads: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._reloaded_at: dict[tuple[str, str], float] = {}
         self._asked: set[Asked] = set()
@@ -191,7 +195,9 @@ class Dispatcher:
         again: list[Request] = []
         async with asyncio.TaskGroup() as group:
             for request, before in zip(batch, tried, strict=True):
-                if is_suspect(before, policy_for(request.infer, self._settings).max_attempts):
+                if before.losses >= LOSSES_MAX:
+                    group.create_task(self._run_alone(model, request, all_models=True))
+                elif is_suspect(before, policy_for(request.infer, self._settings).max_attempts):
                     group.create_task(self._run_alone(model, request))
                 elif before.attempts:
                     again.append(request)
@@ -200,8 +206,9 @@ class Dispatcher:
             group.create_task(self._run(model, calm))
             await self._infer(model, await self._start(again))
 
-    async def _run_alone(self, model: str, request: Request) -> None:
-        async with self._turnstiles[model].through(alone=True):
+    async def _run_alone(self, model: str, request: Request, *, all_models: bool = False) -> None:
+        gates = self._all_models.through(alone=all_models), self._turnstiles[model].through(alone=True)
+        async with gates[0], gates[1]:
             if self._ending is None:
                 await self._infer(model, await self._start([request]), alone=True)
             else:
@@ -305,13 +312,15 @@ class Dispatcher:
         parameters = {name: value for name, value in infer.parameters.items() if name != "micro_batch"}
         endpoint = self._endpoints.pick(model)
         asked, asked_at, timeout_s = Asked(batch), time.monotonic(), 0.0
+        self._asked.add(asked)  # before the turnstile: who waits there can be cancelled, and expires
+        self._watch_deadlines(asked)
         try:
-            async with nullcontext() if alone else self._turnstiles[model].through(alone=False):
+            async with nullcontext() if alone else self._through(model):
                 if self._ending is not None:
                     raise self._ending
+                if asked.running.why is not None:
+                    raise asked.running.why
                 asked_at, timeout_s = time.monotonic(), self._timeout_s(batch)
-                self._asked.add(asked)
-                self._watch_deadlines(asked)
                 outputs = await endpoint.infer(
                     model,
                     batch[0].version,
@@ -322,21 +331,30 @@ class Dispatcher:
                     asked.running,
                 )
         except EndpointTimeoutError as error:
-            found = self._time_error(batch[0], timeout_s, error)
+            if error is asked.running.why:
+                raise  # nobody waits for it any more
+            waiting = next((request for request in batch if not request.over), batch[0])
+            found = self._time_error(waiting, timeout_s, error)
             if found is error and not await endpoint.is_ready():  # it is not the model that hangs
                 self._endpoints.mark_away(endpoint)
                 raise EndpointUnavailableError(f"endpoint {endpoint.url} does not answer") from error
             raise found from error
-        except StubDiedError:
-            if not await self._reload(endpoint, model, asked_at):
-                self._catalogue.lost(endpoint, model)
+        except StubDiedError as error:
+            key = (endpoint.url, model)
+            if await self._reload(endpoint, model, asked_at):
+                self._beyond_reload.discard(key)
+                raise
+            self._catalogue.lost(endpoint, model, BEYOND_RELOAD_S)
+            if key in self._beyond_reload:  # it was dead already: nobody here is to blame
+                raise EndpointUnavailableError(f"somebody has to reload model {model!r}: {error}") from error
+            self._beyond_reload.add(key)
             raise
         except QueueFullError as error:
             # Triton has more than it can do: nobody's attempt, but it is to be left alone for a while.
             self._catalogue.lost(endpoint, model, error.retry_after_s or BUSY_S * random.random())
             raise
-        except EndpointUnavailableError as error:
-            if error is not self._ending:
+        except EndpointUnavailableError:
+            if self._ending is None:
                 await self._catalogue.lost_sight(endpoint, model)
             raise
         except UnknownModelError as error:
@@ -353,7 +371,14 @@ class Dispatcher:
             if asked.clock is not None:
                 asked.clock.cancel()
             self._pace.took(model, time.monotonic() - batch[0].taken_in_at)
+        if self._beyond_reload:
+            self._beyond_reload.discard((endpoint.url, model))
         return batching.split(batch, outputs)
+
+    @asynccontextmanager
+    async def _through(self, model: str) -> AsyncIterator[None]:
+        async with self._all_models.through(alone=False), self._turnstiles[model].through(alone=False):
+            yield
 
     def _watch_deadlines(self, asked: Asked) -> None:
         """Give up each member of a micro-batch when its own deadline passes; the others go on."""
@@ -378,7 +403,13 @@ class Dispatcher:
             try:
                 await endpoint.reload(model)
             except SamphireError as error:  # the control API is closed to us: somebody else has to
-                logger.warning("model %s was not reloaded: %s", model, error, extra={"action": "reload_failed"})
+                logger.error(
+                    "model %s has lost its process on %s and may not be reloaded from here: do it: %s",
+                    model,
+                    endpoint.url,
+                    error,
+                    extra={"action": "reload_failed"},
+                )
                 return False
             logger.info("model %s was reloaded", model, extra={"action": "reloaded"})
             self._reloaded_at[endpoint.url, model] = time.monotonic()

@@ -1,8 +1,9 @@
--- trim: delete the oldest dead letters beyond a number.
+-- trim: delete the oldest dead letters beyond a number, and forget the names of those whose time is over.
 -- KEYS  1 dead
--- ARGV  1 prefix of letters   2 most letters
+-- ARGV  1 prefix of letters   2 most letters   3 lifetime of letters in s
 -- At most 1,000 a call. Returns {letters deleted, letters left, time of death of the oldest that is left, this time},
 -- the times in s since 1970 ("" where there is none).
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', redis.call('TIME')[1] - ARGV[3])
 local over = math.min(redis.call('ZCARD', KEYS[1]) - tonumber(ARGV[2]), 1000)
 if over > 0 then
   local letters = redis.call('ZRANGE', KEYS[1], 0, over - 1)
