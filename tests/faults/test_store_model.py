@@ -52,7 +52,7 @@ from tests.faults.model import ATTEMPT, STATE_OF, TERMINAL, End, State, StoreMod
 from tests.stacks import Valkey, running_valkey
 
 LONG = os.environ.get("SAMPHIRE_FAULTS") == "long"
-EXAMPLES, STEPS = (4000, 100) if LONG else (120, 50)
+EXAMPLES, STEPS = (4000, 100) if LONG else (90, 50)
 
 QUEUES = (keys.INTAKE, "inference.m", "inference.m@t")
 PRIORITIES = (0, 6)
