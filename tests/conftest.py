@@ -17,7 +17,8 @@ settings.register_profile("samphire", deadline=None, derandomize=True)  # a slow
 settings.load_profile("samphire")
 
 
-def _need_servers() -> None:
+def need_servers() -> None:
+    """Skip for a person, fail in CI, where the embedded servers cannot run."""
     if platform.system() == "Linux" and platform.machine() == "x86_64":
         return
     message = "the embedded servers need Linux on x86-64"
@@ -29,7 +30,7 @@ def _need_servers() -> None:
 @pytest.fixture
 def valkey(tmp_path: Path) -> Iterator[Valkey]:
     """A broker of the test's own."""
-    _need_servers()
+    need_servers()
     with running_valkey(tmp_path / "valkey") as server:
         yield server
 
@@ -43,7 +44,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Up]:
     """One stack for all tests that do not break it."""
-    _need_servers()
+    need_servers()
     with running_stack(tmp_path_factory.mktemp("stack"), "--model-repository", str(repository)) as up:
         with up.redis() as client:
             eventually(lambda: client.hexists(keys.CATALOGUE, keys.CATALOGUE_COMPLETE), 20, "the catalogue")

@@ -38,7 +38,7 @@ from samphire_broker.embedded.triton import triton_spec
 from samphire_broker.embedded.valkey import server_binary
 from samphire_broker.settings import shipped_model_repository
 from samphire_workers.triton import Endpoint
-from tests.conftest import _need_servers
+from tests.conftest import need_servers
 from tests.stacks import clean_environment, eventually
 
 ROOT = Path(__file__).parents[1]
@@ -211,7 +211,7 @@ def triton_here(deployment: Deployment, folder: Path) -> tuple[list[str], Mappin
 @pytest.fixture(scope="module")
 def deployment(services: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Broker, Triton, worker and Flower by the file's commands; one model of the repository is broken."""
-    _need_servers()
+    need_servers()
     folder = tmp_path_factory.mktemp("compose")
     repository = folder / "models"
     shutil.copytree(shipped_model_repository(), repository)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import time
@@ -28,10 +29,11 @@ from samphire import (
     TaskCancelledError,
     UnknownModelError,
     WorkerCrashError,
+    errors,
     keys,
 )
 from samphire.contract import InferRequest
-from samphire_broker.retry import DeadLetter, Retry, RetryPolicy, decide, policy_for, wait_s
+from samphire_broker.retry import REASONS, DeadLetter, Retry, RetryPolicy, decide, policy_for, reason_of, wait_s
 from samphire_broker.settings import Settings
 from samphire_workers.lane.outcome import TimeLimitError
 from tests.stacks import Up, eventually
@@ -67,6 +69,12 @@ def test_what_may_pass_is_tried_again_within_the_budget(error: SamphireError) ->
 def test_what_cannot_pass_is_a_dead_letter_at_once(error: SamphireError, reason: str) -> None:
     """Whatever the budget."""
     assert decide(error, 1, inf, RetryPolicy(100, Backoff())) == DeadLetter(reason)
+
+
+@pytest.mark.parametrize("kind", [each for each in vars(errors).values() if inspect.isclass(each)], ids=str)
+def test_every_error_has_a_reason_that_letters_are_filtered_by(kind: type) -> None:
+    """Also one that is added to the tree."""
+    assert not issubclass(kind, SamphireError) or reason_of(kind()) in REASONS
 
 
 def test_a_model_fault_is_tried_again_and_keeps_its_reason() -> None:

@@ -91,6 +91,10 @@ def wait_s(attempt: int, backoff: Backoff, retry_after_s: float | None, chance: 
     return max(spread, retry_after_s if retry_after_s is not None and retry_after_s < inf else 0.0)
 
 
+REASONS = ("invalid_input", "model_fault", "timeout", "transient", "worker_crash")
+"""What `reason_of` says."""
+
+
 def reason_of(error: SamphireError) -> str:
     """The class of an error, as dead letters are filtered by it."""
     if isinstance(error, InvalidInputError):

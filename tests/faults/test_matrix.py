@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import _need_servers
+from tests.conftest import need_servers
 from tests.faults.rounds import Round, run_round
 from tests.faults.stand import Stand
 
@@ -26,7 +26,7 @@ MOST_S = {
     "client-kill": 15,
     "client-stop": 15,
 }
-"""Recovery, at most: what a lost worker had started is run alone, one after the other, and there may be a hundred."""
+"""Recovery, at most, on a machine that may have other work to do; what is aimed at is measured by `make faults`."""
 
 RETURNED_S = {"worker-kill": 5, "worker-stop": LEASE_S + 5}
 """Until a lost worker's tasks are back in their queue, at most."""
@@ -42,7 +42,7 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="module")
 def stand(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     """Real servers, three workers with a short lease."""
-    _need_servers()
+    need_servers()
     settings = {"SAMPHIRE_LEASE_S": str(LEASE_S)}
     stand = Stand(tmp_path_factory.mktemp("faults"), workers=3, outstanding=60, settings=settings)
     try:

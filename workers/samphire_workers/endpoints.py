@@ -83,10 +83,10 @@ class Endpoints:
         if self._open.pop((endpoint, model), None) is not None:
             logger.info("model %s is back on %s", model, endpoint.url, extra={"action": "breaker_closed"})
 
-    def is_unknown(self, model: str) -> bool:
-        """Whether every endpoint, also those that are away just now, has said that it has no such model.
+    def forget_unknown(self, model: str) -> bool:
+        """Forget the breakers of a model that every endpoint has said it has not; whether that is so.
 
-        Then its breakers are forgotten: nobody waits for what nobody has.
+        Endpoints that are away just now count: they may have it. Nobody waits for what nobody has.
         """
         found = [self._open.get((endpoint, model)) for endpoint in self._all]
         unknown = all(breaker is not None and breaker.unknown for breaker in found)

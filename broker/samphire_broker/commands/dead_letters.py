@@ -13,6 +13,7 @@ import click
 
 from samphire import Client, DeadLetter, LetterFilter
 from samphire_broker.commands.output import print_json, say, with_client
+from samphire_broker.retry import REASONS
 
 
 class Moment(click.DateTime):
@@ -25,7 +26,6 @@ class Moment(click.DateTime):
 
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"]
-REASONS = ["invalid_input", "model_fault", "timeout", "transient", "worker_crash"]
 
 
 def with_filter(command: Callable[..., None]) -> Callable[..., None]:

@@ -76,11 +76,11 @@ class Catalogue:
             signature = await endpoint.signature(model)
         except UnknownModelError as error:
             self.lost(endpoint, model, unknown=True)
-            if self._endpoints.is_unknown(model):
+            if self._endpoints.forget_unknown(model):
                 raise
             raise EndpointUnavailableError(str(error)) from error
         except TransientError as error:
-            await self.lost_sight(endpoint, model)
+            await self.no_answer(endpoint, model)
             raise EndpointUnavailableError(str(error)) from error
         except SamphireError:
             self._checkers.pop(model, None)
@@ -92,7 +92,7 @@ class Catalogue:
         self._endpoints.restore(endpoint, model)
         return checker
 
-    async def lost_sight(self, endpoint: Endpoint, model: str) -> None:
+    async def no_answer(self, endpoint: Endpoint, model: str) -> None:
         """A model did not answer on an endpoint: it is away there, or the whole endpoint is."""
         if self._endpoints.answers(endpoint) and not await endpoint.is_ready():
             self._endpoints.mark_away(endpoint)

@@ -355,7 +355,7 @@ class Dispatcher:
             raise
         except EndpointUnavailableError:
             if self._ending is None:
-                await self._catalogue.lost_sight(endpoint, model)
+                await self._catalogue.no_answer(endpoint, model)
             raise
         except UnknownModelError as error:
             # It was known a moment ago: unloaded, or retired, under way.

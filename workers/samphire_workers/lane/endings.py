@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from samphire.contract import CanvasStart, ChordPart, InferResponse, Ref
 from samphire.errors import EndpointTimeoutError, InvalidInputError, ModelFaultError, SamphireError
-from samphire_broker.retry import Retry, decide, policy_for, reason_of
+from samphire_broker.retry import DeadLetter, Retry, decide, policy_for, reason_of
 from samphire_broker.settings import Settings
 from samphire_broker.store import Settlement, Store
 from samphire_workers.lane import outcome
@@ -68,16 +68,19 @@ class Endings:
 
     def fail(self, request: Request, error: SamphireError) -> None:
         """End an attempt that failed: there will be another, or the task, or unreadable message, is a dead letter."""
-        now, times = time.time(), request.times
-        last = min(times.deadline, times.expires)
-        decision = decide(error, request.attempts + 1, last, policy_for(request.infer, self._settings), now=now)
-        if isinstance(decision, Retry) and request.task_id:
+        now, last = time.time(), min(request.times.deadline, request.times.expires)
+        policy = policy_for(request.infer, self._settings)
+        if request.task_id:
+            decision = decide(error, request.attempts + 1, last, policy, now=now)
+        else:
+            decision = DeadLetter(reason_of(error))  # a message that is no task has no attempts
+        if isinstance(decision, Retry):
             logger.info("task %s is tried again: %s", request.task_id, error, extra={"action": "task_retried"})
             self._settler.add(outcome.retry(request, error, decision.at - now, self._worker))
             self._tell(lambda: self._events.retried(request, error))
             return
         logger.info("task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"})
-        settlement = outcome.failure(request, error, reason_of(error), self._worker)
+        settlement = outcome.failure(request, error, decision.reason, self._worker)
         if request.canvas is None:
             self._settler.add(settlement)
         else:

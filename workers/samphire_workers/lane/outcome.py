@@ -93,12 +93,14 @@ def success(request: Request, answer: InferResponse, done: str) -> Settlement:
         for tensor in request.request.inputs
         if isinstance(tensor.ref, Ref) and tensor.ref.key.startswith(own_prefix)
     )
-    meta = "" if _ignored(request) else _meta("SUCCESS", request.task_id, _encode(answer), done)
+    meta = _meta_of(request, "SUCCESS", answer, done)
     return Settlement(request.claim.field, request.task_id, "succeeded", meta, request.stream, blobs)
 
 
-def _ignored(request: Request) -> bool:
-    return request.envelope is not None and bool(request.envelope.headers.ignore_result)
+def _meta_of(request: Request, status: str, result: object, done: str) -> str:
+    if request.envelope is not None and request.envelope.headers.ignore_result:
+        return ""
+    return _meta(status, request.task_id, _encode(result), done)
 
 
 def revoked_meta(task_id: str, reason: str) -> str:
@@ -106,14 +108,17 @@ def revoked_meta(task_id: str, reason: str) -> str:
 
     The reasons are Celery's words: "expired", "revoked" of what had not started, "terminated" of what was running.
     """
-    info = FailureInfo("TaskRevokedError", [reason], "celery.exceptions")
-    return _meta("REVOKED", task_id, _encode(info), now_text())
+    return _meta("REVOKED", task_id, _encode(_revoked_info(reason)), now_text())
+
+
+def _revoked_info(reason: str) -> FailureInfo:
+    return FailureInfo("TaskRevokedError", [reason], "celery.exceptions")
 
 
 def revoked(request: Request, state: Literal["cancelled", "expired"]) -> Settlement:
     """The settlement of a task that is not to be run, or not to its end."""
     reason = "expired" if state == "expired" else "revoked" if request.started_at is None else "terminated"
-    meta = "" if _ignored(request) else revoked_meta(request.task_id, reason)
+    meta = _meta_of(request, "REVOKED", _revoked_info(reason), now_text())
     return Settlement(request.claim.field, request.task_id, state, meta, request.stream)
 
 
@@ -145,7 +150,7 @@ def failure(request: Request, error: SamphireError, reason: str, worker: str) ->
         field=request.claim.field,
         task_id=request.task_id,
         state="failed",
-        meta="" if _ignored(request) else _meta("FAILURE", request.task_id, _encode(_failure_info(error)), now_text()),
+        meta=_meta_of(request, "FAILURE", _failure_info(error), now_text()),
         stream=request.stream,
         letter=Letter(
             letter_id=request.task_id or new_task_id(),
@@ -160,6 +165,6 @@ def failure(request: Request, error: SamphireError, reason: str, worker: str) ->
 
 def retry(request: Request, error: SamphireError, delay_s: float, worker: str) -> Settlement:
     """The settlement of an attempt that failed and is followed by another."""
-    meta = "" if _ignored(request) else _meta("RETRY", request.task_id, _encode(_failure_info(error)), now_text())
+    meta = _meta_of(request, "RETRY", _failure_info(error), now_text())
     later = Later(delay_s, attempt_text(worker, error))
     return Settlement(request.claim.field, request.task_id, "retrying", meta, request.stream, retry=later)
