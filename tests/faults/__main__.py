@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -78,13 +77,11 @@ async def run_matrix(options: argparse.Namespace, counts: dict[str, int], may_go
     rounds: list[Round] = []
     plain: PlainResult | None = None
     if options.resume and state.exists():
-        saved = json.loads(state.read_text())
-        rounds = [Round(**one) for one in saved["rounds"]]
-        plain = PlainResult(**saved["plain"]) if saved["plain"] else None
+        rounds, plain = report.load(state)
     began_at = datetime.now(UTC).isoformat(timespec="seconds")
 
     def keep(*, complete: bool) -> None:
-        report.write({"rounds": [asdict(one) for one in rounds], "plain": asdict(plain) if plain else None}, state)
+        report.save(rounds, plain, state)
         report.write(report.report(rounds, plain, began_at=began_at, complete=complete), path)
 
     faults = {fault: trials for fault, trials in counts.items() if fault in FAULTS and trials}

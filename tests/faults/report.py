@@ -6,7 +6,6 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,19 @@ def report(rounds: Sequence[Round], plain: PlainResult | None, **more: Any) -> d
     found = summary(rounds)
     found["by_fault"] = {fault: summary(one for one in rounds if one.fault == fault) for fault in faults}
     if plain is not None:
-        found["plain_celery"] = asdict(plain) | _spread("recovery", plain.recovery_s)
+        found["plain_celery"] = vars(plain) | _spread("recovery", plain.recovery_s)
     return found | {"machine": MACHINE} | more
+
+
+def save(rounds: Sequence[Round], plain: PlainResult | None, path: Path) -> None:
+    """Write the rounds themselves, to go on from."""
+    write({"rounds": [vars(one) for one in rounds], "plain": vars(plain) if plain else None}, path)
+
+
+def load(path: Path) -> tuple[list[Round], PlainResult | None]:
+    """Read what was saved."""
+    saved = json.loads(path.read_text())
+    return [Round(**one) for one in saved["rounds"]], PlainResult(**saved["plain"]) if saved["plain"] else None
 
 
 def write(found: dict[str, Any], path: Path) -> None:

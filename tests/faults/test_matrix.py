@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import need_servers
+from tests.faults import report
+from tests.faults.plain import PlainResult
 from tests.faults.rounds import Round, run_round
 from tests.faults.stand import Stand
 
@@ -50,6 +54,15 @@ def stand(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> I
         yield stand
     finally:
         runner.run(stand.stop())
+
+
+def test_rounds_are_saved_whole(tmp_path: Path) -> None:
+    """A long run goes on from them."""
+    rounds = [Round("worker-kill", 3, refused=Counter({"BrokerUnavailableError": 2}), times={"running_s": [1.5]})]
+    plain = PlainResult(trials=1, recovery_s=[10.5])
+    report.save(rounds, plain, tmp_path / "rounds.json")
+    assert report.load(tmp_path / "rounds.json") == (rounds, plain)
+    assert report.report(rounds, plain)["refused"] == {"BrokerUnavailableError": 2}
 
 
 @pytest.mark.parametrize("fault", list(MOST_S))
