@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from samphire import Client, SamphireError, WorkerCrashError, keys
+from samphire import Client, SamphireError, Task, WorkerCrashError, keys
 from samphire_broker.embedded.ports import LOOPBACK, choose_port
 from samphire_broker.embedded.triton import SHARED_MEMORY
 from tests.stacks import (
@@ -447,3 +447,40 @@ def test_a_model_whose_process_is_killed_comes_back(stack: Up, client: Client) -
         kill(process.pid)
     results = list(client.map("deadly", [{"x": np.array([[n]], np.float32)} for n in range(50)]))
     assert [result.outputs["y"].tolist() for result in results] == [[[2.0 * n]] for n in range(50)]
+
+
+def test_suspects_are_alone_among_all_workers(tmp_path: Path, repository: Path) -> None:
+    """What dies while one of them runs is that one's doing; another worker's suspect waits, and is answered."""
+    with (
+        running_stack(tmp_path, "--workers", "2", "--model-repository", str(repository)) as up,
+        Client(up.broker_url) as client,
+        up.redis() as server,
+    ):
+        one, two = up.ready["pids"]["worker"]
+
+        def submit_suspect(value: float, tried: dict[str, int]) -> Task:
+            task = client.submit("deadly", {"x": np.array([[value]], np.float32)})
+            server.hset(keys.TASK_PREFIX + task.id, mapping={"attempts": 2, **tried})
+            server.sadd(keys.TRIED, task.id)
+            return task
+
+        for value, tried in ((666.5, {"crashes": 2, "shared": 2}), (999.5, {"losses": 2})):
+            before = up.ready["pids"]["triton"], {process.pid for process in stubs(up, "deadly")}
+            os.kill(one, signal.SIGSTOP)
+            os.kill(two, signal.SIGSTOP)
+            try:
+                poison = submit_suspect(value, tried)
+                os.kill(one, signal.SIGCONT)
+                eventually(lambda: poison.status() == "running", 20, "its start")  # noqa: B023
+                os.kill(one, signal.SIGSTOP)
+                innocent = submit_suspect(1, tried)
+                os.kill(two, signal.SIGCONT)
+                eventually(lambda: len(list(server.scan_iter("worker:*:inflight"))) == 2, 20, "the other's claim")
+            finally:
+                os.kill(one, signal.SIGCONT)
+                os.kill(two, signal.SIGCONT)
+            with pytest.raises(WorkerCrashError, match="3 of 3 attempts" if value < 999 else "1 of 3 attempts"):
+                poison.result(60)
+            assert innocent.result(60).outputs["y"].tolist() == [[2]]
+            assert before[0] != up.ready["pids"]["triton"] or not before[1] & {p.pid for p in stubs(up, "deadly")}
+        eventually(lambda: not server.exists(keys.ALONE, keys.TRIED), 10, "the end of their turns")

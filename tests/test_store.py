@@ -21,6 +21,7 @@ from samphire_broker.settings import Settings
 from samphire_broker.store import (
     CANCELLED,
     DUE,
+    NOT_YET,
     REPLACED,
     Claimed,
     Later,
@@ -34,7 +35,7 @@ from samphire_broker.store import (
     WorkerInfo,
 )
 from tests.proxy import cutting_proxy
-from tests.stacks import Valkey
+from tests.stacks import Valkey, eventually
 
 QUEUE = "inference.m"
 LISTS = [keys.queue_list(QUEUE, step) for step in keys.PRIORITY_STEPS]
@@ -576,7 +577,7 @@ def test_the_time_that_counts_is_the_brokers(valkey: Valkey) -> None:
     run(test)
 
 
-@pytest.mark.parametrize("key", [keys.CANCELLED, keys.CANCELS, keys.DELETES, keys.meta_key("a")])
+@pytest.mark.parametrize("key", [keys.CANCELLED, keys.CANCELS, keys.DELETES, keys.ALONE, keys.meta_key("a")])
 def test_keys_of_other_types_stop_nothing(valkey: Valkey, key: str) -> None:
     """Whoever made them."""
 
@@ -592,6 +593,7 @@ def test_keys_of_other_types_stop_nothing(valkey: Valkey, key: str) -> None:
             if key != keys.meta_key("a"):
                 assert await w.start([claim]) in ([0], [CANCELLED])
                 assert await w.settle(claim) == 1
+                assert await w.store.alone("m", 60) == 0
 
     run(test)
 
@@ -685,6 +687,36 @@ def test_a_lost_workers_claims_return_and_only_started_ones_count(valkey: Valkey
             assert await other.start(again) == [Tried(1, 1, 0), 0, 0]
             assert await other.store.others() == {}
         assert everywhere(valkey) == ["a", "b", "c"]
+
+    run(test)
+
+
+def test_one_worker_is_alone_with_a_model(valkey: Valkey) -> None:
+    """What others have under way is counted; they start nothing more of it until the turn is given back, or lapses."""
+
+    async def test() -> None:
+        push(valkey, "a", "b", "c")
+        async with worker(valkey) as one, worker(valkey, "w2") as other:
+            claims = await other.claim()
+            assert await other.start(claims[:1]) == [0]
+            model = keys.parse_queue(QUEUE)[0]
+            assert await one.store.alone(model + "x", 60) == 0
+            assert await other.start(claims[1:2]) == [0]
+            assert [await one.store.alone(whom, 60) for whom in (model, "")] == [2, 2]
+            assert await other.store.alone("", 60) == -1
+            assert await other.store.alone("", 0) == -1, "it is not its to give back"
+            assert await other.start(claims) == [NOT_YET] * 3
+            assert status(valkey, "c") is None
+            marks = [(claims[2].field, "c")]
+            assert await other.store.start(marks, other.info, wait=False) == [0]
+            for claim in claims[:2]:
+                assert await other.settle(claim) == 1
+            assert await one.store.alone(model, 60) == 1
+            assert await one.store.alone(model, 0) == 0
+            assert await other.start(claims[2:]) == [0]
+            assert await one.store.alone("", 0.05) == 1
+            eventually(lambda: not valkey.client.exists(keys.ALONE), 5, "its end")
+            assert await other.store.alone("", 60) == 0
 
     run(test)
 

@@ -122,10 +122,10 @@ class StoreModel:
             assert oldest == fields[claim], f"claimed {fields[claim]!r} before {oldest!r}"
         self.workers[wid].inflight |= fields
 
-    def start(self, wid: str, tasks: Sequence[tuple[str, str]]) -> list[int | tuple[int, int, int]]:
+    def start(self, wid: str, tasks: Sequence[tuple[str, str]]) -> list[int | tuple[int, int, int, int]]:
         """Mark claims as running."""
         worker, started, ended = self.workers[wid], [], []
-        reply: list[int | tuple[int, int, int]] = []
+        reply: list[int | tuple[int, int, int, int]] = []
         for claim, task_id in tasks:
             status = self.status(task_id)
             if claim not in worker.inflight:
@@ -137,8 +137,8 @@ class StoreModel:
                 ended.append(claim)
             else:
                 tried = self.tried.get(task_id, {})
-                counts = [int(tried.get(name, 0)) for name in ("attempts", "crashes", "losses")]
-                reply.append((counts[0], counts[1], counts[2]) if any(counts) else 0)
+                counts = [int(tried.get(name, 0)) for name in ("attempts", "crashes", "losses", "shared")]
+                reply.append((counts[0], counts[1], counts[2], counts[3]) if any(counts) else 0)
                 started.append((claim, task_id))
         for claim in ended:
             del worker.inflight[claim]
@@ -222,6 +222,9 @@ class StoreModel:
                 task_id = worker.started.get(claim)
                 self._back_to_head(worker, claim, blamed)
                 moved += 1
+                if blamed and task_id is not None:
+                    tried = self.tried[task_id]
+                    tried["shared"] = str(int(tried.get("shared", 0)) + 1)
                 if endpoint_died and task_id is not None:
                     tried = self.tried.setdefault(task_id, {})
                     tried["losses"] = str(int(tried.get("losses", 0)) + 1)

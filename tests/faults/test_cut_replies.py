@@ -233,7 +233,18 @@ async def tried(s: Setting) -> None:
     await s.worker.start(claims)
     await s.worker.store.release([claims[0].field], attempt="{}", endpoint_died=True)
     s.arm()
-    assert await again(lambda: s.worker.store.tried(["a", "b"])) == [Tried(1, 1, 1), Tried(0, 0)]
+    assert await again(lambda: s.worker.store.tried(["a", "b"])) == [Tried(1, 1, 1, 1), Tried(0, 0)]
+
+
+async def alone(s: Setting) -> None:
+    (claim,) = await s.claims("a")
+    await s.worker.start([claim])
+    s.arm()
+    assert await again(lambda: s.worker.store.alone("m", 60)) == 0
+    assert await s.other.store.alone("", 60) == -1
+    s.arm()
+    assert await again(lambda: s.worker.store.alone("m", 0)) == 0
+    assert await s.other.store.alone("", 60) == 1
 
 
 async def name_queues(s: Setting) -> None:
@@ -318,7 +329,7 @@ STORE_CASES: dict[str, Callable[[Setting], Awaitable[None]]] = {
     for case in (
         *(beat, claim, adopt, start, settle, release, route, schedule, return_due, cancel, is_cancelled),
         *(delete_results, serve_letters, publish_catalogue, others, connected, hostname, uptime_s, reap, leave),
-        *(known_queues, name_queues, find_queues, read_blob, write_blob, tried, trim_letters),
+        *(known_queues, name_queues, find_queues, read_blob, write_blob, tried, trim_letters, alone),
     )
 }
 

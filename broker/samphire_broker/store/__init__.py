@@ -3,6 +3,7 @@
 from samphire_broker.store.store import (
     CANCELLED,
     DUE,
+    NOT_YET,
     REPLACED,
     Claimed,
     Later,
@@ -21,6 +22,7 @@ from samphire_broker.store.store import (
 __all__ = [
     "CANCELLED",
     "DUE",
+    "NOT_YET",
     "REPLACED",
     "Claimed",
     "Later",

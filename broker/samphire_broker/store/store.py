@@ -29,6 +29,8 @@ INLINE_RESULT_BYTES = 1024
 STREAM_TTL_S = 3600
 CANCELLED = -3
 """What `start` and `schedule` say of a task that was cancelled: it is to be settled as such."""
+NOT_YET = -4
+"""What `start` says of a task while another worker is alone with its model."""
 DUE, REPLACED = 2, 3
 """What `schedule` says of a task whose time has come, and of one that has taken another's place."""
 CANCELLED_MAX = 100_000
@@ -101,6 +103,8 @@ class Tried(NamedTuple):
     """Those of them that took a worker or a model's process down."""
     losses: int = 0
     """Endpoints that died with it; no attempts."""
+    shared: int = 0
+    """Those of the crashes that took down what all workers share: a model's process, or an endpoint."""
 
 
 class OtherEnd(NamedTuple):
@@ -191,6 +195,7 @@ class Store:
         self.some_tried = self.some_cancelled = True
         """Whether some task was tried before, and whether some were cancelled lately, as of the last claim."""
         names = (
+            "alone",
             "beat",
             "claim",
             "start",
@@ -284,16 +289,30 @@ class Store:
         for n, is_member in enumerate(members):
             if is_member:
                 counts = await self._starts.execute(
-                    "HMGET", keys.TASK_PREFIX + task_ids[n], "attempts", "crashes", "losses"
+                    "HMGET", keys.TASK_PREFIX + task_ids[n], "attempts", "crashes", "losses", "shared"
                 )
                 found[n] = Tried(*(int(count or 0) for count in counts))
         return found
 
-    async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int | Tried]:
-        """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
+    async def alone(self, model: str, for_s: float) -> int:
+        """Be the only worker that runs anything of a model, or of all (""), for so long; 0 gives it back.
+
+        Returns:
+            How many tasks other workers have under way yet; -1: another worker is alone, nothing happens.
+        """
+        args: list[Argument] = [self.worker_id, model, int(for_s * 1000), keys.WORKER_PREFIX]
+        return int(await self._run("alone", [keys.ALONE, keys.WORKERS], args))
+
+    async def start(
+        self, tasks: Sequence[tuple[str, str]], info: WorkerInfo, *, wait: bool = True
+    ) -> list[int | Tried]:
+        """Mark claims (field, task id) as running; see `start.lua` for the verdicts.
+
+        Without `wait` also while another worker is alone with the model.
+        """
         args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, info.hostname, info.pid]
-        args.append(_pack(tasks))
-        key_names = [self._inflight, self._started, keys.CANCELLED]
+        args += [self.worker_id if wait else "", _pack(tasks)]
+        key_names = [self._inflight, self._started, keys.CANCELLED, keys.ALONE]
         verdicts = await self._run("start", key_names, args, self._starts)
         return [verdict if isinstance(verdict, int) else Tried(*verdict) for verdict in verdicts]
 

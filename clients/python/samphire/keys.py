@@ -82,6 +82,7 @@ UNKNOWN_PREFIX = "cancelled:unknown:"
 CATALOGUE = "catalogue"
 CATALOGUE_COMPLETE = "*"
 TRIED = "tried"
+ALONE = "alone"
 DEAD = "dead"
 DEAD_PREFIX = "dead:"
 
@@ -95,7 +96,7 @@ Priority = Literal["high", "normal", "low"]
 PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
 
 
-_OWN_KEYS = {WORKERS, TRIED, DEAD, SCHEDULED, CANCELLED, CATALOGUE, "unacked", "unacked_index", "unacked_mutex"}
+_OWN_KEYS = {WORKERS, TRIED, ALONE, DEAD, SCHEDULED, CANCELLED, CATALOGUE, "unacked", "unacked_index", "unacked_mutex"}
 _OWN_PREFIXES = (
     *("sub:", META_PREFIX, "celery-taskset-meta-", TASK_PREFIX, STREAM_PREFIX, WORKER_PREFIX, DEAD_PREFIX),
     *(RESULT_BLOB_PREFIX, f"{SCHEDULED}:", f"{CANCELLED}:", "_kombu."),

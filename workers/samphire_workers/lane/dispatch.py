@@ -25,9 +25,10 @@ from samphire.errors import (
 )
 from samphire_broker.retry import policy_for
 from samphire_broker.settings import Settings
-from samphire_broker.store import CANCELLED, Store, Tried, WorkerInfo
+from samphire_broker.store import CANCELLED, NOT_YET, Store, Tried, WorkerInfo
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching
+from samphire_workers.lane.alone import LOOK_S, Alone
 from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
 from samphire_workers.lane.endings import Endings, our_error
@@ -116,6 +117,7 @@ class Dispatcher:
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
         self._turnstiles: defaultdict[str, Turnstile] = defaultdict(Turnstile)
         self._all_models = Turnstile()
+        self._alone = Alone(store, lambda: self._ending is not None)
         self._beyond_reload: set[tuple[str, str]] = set()
         """Models, by endpoint, whose process has died and that may not be reloaded from here."""
         self._reloads: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -158,16 +160,19 @@ class Dispatcher:
 
     async def _run(self, model: str, batch: list[Request]) -> None:
         if self._store.some_cancelled:
-            await self._infer(model, await self._start(batch))
+            await self._start_then_infer(model, batch)
         elif batch:
             await self._start_and_infer(model, batch)
+
+    async def _start_then_infer(self, model: str, batch: list[Request]) -> None:
+        await self._infer(model, await self._start(batch))
 
     async def _start_and_infer(self, model: str, batch: list[Request]) -> None:
         """Ask the model while the start is written: no task here was ever tried before."""
         now = time.time()
         for request in batch:
             request.started_at = now
-        starting = asyncio.create_task(self._start(batch))
+        starting = asyncio.create_task(self._start(batch, wait=False))
         try:
             answers = await self._ask(model, batch)
         except SamphireError as error:
@@ -186,7 +191,8 @@ class Dispatcher:
         """Run a micro-batch that may have members that were tried before, apart from the others.
 
         A suspect is alone with its model, and is not started until then: if a worker or a process goes down again, it
-        is this one's doing, and nobody's budget suffers but its own. What failed before runs by itself.
+        is this one's doing, and nobody's budget suffers but its own. Where what went down is shared by all workers it
+        is alone among all of them. What failed before runs by itself.
         """
         if not batch:
             return
@@ -196,21 +202,27 @@ class Dispatcher:
         async with asyncio.TaskGroup() as group:
             for request, before in zip(batch, tried, strict=True):
                 if before.losses >= LOSSES_MAX:
-                    group.create_task(self._run_alone(model, request, all_models=True))
+                    group.create_task(self._run_alone(model, request, all_models=True, among_workers=True))
                 elif is_suspect(before, policy_for(request.infer, self._settings).max_attempts):
-                    group.create_task(self._run_alone(model, request))
+                    group.create_task(self._run_alone(model, request, among_workers=before.shared > 0))
                 elif before.attempts:
                     again.append(request)
                 else:
                     calm.append(request)
-            group.create_task(self._run(model, calm))
-            await self._infer(model, await self._start(again))
+            group.create_task(self._start_then_infer(model, calm))
+            await self._start_then_infer(model, again)
 
-    async def _run_alone(self, model: str, request: Request, *, all_models: bool = False) -> None:
+    async def _run_alone(
+        self, model: str, request: Request, *, all_models: bool = False, among_workers: bool = False
+    ) -> None:
+        whom = "" if all_models else model
         gates = self._all_models.through(alone=all_models), self._turnstiles[model].through(alone=True)
-        async with gates[0], gates[1]:
+        # The turn comes first: who has passed the gates waits for no other worker, for that one may wait for this.
+        async with self._alone.turn(whom) if among_workers else nullcontext(), gates[0], gates[1]:
+            if among_workers:
+                await self._alone.others_gone(whom)
             if self._ending is None:
-                await self._infer(model, await self._start([request]), alone=True)
+                await self._infer(model, await self._start([request], wait=False), alone=True)
             else:
                 await self._release([request])
 
@@ -228,11 +240,17 @@ class Dispatcher:
                 loaded.append(request)
         return loaded
 
-    async def _start(self, batch: Sequence[Request]) -> list[Request]:
+    async def _start(self, batch: Sequence[Request], *, wait: bool = True) -> list[Request]:
         if not batch:
             return []
         marks = [(request.claim.field, request.task_id) for request in batch]
-        verdicts = await persist(lambda: self._store.start(marks, self._info))
+        verdicts = await persist(lambda: self._store.start(marks, self._info, wait=wait))
+        while NOT_YET in verdicts:
+            if self._ending is not None:
+                await self._release(batch)
+                return []
+            await asyncio.sleep(LOOK_S)
+            verdicts = await persist(lambda: self._store.start(marks, self._info))
         started: list[Request] = []
         dropped: list[str] = []
         for request, verdict in zip(batch, verdicts, strict=True):
@@ -242,7 +260,7 @@ class Dispatcher:
                 self._endings.revoke(request, "cancelled")
                 continue
             if isinstance(verdict, Tried):
-                request.attempts, request.crashes, request.losses = verdict
+                request.attempts, request.crashes, request.losses, _ = verdict
                 if request.attempts >= policy_for(request.infer, self._settings).max_attempts:
                     request.started_at = None  # this attempt is not made
                     message = (

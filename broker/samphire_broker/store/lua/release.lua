@@ -24,6 +24,7 @@ for i = #ARGV, 6, -1 do -- the last claimed goes back first, so the order is kep
           redis.call('HSET', hash, 'history', history and history .. ',' .. ARGV[4] or ARGV[4])
           redis.call('HINCRBY', hash, 'attempts', 1)
           redis.call('HINCRBY', hash, 'crashes', 1)
+          redis.call('HINCRBY', hash, 'shared', 1)
         end
         if ARGV[5] == '1' then
           redis.call('HINCRBY', hash, 'losses', 1)
