@@ -107,7 +107,10 @@ async def run_matrix(options: argparse.Namespace, counts: dict[str, int], may_go
                 plain = await run_plain(stand, counts[PLAIN], may_go_on)
             finally:
                 await stand.stop()
-        say(f"plain Celery: {plain.trials} kills, {plain.tasks:,} tasks, {plain.lost} lost, {plain.stuck} stuck")
+        say(
+            f"plain Celery: {plain.trials} kills, {plain.tasks:,} tasks, {plain.lost} lost, {plain.stuck} stuck, "
+            f"{plain.took_nothing} times a worker took nothing"
+        )
     left = list(planned(faults, rounds))
     complete = not left and (not counts.get(PLAIN) or (plain is not None and plain.trials >= counts[PLAIN]))
     keep(complete=complete)

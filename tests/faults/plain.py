@@ -55,6 +55,8 @@ class PlainResult:
     """Without a result, but still in a queue or with a worker."""
     wrong: int = 0
     delivered_again: int = 0
+    took_nothing: int = 0
+    """Workers that ran and took nothing, for as long as we wait, beside a backlog."""
     recovery_s: list[float] = field(default_factory=list)
     visibility_timeout_s: int = VISIBILITY_TIMEOUT_S
     seconds: float = 0.0
@@ -145,7 +147,10 @@ async def run_plain(stand: Stand, trials: int, may_go_on: Callable[[], bool]) ->
         await asyncio.gather(*(plain.start_worker(worker) for worker in plain.workers))
         while result.trials < trials and may_go_on():
             worker = plain.next_worker()
-            await until_async(lambda: plain.held(worker), ANSWER_TIMEOUT_S, "tasks with a plain worker")  # noqa: B023
+            try:
+                await until_async(lambda: plain.held(worker), ANSWER_TIMEOUT_S, "tasks with it")  # noqa: B023
+            except TimeoutError:
+                result.took_nothing += 1
             since = time.monotonic()
             await killed(worker)
             if held := await plain.held(worker):

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.faults.plain import PlainResult
 from tests.faults.rounds import Round
+from tests.faults.stand import ANSWER_TIMEOUT_S
 
 MACHINE = "2 shared cores"
 BEGIN, END = "<!-- faults: written by make faults -->", "<!-- faults: end -->"
@@ -101,7 +102,9 @@ def table(found: dict[str, Any]) -> str:
     if plain is not None:
         lines += [
             "",
-            f"Plain Celery's visibility timeout is {plain['visibility_timeout_s']} s here, one hour by default.",
+            f"Plain Celery's visibility timeout is {plain['visibility_timeout_s']} s here, one hour by default. "
+            f"{plain['took_nothing']} times one of its workers ran and took nothing for {ANSWER_TIMEOUT_S:.0f} s beside "
+            "a backlog, and was killed without a trial.",
         ]
     return "\n".join(lines)
 
