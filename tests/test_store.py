@@ -544,18 +544,20 @@ def test_a_revocation_may_name_anybodys_task(valkey: Valkey) -> None:
 
 @pytest.mark.parametrize("ending", ["cancelled", "expired", "failed"])
 def test_a_cancelled_task_pays_what_it_owes_however_it_ends(valkey: Valkey, ending: str) -> None:
-    """A chord waits for it."""
+    """A chord waits for it; and once, although its message was there twice. What it pays is found by a cancel."""
 
     async def test() -> None:
-        push(valkey, "a")
+        push(valkey, "a", "a")
         async with worker(valkey) as w:
             valkey.client.rpush(keys.CANCELS, " a")
             await w.store.cancel(META)
-            (claim,) = await w.claim()
+            one, two = await w.claim()
             step = (("inference.n", "owed"),)
-            assert await w.store.settle([Settlement(claim.field, "a", ending, "{}", "", pushes=step)]) == [1]
+            assert await w.store.settle([Settlement(one.field, "a", ending, "{}", "", pushes=step)]) == [1]
+            assert await w.store.settle([Settlement(two.field, "a", "cancelled", "{}", "", pushes=step)]) == [1]
         assert status(valkey, "a") == "REVOKED"
         assert valkey.client.llen("inference.n") == 1
+        assert valkey.client.sismember(keys.QUEUES, "inference.n")
 
     run(test)
 

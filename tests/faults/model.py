@@ -66,6 +66,10 @@ def list_of(claim: str) -> str:
     return claim.partition(":")[2]
 
 
+def _is_of(claim: str, model: str) -> bool:
+    return not model or keys.parse_queue(keys.split_list(list_of(claim))[0])[0] == model
+
+
 def in_order(claims: Iterable[str]) -> list[str]:
     """Claims, the first first."""
     return sorted(claims, key=number_of)
@@ -86,6 +90,10 @@ class StoreModel:
         self.ready: set[str] = set()
         """Those of the scheduled tasks whose time has come."""
         self.marks: set[str] = set()
+        self.paid: set[str] = set()
+        """Those that had ended as cancelled and have paid their steps."""
+        self.turn: tuple[str, str] | None = None
+        """Who is alone, with what model."""
         self.unknown: set[str] = set()
         """Ids whose cancellation was asked for, and that are nowhere."""
         self.lately = False
@@ -122,7 +130,15 @@ class StoreModel:
             assert oldest == fields[claim], f"claimed {fields[claim]!r} before {oldest!r}"
         self.workers[wid].inflight |= fields
 
-    def start(self, wid: str, tasks: Sequence[tuple[str, str]]) -> list[int | tuple[int, int, int, int]]:
+    def alone(self, wid: str, model: str, for_s: float) -> int:
+        """Be the only worker that runs anything of a model."""
+        if self.turn and self.turn[0] != wid:
+            return -1
+        self.turn = (wid, model) if for_s else None
+        others = [self.workers[other] for other in self.members if other != wid]
+        return sum(_is_of(claim, model) for other in others for claim in other.started) if for_s else 0
+
+    def start(self, wid: str, tasks: Sequence[tuple[str, str]], wait: bool) -> list[int | tuple[int, int, int, int]]:
         """Mark claims as running."""
         worker, started, ended = self.workers[wid], [], []
         reply: list[int | tuple[int, int, int, int]] = []
@@ -135,6 +151,8 @@ class StoreModel:
             elif status in ("SUCCESS", "FAILURE"):
                 reply.append(-2)
                 ended.append(claim)
+            elif wait and self.turn and self.turn[0] != wid and _is_of(claim, self.turn[1]):
+                reply.append(-4)
             else:
                 tried = self.tried.get(task_id, {})
                 counts = [int(tried.get(name, 0)) for name in ("attempts", "crashes", "losses", "shared")]
@@ -177,9 +195,15 @@ class StoreModel:
             self.marks.discard(end.task_id)
             if fresh:
                 self.blobs -= set(end.blobs)
-            if fresh or ((marked or end.state == "cancelled") and before == "REVOKED"):
+            cancelled = (end.state == "cancelled" and (fresh or before == "REVOKED")) or (
+                marked and before == "REVOKED"
+            )
+            if (end.pushes or end.others) and (fresh or cancelled) and not (cancelled and end.task_id in self.paid):
+                if cancelled:
+                    self.paid.add(end.task_id)
                 for key, pushed in end.pushes:
                     self.lists[key].append(pushed)
+                    self.queues.add(keys.split_list(key)[0])
                 for other in end.others:
                     if self.status(other) not in TERMINAL:
                         self._write(other, State("FAILURE", {"of": other}), "failed")
@@ -385,5 +409,7 @@ class StoreModel:
         found |= {keys.SCHEDULED: set(self.scheduled), keys.CANCELLED: self.marks, "events:c": self.events}
         found[keys.SCHEDULED_MESSAGES] = {task_id: " ".join(where) for task_id, where in self.scheduled.items()}
         found |= {f"{keys.UNKNOWN_PREFIX}{task_id}": "1" for task_id in self.unknown}
+        found |= {f"{keys.PAID_PREFIX}{task_id}": "1" for task_id in self.paid}
+        found[keys.ALONE] = " ".join(self.turn or ())
         found |= {keys.TRIED: set(self.tried), keys.CANCELLED_LATELY: self.lately}
         return {key: value for key, value in found.items() if value}

@@ -103,8 +103,8 @@ def table(found: dict[str, Any]) -> str:
         lines += [
             "",
             f"Plain Celery's visibility timeout is {plain['visibility_timeout_s']} s here, one hour by default. "
-            f"{plain['took_nothing']} times one of its workers ran and took nothing for {ANSWER_TIMEOUT_S:.0f} s beside "
-            "a backlog, and was killed without a trial.",
+            f"{plain['took_nothing']} times one of its workers ran and took nothing for {ANSWER_TIMEOUT_S:.0f} s "
+            "beside a backlog, and was killed without a trial.",
         ]
     return "\n".join(lines)
 

@@ -352,15 +352,15 @@ class StoreMachine(RuleBasedStateMachine):
         worker.believed |= {claim: inflight[claim] for claim in expected}
 
     @precondition(lambda self: self.anybody_holds)
-    @rule(data=st.data(), lost=st.booleans())
-    def start(self, data: st.DataObject, lost: bool) -> None:
+    @rule(data=st.data(), lost=st.booleans(), wait=st.booleans())
+    def start(self, data: st.DataObject, lost: bool, wait: bool) -> None:
         worker = self.holding(data)
         tasks = [(claim, worker.believed[claim]) for claim in self.some_claims(data, worker)]
         verdicts = self.persist(
             worker,
             lost,
-            lambda: worker.store.start(tasks, worker.info),
-            lambda: self.model.start(worker.store.worker_id, tasks),
+            lambda: worker.store.start(tasks, worker.info, wait=wait),
+            lambda: self.model.start(worker.store.worker_id, tasks, wait),
         )
         self.let_go(worker, [claim for (claim, _), verdict in zip(tasks, verdicts, strict=True) if verdict in (-1, -2)])
 
@@ -368,9 +368,17 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), lost=st.booleans())
     def run(self, data: st.DataObject, lost: bool) -> None:
         """Start and settle, as most tasks go."""
-        self.start(data, lost)
+        self.start(data, lost, wait=True)
         if self.anybody_holds:
             self.settle(data, True, False, lost)
+
+    @rule(name=st.sampled_from(WORKERS), model=st.sampled_from(["m", "n", ""]), keep=st.booleans(), lost=st.booleans())
+    def alone(self, name: str, model: str, keep: bool, lost: bool) -> None:
+        for_s = 3600 if keep else 0
+        store = self.workers[name].store
+        self.persist(
+            self.workers[name], lost, lambda: store.alone(model, for_s), lambda: self.model.alone(name, model, for_s)
+        )
 
     # -- the ways out of a claim ------------------------------------------------------------------
 

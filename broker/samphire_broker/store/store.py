@@ -320,9 +320,10 @@ class Store:
         """End tasks or their attempts, at most `BATCH_MAX`; 1 for each that was still ours, 0 for each that was not."""
         args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [INLINE_RESULT_BYTES, keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
-        args += [keys.WAKE_CHANNEL, keys.TASK_PREFIX, _pack([_packed(settlement) for settlement in settlements])]
+        args += [keys.WAKE_CHANNEL, keys.TASK_PREFIX, keys.PAID_PREFIX]
+        args.append(_pack([_packed(settlement) for settlement in settlements]))
         key_names = [self._inflight, self._started, keys.DEAD, keys.CANCELLED]
-        key_names += [keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.TRIED]
+        key_names += [keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.TRIED, keys.QUEUES]
         ours: list[int] = await self._run("settle", key_names, args, self._endings)
         return ours
 

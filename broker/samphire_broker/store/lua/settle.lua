@@ -1,22 +1,23 @@
 -- settle: end claimed tasks, or this attempt of theirs; acknowledgement, result, event, next steps and dead letter, or
 -- the time of the next attempt, in one step.
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 dead   4 cancelled   5 scheduled   6 scheduled:messages
---       7 tried
+--       7 tried   8 sub:queues
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
 --       5 largest result that its event carries, if it is settled alone, so that who waits need not ask for it
 --       6 prefix of letters   7 lifetime of letters in s   8 worker id   9 channel to wake lanes
 --      10 prefix of task hashes
---      11 MessagePack: array of [field, task id ("" where it cannot be read), state, result (JSON, "" for a result
+--      11 prefix of the notes that a cancelled task has paid what it owes
+--      12 MessagePack: array of [field, task id ("" where it cannot be read), state, result (JSON, "" for a result
 --         that is to be ignored), stream ("" for none)], and for those that have any of it, as sixth, [claim checks
 --         to delete, pushes [[list, message], …], other tasks that end with this one [[task id, state, result,
 --         stream], …], [] or letter [letter id, model, reason, error, attempts, the last of them (JSON)], [] or, of a
 --         task that is retried, [delay in s, this attempt (JSON)]]
 -- Returns for each task 1, or 0 where the claim was lost: then nothing of it is written. Of a task that has ended
--- already the message is dropped and nothing else, but for its letter and the steps that a cancelled task owes: a
--- terminal state is written once a run. Events of a redriven task carry the number of its run.
+-- already the message is dropped and nothing else, but for its letter and the steps that a cancelled task owes, once
+-- however many messages it has: a terminal state is written once a run. Events of a redriven task carry the number of its run.
 -- HDEL, which needs no memory, is the first write, so the whole also goes through when memory is full.
 local call, match = redis.call, string.match
-local tasks = cmsgpack.unpack(ARGV[11])
+local tasks = cmsgpack.unpack(ARGV[12])
 local fields, metas, streams, lists, messages, some_retried = {}, {}, {}, {}, {}, false
 for n = 1, #tasks do
   local task = tasks[n]
@@ -62,6 +63,8 @@ if some_retried then
 end
 local some_tried = call('TYPE', KEYS[7]).ok == 'set'
 local some_cancelled = call('TYPE', KEYS[4]).ok == 'zset'
+local queues = call('TYPE', KEYS[8]).ok
+local may_name_queues = queues == 'set' or queues == 'none'
 local old = call('MGET', unpack(metas))
 local reply = {}
 for n = 1, #fields do
@@ -94,6 +97,10 @@ end
 local function pay(extra) -- what the end of a task owes to others
   for _, push in ipairs(extra[2]) do
     call('LPUSH', lists[push[1]], push[2])
+    local queue = may_name_queues and match(push[1], '^[^\6]*')
+    if queue and match(queue, '^inference%.') then -- a cancel looks for the next step where queues are known
+      call('SADD', KEYS[8], queue)
+    end
     call('PUBLISH', ARGV[9], push[1])
   end
   for _, other in ipairs(extra[3]) do
@@ -173,8 +180,11 @@ for n = 1, #tasks do
       if fresh and #extra[1] > 0 then
         call('UNLINK', unpack(extra[1]))
       end
-      if fresh or id == '' or ((marked or task[3] == 'cancelled') and before == 'revoked') then
-        pay(extra)
+      local cancelled = task[3] == 'cancelled' and (fresh or before == 'revoked') or marked and before == 'revoked'
+      if #extra[2] + #extra[3] > 0 and (cancelled or fresh or id == '') then
+        if not cancelled or call('SET', ARGV[11] .. id, '1', 'NX', 'EX', ARGV[2]) then
+          pay(extra)
+        end
       end
       if #extra[4] > 0 then
         bury(fields[n], id, task[5], extra[4], messages[n], run, history)
