@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from samphire import Client, SamphireError, Task, WorkerCrashError, keys
+from samphire import Client, EndpointTimeoutError, SamphireError, Task, WorkerCrashError, keys
 from samphire_broker.embedded.ports import LOOPBACK, choose_port
 from samphire_broker.embedded.triton import SHARED_MEMORY
 from tests.stacks import (
@@ -484,3 +484,22 @@ def test_suspects_are_alone_among_all_workers(tmp_path: Path, repository: Path) 
             assert innocent.result(60).outputs["y"].tolist() == [[2]]
             assert before[0] != up.ready["pids"]["triton"] or not before[1] & {p.pid for p in stubs(up, "deadly")}
         eventually(lambda: not server.exists(keys.ALONE, keys.TRIED), 10, "the end of their turns")
+
+
+def test_who_waits_for_another_worker_keeps_its_deadline(stack: Up, client: Client) -> None:
+    """While another worker is alone with a model nothing of it is started here; the other models go on."""
+    with stack.redis() as server:
+        server.sadd(keys.TRIED, "somebody's")
+        server.set(keys.ALONE, "elsewhere identity", px=60_000)
+        try:
+            patient = client.submit("identity", {"input_fp32": X})
+            hasty = client.submit("identity", {"input_fp32": X}, deadline_s=1)
+            with pytest.raises(EndpointTimeoutError, match="deadline"):
+                hasty.result(TIMEOUT_S)
+            assert client.submit("deadly", {"x": np.ones((1, 1), np.float32)}).result(TIMEOUT_S)
+            assert patient.status() == "queued"
+            server.delete(keys.ALONE)
+            assert patient.result(TIMEOUT_S)
+        finally:
+            server.delete(keys.ALONE)
+            server.srem(keys.TRIED, "somebody's")

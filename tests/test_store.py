@@ -707,7 +707,7 @@ def test_one_worker_is_alone_with_a_model(valkey: Valkey) -> None:
             assert [await one.store.alone(whom, 60) for whom in (model, "")] == [2, 2]
             assert await other.store.alone("", 60) == -1
             assert await other.store.alone("", 0) == -1, "it is not its to give back"
-            assert await other.start(claims) == [NOT_YET] * 3
+            assert await other.start(claims) == [0, 0, NOT_YET], "who has begun may go on"
             assert status(valkey, "c") is None
             marks = [(claims[2].field, "c")]
             assert await other.store.start(marks, other.info, wait=False) == [0]
@@ -718,6 +718,11 @@ def test_one_worker_is_alone_with_a_model(valkey: Valkey) -> None:
             assert await other.start(claims[2:]) == [0]
             assert await one.store.alone("", 0.05) == 1
             eventually(lambda: not valkey.client.exists(keys.ALONE), 5, "its end")
+            assert await one.store.alone("", 60) == 1
+            assert [claim.message for claim in await other.store.adopt(set())] == [b"c"], "an earlier lane's"
+            assert await one.store.alone("", 60) == 0, "it does not run any more"
+            beat = (await other.store.others())["w1"]
+            assert await other.store.reap("w1", beat, ATTEMPT) == (0, 0, 0)
             assert await other.store.alone("", 60) == 0
 
     run(test)

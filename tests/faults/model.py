@@ -138,6 +138,9 @@ class StoreModel:
         others = [self.workers[other] for other in self.members if other != wid]
         return sum(_is_of(claim, model) for other in others for claim in other.started) if for_s else 0
 
+    def _must_wait(self, wid: str, claim: str) -> bool:
+        return self.turn is not None and self.turn[0] != wid and _is_of(claim, self.turn[1])
+
     def start(self, wid: str, tasks: Sequence[tuple[str, str]], wait: bool) -> list[int | tuple[int, int, int, int]]:
         """Mark claims as running."""
         worker, started, ended = self.workers[wid], [], []
@@ -151,7 +154,7 @@ class StoreModel:
             elif status in ("SUCCESS", "FAILURE"):
                 reply.append(-2)
                 ended.append(claim)
-            elif wait and self.turn and self.turn[0] != wid and _is_of(claim, self.turn[1]):
+            elif self._must_wait(wid, claim) and wait and claim not in worker.started:
                 reply.append(-4)
             else:
                 tried = self.tried.get(task_id, {})
@@ -354,6 +357,8 @@ class StoreModel:
         started = [self._back_to_head(worker, claim, True) for claim in reversed(fields)]
         worker.started.clear()
         self.members.discard(wid)
+        if self.turn and self.turn[0] == wid:
+            self.turn = None
         return len(fields), sum(started), 0
 
     def leave(self, wid: str) -> None:

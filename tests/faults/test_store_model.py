@@ -350,6 +350,8 @@ class StoreMachine(RuleBasedStateMachine):
         expected = in_order(inflight.keys() - worker.believed.keys())
         assert [(c.field, c.message.decode()) for c in found] == [(claim, inflight[claim]) for claim in expected]
         worker.believed |= {claim: inflight[claim] for claim in expected}
+        for claim in expected:
+            self.model.workers[worker.store.worker_id].started.pop(claim, None)
 
     @precondition(lambda self: self.anybody_holds)
     @rule(data=st.data(), lost=st.booleans(), wait=st.booleans())

@@ -269,7 +269,10 @@ class Store:
         ]
 
     async def adopt(self, known: set[str]) -> list[Claimed]:
-        """Return what lies in the in-flight hash and is not in `known`: claims whose reply was lost."""
+        """Return what lies in the in-flight hash and is not in `known`: claims of lost replies, or of an earlier lane.
+
+        None of it runs, whatever that lane had started.
+        """
         self.some_tried = self.some_cancelled = True  # it is not known whether there are
         fields = [key_text(field) for field in await self._rest.execute("HKEYS", self._inflight)]
         lost = sorted((field for field in fields if field not in known), key=lambda field: int(field.split(":", 1)[0]))
@@ -280,6 +283,8 @@ class Store:
             if size <= self._settings.max_message_bytes:
                 message = await self._rest.execute("HGET", self._inflight, field) or b""
             found.append(Claimed(field, size, message))
+        if lost:
+            await self._rest.execute("HDEL", self._started, *lost)
         return found
 
     async def tried(self, task_ids: Sequence[str]) -> list[Tried]:
@@ -435,7 +440,7 @@ class Store:
         """
         lease = keys.WORKER_PREFIX + worker_id
         key_names = [lease, f"{lease}:info", f"{lease}:inflight", f"{lease}:started", keys.WORKERS]
-        key_names.append(keys.TRIED)
+        key_names += [keys.TRIED, keys.ALONE]
         args = [worker_id, "" if last_beat is None else last_beat, keys.META_PREFIX, keys.TASK_PREFIX]
         args += [self._settings.dead_letter_ttl_s, attempt]
         return Reaped(*await self._run("reap", key_names, args))

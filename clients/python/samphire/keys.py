@@ -22,13 +22,17 @@ Written by workers only:
                                          the terminal one, which expires
     task:<id>                    HASH    of a task tried before and not ended: attempts so far; crashes, those of them
                                          that took a worker or a model's process down; history, a JSON object for
-                                         each, comma between; losses: endpoints that died with it, no attempts; run,
-                                         if it was redriven; expires
+                                         each, comma between; losses: endpoints that died with it, no attempts;
+                                         shared: those of the crashes that took down what is everybody's, a model's
+                                         process or an endpoint; run, if it was redriven; expires
     scheduled                    ZSET    ids of tasks that wait for their time, by that time
     scheduled:messages           HASH    task id -> "<queue list> <message>"
     cancelled                    ZSET    ids of tasks that were cancelled before they were claimed, by time; trimmed
     cancelled:lately             STRING  present for a minute after a cancellation
     cancelled:unknown:<id>       STRING  somebody wanted to cancel what is no task; expires after seconds
+    cancelled:paid:<id>          STRING  a cancelled task has sent what follows it; expires
+    alone                        STRING  "<wid> <model or nothing>": no other worker starts anything of the model, or of
+                                         all; expires, and goes when its worker is reaped
     catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
                                          are all models; expires when no worker renews it
     tried                        SET     ids of the tasks that have a task:<id>; expires

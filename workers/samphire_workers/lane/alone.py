@@ -1,37 +1,48 @@
-"""One worker's turn to run something of a model that no other worker does meanwhile.
+"""Running something of a model that no other worker runs meanwhile.
 
 A model's process and an endpoint are everybody's: what takes them down is known only if nothing else ran on them,
-in any worker. The turn is a key on the broker that lapses unless it is kept, so a worker that dies holds up nobody.
+in any worker. One worker at a time holds a key on the broker for that; the key lapses unless it is kept, and whoever
+reaps a lost worker takes it away, so nobody is held up for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from samphire_broker.store import Store
 from samphire_workers.lane.persist import persist
 
-KEPT_S = 5.0
-"""A turn that was not asked for again lapses after this long."""
+KEPT_S = 20.0
+"""A key that was not asked for again lapses after this long: longer than a call of the broker may take."""
 KEEP_S = 1.0
 LOOK_S = 0.05
-"""Between two looks whether the turn has come."""
+LOOK_LEAST_S = 0.2
+"""Between two looks whether others are done, first and at most."""
+OTHERS_FIRST_S = 1.0
+"""Who has held the key for so long, for one task after the other, lets others begin something."""
 
 
 class Alone:
-    """Takes turns with the other workers, one at a time."""
+    """Holds the key for one task of this worker after the other."""
 
     def __init__(self, store: Store, is_ending: Callable[[], bool]) -> None:
         self._store = store
         self._is_ending = is_ending
         self._one = asyncio.Lock()
+        self._since = self._until = 0.0
 
     @asynccontextmanager
-    async def turn(self, model: str) -> AsyncIterator[None]:
-        """Be the only worker that starts anything of a model, or of all (""); what others began may go on."""
+    async def hold(self, model: str) -> AsyncIterator[None]:
+        """Let no other worker start anything of a model, or of all (""); what they have begun may go on."""
         async with self._one:
+            now = time.monotonic()
+            if now - self._since > OTHERS_FIRST_S:
+                if now - self._until < LOOK_LEAST_S and not self._is_ending():
+                    await asyncio.sleep(LOOK_LEAST_S + LOOK_S)
+                self._since = time.monotonic()
             while await self._ask(model) < 0 and not self._is_ending():
                 await asyncio.sleep(LOOK_S)
             async with asyncio.TaskGroup() as group:
@@ -41,11 +52,14 @@ class Alone:
                 finally:
                     keeper.cancel()
             await persist(lambda: self._store.alone(model, 0))
+            self._until = time.monotonic()
 
-    async def others_gone(self, model: str) -> None:
-        """Wait, within a turn, until no other worker runs anything of the model any more."""
-        while await self._ask(model) > 0 and not self._is_ending():
+    async def others_end(self, model: str, within_s: float) -> bool:
+        """Wait, holding the key, until no other worker runs anything of the model; False if that does not come true."""
+        until = time.monotonic() + within_s
+        while (under_way := await self._ask(model)) > 0 and time.monotonic() < until and not self._is_ending():
             await asyncio.sleep(LOOK_S)
+        return under_way == 0
 
     async def _ask(self, model: str) -> int:
         return await persist(lambda: self._store.alone(model, KEPT_S))

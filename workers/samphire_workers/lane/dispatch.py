@@ -28,7 +28,7 @@ from samphire_broker.settings import Settings
 from samphire_broker.store import CANCELLED, NOT_YET, Store, Tried, WorkerInfo
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching
-from samphire_workers.lane.alone import LOOK_S, Alone
+from samphire_workers.lane.alone import LOOK_LEAST_S, LOOK_S, Alone
 from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
 from samphire_workers.lane.endings import Endings, our_error
@@ -201,9 +201,12 @@ class Dispatcher:
         again: list[Request] = []
         async with asyncio.TaskGroup() as group:
             for request, before in zip(batch, tried, strict=True):
-                if before.losses >= LOSSES_MAX:
+                most = policy_for(request.infer, self._settings).max_attempts
+                if before.attempts >= most:
+                    again.append(request)  # it has had them all, and is not run
+                elif before.losses >= LOSSES_MAX:
                     group.create_task(self._run_alone(model, request, all_models=True, among_workers=True))
-                elif is_suspect(before, policy_for(request.infer, self._settings).max_attempts):
+                elif is_suspect(before, most):
                     group.create_task(self._run_alone(model, request, among_workers=before.shared > 0))
                 elif before.attempts:
                     again.append(request)
@@ -216,15 +219,24 @@ class Dispatcher:
         self, model: str, request: Request, *, all_models: bool = False, among_workers: bool = False
     ) -> None:
         whom = "" if all_models else model
-        gates = self._all_models.through(alone=all_models), self._turnstiles[model].through(alone=True)
-        # The turn comes first: who has passed the gates waits for no other worker, for that one may wait for this.
-        async with self._alone.turn(whom) if among_workers else nullcontext(), gates[0], gates[1]:
-            if among_workers:
-                await self._alone.others_gone(whom)
-            if self._ending is None:
-                await self._infer(model, await self._start([request], wait=False), alone=True)
-            else:
-                await self._release([request])
+        while self._ending is None:
+            # Who has passed the gates does not wait there until another worker is alone no more: that one may wait for
+            # what stands at these gates.
+            async with (
+                self._alone.hold(whom) if among_workers else nullcontext(),
+                self._all_models.through(alone=all_models),
+                self._turnstiles[model].through(alone=True),
+            ):
+                self._give_up_late([request])
+                if request.over:
+                    return
+                if not among_workers or await self._alone.others_end(whom, self._settings.triton_timeout_s):
+                    started = await self._try_start([request])
+                    if started is not None:
+                        await self._infer(model, started, alone=True)
+                        return
+            await asyncio.sleep(LOOK_S)
+        await self._release([request])
 
     async def _load(self, batch: Sequence[Request]) -> list[Request]:
         loaded: list[Request] = []
@@ -241,16 +253,33 @@ class Dispatcher:
         return loaded
 
     async def _start(self, batch: Sequence[Request], *, wait: bool = True) -> list[Request]:
+        look_s = LOOK_S
+        while (started := await self._try_start(batch, wait=wait)) is None:
+            await asyncio.sleep(look_s)
+            look_s = min(2 * look_s, LOOK_LEAST_S)
+            self._give_up_late(batch)
+            batch = [request for request in batch if not request.over]
+            for request in batch:
+                request.taken_in_at = time.monotonic()  # it is not the model that is slow
+            if self._ending is not None:
+                await self._release(batch)
+                return []
+        return started
+
+    def _give_up_late(self, batch: Sequence[Request]) -> None:
+        now = time.time()
+        for request in batch:
+            if request.times.deadline <= now and not request.over:
+                self._endings.give_up(request)
+
+    async def _try_start(self, batch: Sequence[Request], *, wait: bool = True) -> list[Request] | None:
+        """Start what may be started; None: another worker is alone with the model."""
         if not batch:
             return []
         marks = [(request.claim.field, request.task_id) for request in batch]
         verdicts = await persist(lambda: self._store.start(marks, self._info, wait=wait))
-        while NOT_YET in verdicts:
-            if self._ending is not None:
-                await self._release(batch)
-                return []
-            await asyncio.sleep(LOOK_S)
-            verdicts = await persist(lambda: self._store.start(marks, self._info))
+        if NOT_YET in verdicts:
+            return None
         started: list[Request] = []
         dropped: list[str] = []
         for request, verdict in zip(batch, verdicts, strict=True):
@@ -406,10 +435,7 @@ class Dispatcher:
             asked.clock = asyncio.get_running_loop().call_later(left_s, self._deadline_passed, asked)
 
     def _deadline_passed(self, asked: Asked) -> None:
-        now = time.time()
-        for request in asked.batch:
-            if request.times.deadline <= now and not request.over:
-                self._endings.give_up(request)
+        self._give_up_late(asked.batch)
         asked.stop_if_over(EndpointTimeoutError())
         self._watch_deadlines(asked)
 

@@ -111,9 +111,9 @@ class Endings:
         self.revoke(request, "cancelled")
 
     def give_up(self, request: Request) -> None:
-        """End a task whose deadline has passed while Triton works on it."""
+        """End a task whose deadline has passed while it is held; Triton may work on it."""
         request.over = True
-        self.fail(request, EndpointTimeoutError("the deadline has passed while the model worked"))
+        self.fail(request, EndpointTimeoutError("the deadline has passed before the model has answered"))
 
     async def run_errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
         """Do what a message that is no inference asks for, and end it; it has no result of its own."""

@@ -13,15 +13,17 @@ if ARGV[3] == '0' then
   redis.call('DEL', KEYS[1])
   return 0
 end
-redis.call('SET', KEYS[1], mine .. ARGV[2], 'PX', ARGV[3])
 local under_way = 0
 for _, worker in ipairs(redis.call('SMEMBERS', KEYS[2])) do
   if worker ~= ARGV[1] then
-    for _, field in ipairs(redis.call('HKEYS', ARGV[4] .. worker .. ':started')) do
+    local fields = redis.pcall('HKEYS', ARGV[4] .. worker .. ':started')
+    for _, field in ipairs(fields.err and {} or fields) do
       if ARGV[2] == '' or string.match(field, '^%d+:inference%.([^@\6]*)') == ARGV[2] then
         under_way = under_way + 1
       end
     end
   end
 end
+redis.call('PEXPIRE', KEYS[1], ARGV[3]) -- needs no memory, and lets the rest through when memory is full
+redis.call('SET', KEYS[1], mine .. ARGV[2], 'PX', ARGV[3])
 return under_way

@@ -1,6 +1,6 @@
 -- reap: return a lost worker's messages to the heads of their lists.
 -- KEYS  1 worker:<wid>   2 worker:<wid>:info   3 worker:<wid>:inflight   4 worker:<wid>:started   5 workers
---       6 tried
+--       6 tried   7 alone
 -- ARGV  1 wid   2 value of the lease's counter when its connection was last missed ("" if only a lapsed lease
 --       counts)   3 prefix of result keys   4 prefix of task hashes   5 lifetime of task hashes in s
 --       6 what to write of the attempts that were lost (JSON)
@@ -11,6 +11,10 @@ if beat and beat ~= ARGV[2] then
   return {-1, 0, 0}
 end
 redis.call('DEL', KEYS[1], KEYS[2])
+local alone = redis.pcall('GET', KEYS[7])
+if type(alone) == 'string' and string.sub(alone, 1, #ARGV[1] + 1) == ARGV[1] .. ' ' then
+  redis.call('DEL', KEYS[7])
+end
 redis.call('SCARD', KEYS[6]) -- fails before a message is moved if the key is of another type
 local moved, started = 0, 0
 local fields = redis.call('HKEYS', KEYS[3])

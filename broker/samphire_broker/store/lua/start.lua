@@ -35,7 +35,8 @@ for n = 1, #metas do
   elseif state == 'SUCCESS' or state == 'FAILURE' then
     reply[n] = -2
     ended[#ended + 1] = field
-  elseif alone and (alone_with == '' or string.match(field, '^%d+:inference%.([^@\6]*)') == alone_with) then
+  elseif alone and (alone_with == '' or string.match(field, '^%d+:inference%.([^@\6]*)') == alone_with)
+    and redis.call('HEXISTS', KEYS[2], field) == 0 then -- what was started before, by a call whose reply was lost, may go on
     reply[n] = -4
   else
     local s = #states
