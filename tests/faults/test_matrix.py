@@ -18,8 +18,8 @@ from tests.faults.stand import Stand
 LEASE_S = 3
 
 MOST_S = {
-    "worker-kill": 40,
-    "worker-stop": LEASE_S + 40,
+    "worker-kill": 20,
+    "worker-stop": LEASE_S + 20,
     "worker-restart": 10,
     "triton-kill": 30,
     "triton-stop": 40,
