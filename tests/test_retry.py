@@ -71,10 +71,13 @@ def test_what_cannot_pass_is_a_dead_letter_at_once(error: SamphireError, reason:
     assert decide(error, 1, inf, RetryPolicy(100, Backoff())) == DeadLetter(reason)
 
 
-@pytest.mark.parametrize("kind", [each for each in vars(errors).values() if inspect.isclass(each)], ids=str)
-def test_every_error_has_a_reason_that_letters_are_filtered_by(kind: type) -> None:
+ERRORS = [each for each in vars(errors).values() if inspect.isclass(each) and issubclass(each, SamphireError)]
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_every_error_has_a_reason_that_letters_are_filtered_by(kind: type[SamphireError]) -> None:
     """Also one that is added to the tree."""
-    assert not issubclass(kind, SamphireError) or reason_of(kind()) in REASONS
+    assert reason_of(kind()) in REASONS
 
 
 def test_a_model_fault_is_tried_again_and_keeps_its_reason() -> None:

@@ -694,7 +694,7 @@ def test_a_lost_workers_claims_return_and_only_started_ones_count(valkey: Valkey
 
 
 def test_one_worker_is_alone_with_a_model(valkey: Valkey) -> None:
-    """What others have under way is counted; they start nothing more of it until the turn is given back, or lapses."""
+    """What others have under way is counted; they start nothing more of it until that is given back, or lapses."""
 
     async def test() -> None:
         push(valkey, "a", "b", "c")

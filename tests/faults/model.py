@@ -92,7 +92,7 @@ class StoreModel:
         self.marks: set[str] = set()
         self.paid: set[str] = set()
         """Those that had ended as cancelled and have paid their steps."""
-        self.turn: tuple[str, str] | None = None
+        self.holder: tuple[str, str] | None = None
         """Who is alone, with what model."""
         self.unknown: set[str] = set()
         """Ids whose cancellation was asked for, and that are nowhere."""
@@ -132,14 +132,14 @@ class StoreModel:
 
     def alone(self, wid: str, model: str, for_s: float) -> int:
         """Be the only worker that runs anything of a model."""
-        if self.turn and self.turn[0] != wid:
+        if self.holder and self.holder[0] != wid:
             return -1
-        self.turn = (wid, model) if for_s else None
+        self.holder = (wid, model) if for_s else None
         others = [self.workers[other] for other in self.members if other != wid]
         return sum(_is_of(claim, model) for other in others for claim in other.started) if for_s else 0
 
     def _must_wait(self, wid: str, claim: str) -> bool:
-        return self.turn is not None and self.turn[0] != wid and _is_of(claim, self.turn[1])
+        return self.holder is not None and self.holder[0] != wid and _is_of(claim, self.holder[1])
 
     def start(self, wid: str, tasks: Sequence[tuple[str, str]], wait: bool) -> list[int | tuple[int, int, int, int]]:
         """Mark claims as running."""
@@ -198,9 +198,8 @@ class StoreModel:
             self.marks.discard(end.task_id)
             if fresh:
                 self.blobs -= set(end.blobs)
-            cancelled = (end.state == "cancelled" and (fresh or before == "REVOKED")) or (
-                marked and before == "REVOKED"
-            )
+            revoked = before == "REVOKED"
+            cancelled = (fresh and end.state == "cancelled") or (revoked and (marked or end.state == "cancelled"))
             if (end.pushes or end.others) and (fresh or cancelled) and not (cancelled and end.task_id in self.paid):
                 if cancelled:
                     self.paid.add(end.task_id)
@@ -357,8 +356,8 @@ class StoreModel:
         started = [self._back_to_head(worker, claim, True) for claim in reversed(fields)]
         worker.started.clear()
         self.members.discard(wid)
-        if self.turn and self.turn[0] == wid:
-            self.turn = None
+        if self.holder and self.holder[0] == wid:
+            self.holder = None
         return len(fields), sum(started), 0
 
     def leave(self, wid: str) -> None:
@@ -415,6 +414,6 @@ class StoreModel:
         found[keys.SCHEDULED_MESSAGES] = {task_id: " ".join(where) for task_id, where in self.scheduled.items()}
         found |= {f"{keys.UNKNOWN_PREFIX}{task_id}": "1" for task_id in self.unknown}
         found |= {f"{keys.PAID_PREFIX}{task_id}": "1" for task_id in self.paid}
-        found[keys.ALONE] = " ".join(self.turn or ())
+        found[keys.ALONE] = " ".join(self.holder or ())
         found |= {keys.TRIED: set(self.tried), keys.CANCELLED_LATELY: self.lately}
         return {key: value for key, value in found.items() if value}

@@ -32,17 +32,17 @@ class Alone:
         self._store = store
         self._is_ending = is_ending
         self._one = asyncio.Lock()
-        self._since = self._until = 0.0
+        self._began = self._ended = 0.0
 
     @asynccontextmanager
     async def hold(self, model: str) -> AsyncIterator[None]:
         """Let no other worker start anything of a model, or of all (""); what they have begun may go on."""
         async with self._one:
             now = time.monotonic()
-            if now - self._since > OTHERS_FIRST_S:
-                if now - self._until < LOOK_LEAST_S and not self._is_ending():
+            if now - self._began > OTHERS_FIRST_S:
+                if now - self._ended < LOOK_LEAST_S and not self._is_ending():
                     await asyncio.sleep(LOOK_LEAST_S + LOOK_S)
-                self._since = time.monotonic()
+                self._began = time.monotonic()
             while await self._ask(model) < 0 and not self._is_ending():
                 await asyncio.sleep(LOOK_S)
             async with asyncio.TaskGroup() as group:
@@ -52,7 +52,7 @@ class Alone:
                 finally:
                     keeper.cancel()
             await persist(lambda: self._store.alone(model, 0))
-            self._until = time.monotonic()
+            self._ended = time.monotonic()
 
     async def others_end(self, model: str, within_s: float) -> bool:
         """Wait, holding the key, until no other worker runs anything of the model; False if that does not come true."""

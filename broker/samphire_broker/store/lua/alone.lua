@@ -4,7 +4,7 @@
 --       4 prefix of worker keys
 -- Nobody else starts anything of the model meanwhile (`start.lua`). It is one key for all models: who needs it is rare.
 -- Returns how many tasks of the model other workers have started and not ended yet, or -1 if another worker is alone.
-local holder = redis.pcall('GET', KEYS[1]) -- a key of another type is nobody's turn
+local holder = redis.pcall('GET', KEYS[1]) -- a key of another type is nobody's
 local mine = ARGV[1] .. ' '
 if type(holder) == 'string' and string.sub(holder, 1, #mine) ~= mine then
   return -1

@@ -14,7 +14,8 @@
 --         task that is retried, [delay in s, this attempt (JSON)]]
 -- Returns for each task 1, or 0 where the claim was lost: then nothing of it is written. Of a task that has ended
 -- already the message is dropped and nothing else, but for its letter and the steps that a cancelled task owes, once
--- however many messages it has: a terminal state is written once a run. Events of a redriven task carry the number of its run.
+-- however many messages it has: a terminal state is written once a run. Events of a redriven task carry the number of
+-- its run.
 -- HDEL, which needs no memory, is the first write, so the whole also goes through when memory is full.
 local call, match = redis.call, string.match
 local tasks = cmsgpack.unpack(ARGV[12])
@@ -180,7 +181,7 @@ for n = 1, #tasks do
       if fresh and #extra[1] > 0 then
         call('UNLINK', unpack(extra[1]))
       end
-      local cancelled = task[3] == 'cancelled' and (fresh or before == 'revoked') or marked and before == 'revoked'
+      local cancelled = (fresh and task[3] == 'cancelled') or (before == 'revoked' and (marked or task[3] == 'cancelled'))
       if #extra[2] + #extra[3] > 0 and (cancelled or fresh or id == '') then
         if not cancelled or call('SET', ARGV[11] .. id, '1', 'NX', 'EX', ARGV[2]) then
           pay(extra)

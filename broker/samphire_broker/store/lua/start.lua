@@ -3,9 +3,10 @@
 -- ARGV  1 prefix of result keys   2 prefix of task hashes   3 host name   4 process id
 --       5 worker id, "" to start although another worker is alone   6 MessagePack: array of [field, task id]
 -- Returns for each task 0, or [attempts so far, those of them that took a worker or a model's process down, endpoints
--- that died with it, those of the crashes that took down what all workers share], or -1 (claim lost: not ours any more), or -2 (the task already ended: a terminal state is written once; the message is
--- dropped as a duplicate), or -3 (it is cancelled: it stays claimed and is to be settled as such), or -4 (another worker is
--- alone with its model: it stays claimed and is to be started later).
+-- that died with it, those of the crashes that took down what all workers share], or -1 (claim lost: not ours any
+-- more), or -2 (the task already ended: a terminal state is written once; the message is dropped as a duplicate), or -3
+-- (it is cancelled: it stays claimed and is to be settled as such), or -4 (another worker is alone with its model: it
+-- stays claimed and is to be started later).
 -- The running state has no lifetime of its own: settling, failing, releasing and reaping all replace it.
 local tail = ',"result":{"hostname":' .. cjson.encode(ARGV[3]) .. ',"pid":' .. ARGV[4] .. '}'
 tail = tail .. ',"traceback":null,"children":[],"date_done":null}'
@@ -20,7 +21,7 @@ local some_cancelled = redis.call('TYPE', KEYS[3]).ok == 'zset'
 local some_tried = redis.call('EXISTS', unpack(hashes)) > 0
 local alone, alone_with
 if ARGV[5] ~= '' then
-  local holder = redis.pcall('GET', KEYS[4]) -- a key of another type is nobody's turn
+  local holder = redis.pcall('GET', KEYS[4]) -- a key of another type is nobody's
   alone, alone_with = string.match(type(holder) == 'string' and holder or '', '^(%S+) (.*)$')
   alone = alone and alone ~= ARGV[5]
 end
@@ -36,7 +37,7 @@ for n = 1, #metas do
     reply[n] = -2
     ended[#ended + 1] = field
   elseif alone and (alone_with == '' or string.match(field, '^%d+:inference%.([^@\6]*)') == alone_with)
-    and redis.call('HEXISTS', KEYS[2], field) == 0 then -- what was started before, by a call whose reply was lost, may go on
+    and redis.call('HEXISTS', KEYS[2], field) == 0 then -- what a call whose reply was lost has started may go on
     reply[n] = -4
   else
     local s = #states
