@@ -96,7 +96,7 @@ class AsyncTask:
             SamphireError: what the task ended with.
         """
         look = self._look
-        if look == "once":
+        if isinstance(look, int):
             self._look = "now"  # its end may have been told to the first who asked
         result = await self._client._result(self.id, timeout_s, look)
         if delete:
@@ -259,8 +259,9 @@ class AsyncClient:
         queue, step, key = keys.queue_name(model, self.tenant), priority_step(priority), None
         if idempotency_key is not None:
             key = idempotency(idempotency_key, encode.request, task_id, self._idempotency_ttl_s)
+        epoch = self._waiter.epoch  # before the task can end
         known = await self._publisher.publish(queue, step, [message], blobs, key)
-        return AsyncTask(self, known, "often") if known else AsyncTask(self, task_id, "once")
+        return AsyncTask(self, known, "often") if known else AsyncTask(self, task_id, epoch)
 
     async def chain(
         self,

@@ -1,8 +1,9 @@
 """Waiting for results: one connection, however many tasks are awaited.
 
 The workers append the ids of the tasks that end to this client's stream; one blocking read on it tells
-which results to fetch, many at a time. What the stream cannot tell (tasks of other clients, events that
-were trimmed) is found by looking at the stored results themselves, ever more slowly.
+which results to fetch, many at a time. The stream is short, so it does not tell everything: of a task that was
+submitted before anybody read it, or before entries may have been trimmed unread, the stored result is looked at,
+at once. Tasks of other clients are looked at again and again, ever more slowly.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from samphire.errors import BrokerUnavailableError, ClientClosedError, ProtocolE
 from samphire.results import TERMINAL, InferResult, Status, decode_meta, result_of, status_of
 
 BLOCK_MS = 5000
+READ_MAX = 1000
+"""Most entries that one read returns: no more than the workers keep. So a read that returns fewer has missed none."""
 FETCH_BATCH = 256
 LOOK_MIN_S = 0.01
 LOOK_MAX_S = 0.5
@@ -27,7 +30,8 @@ RETRY_S = 0.25
 PASSED_MAX = 50_000
 """Ids of ended tasks that are kept in mind; with more, every wait begins with a look."""
 
-Look = Literal["never", "once", "now", "often"]
+Look = Literal["never", "now", "often"] | int
+"""How the stored result of a task is looked at: see `Waiter.expect`."""
 
 
 class Waiter:
@@ -43,6 +47,9 @@ class Waiter:
         self._foreign: set[str] = set()
         self._passed: set[str] = set()
         """Tasks whose end was seen in the stream while nobody waited for them."""
+        self.epoch = 0
+        """Raised whenever entries of the stream may have been missed; 0 while nobody reads it. The stream tells the end
+        of every task that was submitted in the present epoch."""
         self._look_now = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
@@ -51,12 +58,13 @@ class Waiter:
         """The future of a task's result, one for all who wait for it; do not cancel it, but `forget`.
 
         `look` at the stored result: "never" for a task that is submitted after this call (the stream will
-        tell), "once" for one of this client's that may have ended already, "now" for one that was awaited before,
-        "often" for one of others.
+        tell), "now" for one that was awaited before, "often" for one of others, and a number for one of this
+        client's that was submitted in that `epoch`: the result is looked at unless the stream tells.
         """
         if self._closed:
             raise ClientClosedError
         if not self._tasks:
+            self.epoch += 1
             loops = (self._read(), self._look(), self._sweep())
             self._tasks = [asyncio.create_task(loop) for loop in loops]
             for task in self._tasks:
@@ -68,10 +76,16 @@ class Waiter:
         if look == "often":
             self._foreign.add(task_id)
             self._look_now.set()
-        elif look == "now" or (look == "once" and (task_id in self._passed or len(self._passed) >= PASSED_MAX)):
+        elif look == "now" or (look != "never" and not self._stream_will_tell(task_id, look)):
             self._unseen.add(task_id)
             self._look_now.set()
         return future
+
+    def _stream_will_tell(self, task_id: str, epoch: int) -> bool:
+        if task_id in self._passed:
+            self._passed.discard(task_id)
+            return False
+        return epoch == self.epoch and len(self._passed) < PASSED_MAX
 
     def forget(self, task_ids: Iterable[str]) -> None:
         """One who called `expect` for these waits no longer."""
@@ -121,19 +135,37 @@ class Waiter:
 
     async def _read(self) -> None:
         """Follow this client's stream, until closed."""
-        last: bytes | str = "0-0"
-        command = ("XREAD", "COUNT", 1000, "BLOCK", BLOCK_MS, "STREAMS", self._stream)
+        last = b"0-0"
+        connected = True
+        command = ("XREAD", "COUNT", READ_MAX, "BLOCK", BLOCK_MS, "STREAMS", self._stream)
         while not self._closed:
             try:
+                if not connected:
+                    last, connected = await self._still_there(last), True
                 for _, entries in await self._events.execute(*command, last, timeout_s=3 * BLOCK_MS / 1000) or ():
+                    if len(entries) >= READ_MAX:
+                        self._may_have_missed()
                     for _, fields in entries:
                         await self._ended(dict(zip(fields[::2], fields[1::2], strict=True)))
                     last = entries[-1][0]
             except BrokerUnavailableError:
+                connected = False
+                self._may_have_missed()
                 await asyncio.sleep(RETRY_S)
             except SamphireError as error:
                 self._fail_all(error)
                 await asyncio.sleep(RETRY_S)
+
+    async def _still_there(self, last: bytes) -> bytes:
+        """Where to go on reading: a broker that has lost the stream, and whose clock is late, begins with smaller ids."""
+        newest = await self._events.execute("XREVRANGE", self._stream, "+", "-", "COUNT", 1)
+        return last if newest and _numbers(newest[0][0]) >= _numbers(last) else b"0-0"
+
+    def _may_have_missed(self) -> None:
+        """The stream may not have told everything: what is awaited is looked at, all together."""
+        self.epoch += 1
+        self._unseen.update(self._futures)
+        self._look_now.set()
 
     async def _ended(self, fields: dict[bytes, bytes]) -> None:
         result = fields.pop(b"result", None)
@@ -216,3 +248,7 @@ class Waiter:
 
     async def _blob(self, key: str, size: int) -> bytes | None:
         return await read_blob(self._reads, key, size)
+
+
+def _numbers(entry_id: bytes) -> tuple[int, ...]:
+    return tuple(map(int, entry_id.split(b"-")))
