@@ -157,7 +157,7 @@ class Waiter:
                 await asyncio.sleep(RETRY_S)
 
     async def _still_there(self, last: bytes) -> bytes:
-        """Where to go on reading: a broker that has lost the stream, and whose clock is late, begins with smaller ids."""
+        """Where to go on: a broker that has lost the stream, and whose clock is late, begins with smaller ids."""
         newest = await self._events.execute("XREVRANGE", self._stream, "+", "-", "COUNT", 1)
         return last if newest and _numbers(newest[0][0]) >= _numbers(last) else b"0-0"
 
