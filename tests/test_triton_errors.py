@@ -20,6 +20,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from samphire import (
     Backoff,
+    Client,
     EndpointTimeoutError,
     EndpointUnavailableError,
     InvalidInputError,
@@ -30,7 +31,7 @@ from samphire import (
     UnknownModelError,
 )
 from samphire_broker.retry import Retry, RetryPolicy, decide
-from samphire_workers.triton import EndpointDiedError, StubDiedError, translate
+from samphire_workers.triton_errors import EndpointDiedError, StubDiedError, translate
 from tests.stacks import Up, running_stack
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
@@ -170,6 +171,42 @@ def test_messages_over_a_limit(up: Up) -> None:
         assert_documented(what, code, details, PayloadTooLargeError)
 
 
+def says(how: str, model: str = "misbehaving") -> service_pb2.ModelInferRequest:
+    message = service_pb2.ModelInferRequest(model_name=model)
+    message.inputs.add(name="how", datatype="BYTES", shape=[1, 1])
+    message.raw_input_contents.append(len(how).to_bytes(4, "little") + how.encode())
+    return message
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "raise:Connection reset by peer",
+        "internal:Connection reset by peer",
+        "internal:Stub process is not healthy",
+        "not_found:my own model is not found",
+        "large:100000",
+    ],
+)
+def test_a_models_own_words_are_the_models_fault(stub: Stub, how: str) -> None:
+    """Whatever they resemble."""
+    code, details = provoke(lambda: stub.ModelInfer(says(how), timeout=20))
+    assert type(translate(code, details)) is ModelFaultError, (code, details[:200])
+
+
+def test_a_status_of_the_models_own_choice(client: Client, stack: Up) -> None:
+    """The server and the model are ready: it is the model that says so, which costs an attempt each time."""
+    for how in ("unavailable:my database is away", "cancelled:I give up", "not_found:x", "large:100000"):
+        inputs = {"how": np.array([[how.encode()]], np.object_)}
+        with pytest.raises(ModelFaultError) as caught:
+            client.submit("misbehaving", inputs, max_attempts=2, backoff=Backoff(0.01)).result(30)
+        assert (
+            "x" * 1000 in str(caught.value) if how.startswith("large") else how.partition(":")[2] in str(caught.value)
+        )
+    log = stack.worker_log()
+    assert "misbehaving is away" not in log and "misbehaving was reloaded" not in log
+
+
 def test_the_server_hangs_and_dies(up: Up, stub: Stub) -> None:
     """With a request under way, and with none."""
     under_way = stub.ModelInfer.future(slow(20), timeout=60)
@@ -182,10 +219,3 @@ def test_the_server_hangs_and_dies(up: Up, stub: Stub) -> None:
     assert_documented("server killed", ending.code(), ending.details(), EndpointDiedError)
     code, details = provoke(lambda: stub.ModelInfer(slow(0), timeout=5))
     assert_documented("server away", code, details, EndpointUnavailableError)
-
-
-@pytest.mark.parametrize("details", ["Received RST_STREAM with error code 2", "Stream removed", "Connection reset"])
-def test_a_broken_connection_is_no_models_fault(details: str) -> None:
-    """Whatever status gRPC gives it."""
-    for code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
-        assert type(translate(code, details)) is EndpointDiedError

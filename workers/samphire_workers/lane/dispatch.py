@@ -38,7 +38,8 @@ from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.request import Request, fetch, has_refs, load
 from samphire_workers.lane.turnstile import Turnstile
-from samphire_workers.triton import Endpoint, EndpointDiedError, Running, StubDiedError, Tensor
+from samphire_workers.triton import Endpoint, Running, Tensor
+from samphire_workers.triton_errors import EndpointDiedError, StubDiedError
 
 logger = logging.getLogger(__name__)
 
