@@ -26,6 +26,11 @@ SAMPHIRE = str(Path(sys.executable).parent / "samphire")
 TEST_MODELS = Path(__file__).parent / "models"
 PORT_FLAGS = ("--broker-port", "--triton-grpc-port", "--triton-http-port", "--triton-metrics-port", "--flower-port")
 
+JOINED = {
+    "SAMPHIRE_MICRO_BATCH": json.dumps(dict.fromkeys(("deadly", "flaky", "picky", "slow", "versions"), True)),
+}
+"""The test models that are joined although their configs do not say so: Triton itself is to join nothing of theirs."""
+
 
 def clean_environment() -> dict[str, str]:
     """The environment without what would redirect a stack."""
@@ -154,7 +159,7 @@ def start_up(folder: Path, *options: str, data_dir: Path | None = None, env: dic
             [*command, *options],
             stdout=out,
             stderr=out,
-            env={**clean_environment(), **(env or {})},
+            env={**clean_environment(), **JOINED, **(env or {})},
             start_new_session=True,
         )
     return Up(process, ready_file, data_dir, output)

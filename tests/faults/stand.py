@@ -145,7 +145,7 @@ class Stand:
         self.broker_port = choose_port(0, "")
         self.outstanding = outstanding
         self.rest_s = rest_s
-        self._variables = dict(settings or {})
+        self._variables = {"SAMPHIRE_MICRO_BATCH": '{"recorder": true}', **(settings or {})}
         self.broker = Part(self._broker_spec())
         self.broker_url = self.broker.spec.address
         ports = {choose_port(0, "") for _ in range(20)} - {self.broker_port}

@@ -196,6 +196,8 @@ class Endpoint:
             outputs={tensor.name: _spec(tensor) for tensor in config.output},
             max_batch_size=config.max_batch_size,
             decoupled=config.model_transaction_policy.decoupled,
+            dynamic_batching=config.HasField("dynamic_batching"),
+            sequence_batching=config.HasField("sequence_batching"),
         )
 
     async def models(self, *, ready: bool = False) -> set[str]:

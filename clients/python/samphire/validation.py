@@ -35,6 +35,10 @@ class ModelSignature:
     outputs: Mapping[str, TensorSpec]
     max_batch_size: int
     decoupled: bool = False
+    dynamic_batching: bool = False
+    """The model's config lets requests be joined along the batch dimension: its rows do not depend on each other."""
+    sequence_batching: bool = False
+    """The model keeps state between the requests of a sequence."""
 
     @property
     def champion(self) -> str:

@@ -11,6 +11,8 @@ import msgspec
 
 from samphire import keys
 from samphire.errors import EndpointUnavailableError, SamphireError, TransientError, UnknownModelError
+from samphire.validation import ModelSignature
+from samphire_broker.settings import Settings
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane.request import Checker
 from samphire_workers.triton import Endpoint
@@ -29,9 +31,11 @@ CHECK_S = 0.5
 class Catalogue:
     """Checkers by model name."""
 
-    def __init__(self, endpoints: Endpoints, max_request_bytes: int) -> None:
+    def __init__(self, endpoints: Endpoints, settings: Settings) -> None:
         self._endpoints = endpoints
-        self._max_request_bytes = max_request_bytes
+        self._settings = settings
+        self._not_joined: dict[str, ModelSignature] = {}
+        """Models that have answered a micro-batch with another number of rows than it had, as they were then."""
         self._checkers: dict[str, tuple[Checker, float]] = {}
         self._used: set[str] = set()
         self.queues: set[str] = set()
@@ -87,10 +91,29 @@ class Catalogue:
             raise
         checker, _ = self._checkers.get(model, (None, 0.0))
         if checker is None or checker.signature != signature:  # else what it has checked already still holds
-            checker = Checker(signature, self._max_request_bytes)
+            checker = Checker(signature, self._settings, may_join=self._not_joined.get(model) != signature)
         self._checkers[model] = (checker, time.monotonic())
         self._endpoints.restore(endpoint, model)
         return checker
+
+    def joins(self, model: str) -> bool:
+        """Whether requests of a model are joined, as far as it is known."""
+        found = self._checkers.get(model)
+        return found is not None and found[0].joins
+
+    def join_no_more(self, signature: ModelSignature, error: SamphireError) -> None:
+        """Ask a model for one request at a time from now on, until its signature changes; say so once."""
+        if self._not_joined.get(signature.name) == signature:
+            return
+        self._not_joined[signature.name] = signature
+        checker = Checker(signature, self._settings, may_join=False)
+        self._checkers[signature.name] = (checker, time.monotonic())
+        logger.warning(
+            "%s. Its requests are not joined any more, each is asked alone. Take dynamic_batching out of its config if "
+            "its rows depend on each other",
+            error,
+            extra={"action": "join_no_more"},
+        )
 
     async def no_answer(self, endpoint: Endpoint, model: str) -> None:
         """A model did not answer on an endpoint: it is away there, or the whole endpoint is."""

@@ -29,6 +29,7 @@ from samphire_broker.store import CANCELLED, NOT_YET, Store, Tried, WorkerInfo
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching
 from samphire_workers.lane.alone import LOOK_LEAST_S, LOOK_S, Alone
+from samphire_workers.lane.answers import UnevenRowsError, check_answer
 from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
 from samphire_workers.lane.endings import Endings, our_error
@@ -36,7 +37,7 @@ from samphire_workers.lane.events import TaskEvents
 from samphire_workers.lane.outcome import TimeLimitError
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
-from samphire_workers.lane.request import Request, fetch, has_refs, load
+from samphire_workers.lane.request import MICRO_BATCH, Request, fetch, has_refs, load
 from samphire_workers.lane.turnstile import Turnstile
 from samphire_workers.triton import Endpoint, Running, Tensor
 from samphire_workers.triton_errors import EndpointDiedError, StubDiedError
@@ -350,6 +351,12 @@ class Dispatcher:
         elif len(batch) == 1 or isinstance(error, EndpointTimeoutError):
             for request in batch:  # a time-out is nobody's content, and asking again at once piles up
                 self._endings.fail(request, error)
+        elif isinstance(error, UnevenRowsError):
+            if (signature := batch[0].signature) is not None:
+                self._catalogue.join_no_more(signature, error)
+            async with asyncio.TaskGroup() as group:
+                for request in batch:
+                    group.create_task(self._infer(model, [request]))
         else:  # somebody's content: find out whose
             middle = len(batch) // 2
             await self._infer(model, batch[:middle])
@@ -357,7 +364,7 @@ class Dispatcher:
 
     async def _ask(self, model: str, batch: list[Request], *, alone: bool = False) -> list[list[Tensor]]:
         infer = batch[0].request
-        parameters = {name: value for name, value in infer.parameters.items() if name != "micro_batch"}
+        parameters = {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH}
         endpoint = self._endpoints.pick(model)
         asked, asked_at, timeout_s = Asked(batch), time.monotonic(), 0.0
         self._asked.add(asked)  # before the turnstile: who waits there can be cancelled, and expires
@@ -421,7 +428,15 @@ class Dispatcher:
             self._pace.took(model, time.monotonic() - batch[0].taken_in_at)
         if self._beyond_reload:
             self._beyond_reload.discard((endpoint.url, model))
+        self._check(batch, outputs)
         return batching.split(batch, outputs)
+
+    def _check(self, batch: Sequence[Request], outputs: Sequence[Tensor]) -> None:
+        signature, infer = batch[0].signature, batch[0].request
+        assert signature is not None
+        rows = sum(request.rows for request in batch)
+        even = len(batch) > 1 or self._catalogue.joins(signature.name)
+        check_answer(signature, [output.name for output in infer.outputs], rows, outputs, even=even)
 
     @asynccontextmanager
     async def _through(self, model: str) -> AsyncIterator[None]:

@@ -89,7 +89,7 @@ class Lane:
         self._watch = watch
         self._planner = QueuePlanner(settings.queue_weights)
         self._planner.add([keys.INTAKE])
-        self._catalogue = Catalogue(endpoints, settings.max_request_bytes)
+        self._catalogue = Catalogue(endpoints, settings)
         self._held: dict[str, tuple[str, int]] = {}
         """Model and bytes of what is between claim and settlement, by claim."""
         self._requests: dict[str, Request] = {}

@@ -54,6 +54,11 @@ FORM_MAX_CHARACTERS = 64 * 2**10
 _STREAM = re.compile(re.escape(keys.STREAM_PREFIX) + r"[A-Za-z0-9-]{1,64}")
 _ID_IN_TAIL = re.compile(rb'"correlation_id": ?"([^"\\]{1,255})"')
 _STREAM_IN_TAIL = re.compile(rb'"samphire_stream": ?"([^"\\]{1,80})"')
+MICRO_BATCH = "micro_batch"
+"""A parameter for the lane, which the model does not see: false keeps a request alone, "tenant" joins it with requests
+of its own tenant only."""
+OWN_TENANT = "tenant"
+MICRO_BATCH_WISHES = (None, True, False, OWN_TENANT)
 _SOLO_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
 _decode_json = msgspec.json.Decoder().decode
 _encode_json = msgspec.json.Encoder(order="deterministic").encode
@@ -89,6 +94,8 @@ class Request:
     """Bytes that the tensors will take once they are loaded."""
     json_values: bool = False
     """The inputs came as JSON values, so the outputs go back as such."""
+    signature: ModelSignature | None = None
+    """Of the model, as the request was checked against it."""
     batch_key: object = None
     """Equal for requests that may share a micro-batch; None: none may."""
     attempts: int = 0
@@ -257,9 +264,13 @@ class Checked(NamedTuple):
 class Checker:
     """Checks requests against one model. Requests alike in all but their numbers are checked once."""
 
-    def __init__(self, signature: ModelSignature, max_request_bytes: int) -> None:
+    def __init__(self, signature: ModelSignature, settings: Settings, *, may_join: bool = True) -> None:
         self.signature = signature
-        self._max_request_bytes = max_request_bytes
+        self._max_request_bytes = settings.max_request_bytes
+        self._separate_tenants = settings.separate_tenants
+        wanted = settings.micro_batch.get(signature.name, signature.dynamic_batching)
+        self.joins = may_join and wanted and signature.max_batch_size > 0 and not signature.sequence_batching
+        """Whether requests of the model are joined into micro-batches."""
         self._known: dict[object, Checked] = {}
 
     def check(self, request: Request) -> None:
@@ -269,13 +280,14 @@ class Checker:
             InvalidInputError: it does not fit the model, or its parts contradict each other.
         """
         infer = request.request
-        form = _form(infer)
+        form = _form(infer, self._separate_tenants)
         found = self._known.get(form) if form is not None else None
         if found is None:
             found = self._check(request)
             if form is not None and len(self._known) < FORMS_MAX:
                 self._known[form] = found
         request.rows, request.version, request.nbytes, request.batch_key = found
+        request.signature = self.signature
 
     def _check(self, request: Request) -> Checked:
         infer = request.request
@@ -285,14 +297,31 @@ class Checker:
         sizes = [(source.name, _size(source)) for source in sources]
         check_request_size(sizes, self._max_request_bytes)
         request.json_values = any(source.data is not UNSET for source in sources)
-        return Checked(rows, version, sum(size for _, size in sizes), _batch_key(infer, version, self.signature))
+        return Checked(rows, version, sum(size for _, size in sizes), self._batch_key(infer, version))
+
+    def _batch_key(self, infer: InferRequest, version: str) -> object:
+        """What requests must have in common to share a micro-batch; None where none may."""
+        wish = infer.parameters.get(MICRO_BATCH)
+        if wish not in MICRO_BATCH_WISHES:
+            raise InvalidInputError(
+                f"parameter {MICRO_BATCH!r}: expected true, false or {OWN_TENANT!r}, given {str(wish)[:100]!r}"
+            )
+        if not self.joins or wish is False or any(name in infer.parameters for name in _SOLO_PARAMETERS):
+            return None
+        return (
+            version,
+            infer.tenant if self._separate_tenants or wish == OWN_TENANT else None,
+            tuple((t.name, t.datatype, *t.shape[1:]) for t in infer.inputs),
+            tuple(output.name for output in infer.outputs),
+            _encode_json(infer.parameters) if infer.parameters else b"",
+        )
 
 
-def _form(infer: InferRequest) -> object:
+def _form(infer: InferRequest, separate_tenants: bool) -> object:
     """What the check of a small request depends on; None where it depends on more."""
     if infer.parameters or infer.outputs or infer.model_version:
         return None
-    parts: list[object] = []
+    parts: list[object] = [infer.tenant] if separate_tenants else []
     for tensor in infer.inputs:
         if tensor.datatype == "BYTES" or not isinstance(tensor.raw, str) or len(tensor.raw) > FORM_MAX_CHARACTERS:
             return None
@@ -390,19 +419,3 @@ async def _redeem(name: str, ref: Ref, store: Store) -> bytes:
             f"input {name!r}: the bytes behind {ref.key!r} have sha256 {digest}, the request says {ref.sha256[:64]}"
         )
     return data
-
-
-def _batch_key(infer: InferRequest, version: str, signature: ModelSignature) -> object:
-    """What requests must have in common to share a micro-batch; None where none may."""
-    if (
-        not signature.max_batch_size
-        or infer.parameters.get("micro_batch") is False
-        or any(name in infer.parameters for name in _SOLO_PARAMETERS)
-    ):
-        return None
-    return (
-        version,
-        tuple((t.name, t.datatype, *t.shape[1:]) for t in infer.inputs),
-        tuple(output.name for output in infer.outputs),
-        _encode_json(infer.parameters) if infer.parameters else b"",
-    )
