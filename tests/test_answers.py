@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from samphire import Backoff, Client, ModelFaultError, ModelSignature, TensorSpec
 from samphire_broker.settings import Settings
 from samphire_workers.lane.answers import UnevenRowsError, check_answer
-from samphire_workers.lane.request import Checker
+from samphire_workers.lane.checking import Checker
 from samphire_workers.triton import Tensor
 from tests.stacks import Up
 

@@ -50,7 +50,8 @@ Written by workers only:
                                          died_at, history (JSON array), run, stream; expires
 
 Written as Celery does, by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups
-and chords; expire) and _kombu.binding.<exchange> (one for each queue name that a next step names).
+and chords; expire; .b, the body of a chord, is ours) and _kombu.binding.<exchange> (one for each queue name that a next
+step names).
 
 A worker's connection is named `samphire:<wid>`. Scripts get every key that they touch either as KEYS or
 as a prefix named in their first lines; Redis Cluster is not supported.

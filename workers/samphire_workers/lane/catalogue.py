@@ -14,7 +14,7 @@ from samphire.errors import EndpointUnavailableError, SamphireError, TransientEr
 from samphire.validation import ModelSignature
 from samphire_broker.settings import Settings
 from samphire_workers.endpoints import Endpoints
-from samphire_workers.lane.request import Checker
+from samphire_workers.lane.checking import Checker
 from samphire_workers.triton import Endpoint
 
 logger = logging.getLogger(__name__)

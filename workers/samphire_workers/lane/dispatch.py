@@ -32,12 +32,13 @@ from samphire_workers.lane.alone import LOOK_LEAST_S, LOOK_S, Alone
 from samphire_workers.lane.answers import UnevenRowsError, check_answer
 from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
+from samphire_workers.lane.checking import MICRO_BATCH
 from samphire_workers.lane.endings import Endings, our_error
 from samphire_workers.lane.events import TaskEvents
 from samphire_workers.lane.outcome import TimeLimitError
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
-from samphire_workers.lane.request import MICRO_BATCH, Request, fetch, has_refs, load
+from samphire_workers.lane.request import Request, fetch, has_refs, load
 from samphire_workers.lane.turnstile import Turnstile
 from samphire_workers.triton import Endpoint, Running, Tensor
 from samphire_workers.triton_errors import EndpointDiedError, StubDiedError

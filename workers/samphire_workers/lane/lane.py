@@ -32,6 +32,7 @@ from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching, outcome
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.catalogue import Catalogue
+from samphire_workers.lane.checking import Checker
 from samphire_workers.lane.chores import keep_clock, tell_clients, watch_letters
 from samphire_workers.lane.dispatch import Dispatcher
 from samphire_workers.lane.endings import Endings, our_error
@@ -39,7 +40,7 @@ from samphire_workers.lane.events import TaskEvents
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.planner import QueuePlanner
-from samphire_workers.lane.request import Checker, Request, home_of, read
+from samphire_workers.lane.request import Request, home_of, read
 from samphire_workers.lane.settler import Settler
 from samphire_workers.lane.wake import QueueWatch
 
