@@ -402,6 +402,14 @@ class Store:
         key_names = [self._inflight, self._started, keys.TRIED]
         return int(await self._run("release", key_names, [*args, *fields]))
 
+    async def give_back(self) -> None:
+        """Hand back whatever lies in the in-flight hash, as if it had not been claimed."""
+        fields = [key_text(field) for field in await self._rest.execute("HKEYS", self._inflight)]
+        fields.sort(key=lambda field: int(field.split(":", 1)[0]))
+        while fields:  # the last claimed go back first, so the order is kept
+            last, fields = fields[-BATCH_MAX:], fields[:-BATCH_MAX]
+            await self.release(last)
+
     async def route(self, moves: Sequence[tuple[str, str, str]]) -> int:
         """Move claims (field, queue, list) on to other queues; returns how many were still ours."""
         args: list[Argument] = [keys.WAKE_CHANNEL]

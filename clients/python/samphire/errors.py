@@ -12,6 +12,7 @@
     │   ├── QueueFullError             the model's queue has reached its limit
     │   └── BrokerMemoryFullError      the broker has reached 80 % of its memory
     ├── ModelFaultError            the model raised, or answered what it must not
+    ├── InternalError              a bug of Samphire's, and not of the caller's
     ├── WorkerCrashError           the task took down every worker that tried it
     ├── TaskGoneError              the task ended without a result
     │   ├── TaskExpiredError       its time ran out before it was started
@@ -86,6 +87,13 @@ class BrokerMemoryFullError(TransientError):
 
 class ModelFaultError(SamphireError):
     """The model failed."""
+
+
+class InternalError(SamphireError):
+    """Samphire has a bug."""
+
+    traceback_text = ""
+    """Where it happened, as far as that is known here: a worker keeps it in the history of the task."""
 
 
 class WorkerCrashError(SamphireError):

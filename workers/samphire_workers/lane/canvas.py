@@ -48,6 +48,7 @@ from samphire.contract import (
 from samphire.envelope import encode_task, new_task_id
 from samphire.errors import BrokerUnavailableError, InvalidInputError, SamphireError, error_from_name
 from samphire_broker.store import OtherEnd
+from samphire_workers.lane.faults import is_shortage, our_error
 from samphire_workers.lane.outcome import Steps
 from samphire_workers.lane.request import Request
 
@@ -358,7 +359,10 @@ async def _in_thread(thread: ThreadPoolExecutor, work: Callable[..., T], *args: 
         except BaseException as error:  # noqa: BLE001
             return None, error
 
-    result, error = await asyncio.get_running_loop().run_in_executor(thread, run)
+    try:
+        result, error = await asyncio.get_running_loop().run_in_executor(thread, run)
+    except RuntimeError as no_thread:
+        raise our_error(no_thread) from no_thread
     if error is None:
         return result  # type: ignore[return-value]
     raise _translated(error) from error
@@ -367,6 +371,8 @@ async def _in_thread(thread: ThreadPoolExecutor, work: Callable[..., T], *args: 
 def _translated(error: BaseException) -> SamphireError:
     if isinstance(error, SamphireError):
         return error
+    if is_shortage(error):
+        return our_error(error)
     cause = error.__cause__ if isinstance(error, OperationalError) else error
     if isinstance(cause, RedisError | OSError):
         known = translate(cause)

@@ -16,7 +16,6 @@ from typing import Protocol
 from samphire.errors import (
     EndpointTimeoutError,
     EndpointUnavailableError,
-    ModelFaultError,
     QueueFullError,
     SamphireError,
     TaskCancelledError,
@@ -33,8 +32,9 @@ from samphire_workers.lane.answers import UnevenRowsError, check_answer
 from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
 from samphire_workers.lane.checking import MICRO_BATCH
-from samphire_workers.lane.endings import Endings, our_error
+from samphire_workers.lane.endings import Endings
 from samphire_workers.lane.events import TaskEvents
+from samphire_workers.lane.faults import ShortageError, our_error
 from samphire_workers.lane.outcome import TimeLimitError
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
@@ -349,7 +349,7 @@ class Dispatcher:
             await self._release(batch, blamed=blamed, endpoint_died=True)
         elif isinstance(error, EndpointUnavailableError | QueueFullError):
             await self._release(batch)
-        elif len(batch) == 1 or isinstance(error, EndpointTimeoutError):
+        elif len(batch) == 1 or isinstance(error, EndpointTimeoutError | ShortageError):
             for request in batch:  # a time-out is nobody's content, and asking again at once piles up
                 self._endings.fail(request, error)
         elif isinstance(error, UnevenRowsError):
@@ -420,8 +420,7 @@ class Dispatcher:
         except SamphireError:
             raise
         except Exception as error:
-            logger.exception("a micro-batch failed", extra={"action": "batch_failed"})
-            raise ModelFaultError(f"the request could not be sent: {error!r}") from error
+            raise our_error(error) from error
         finally:
             self._asked.discard(asked)
             if asked.clock is not None:

@@ -112,13 +112,21 @@ class CeleryEvents:
 
     async def run(self) -> None:
         """Send what there is every quarter of a second, for ever."""
-        with ThreadPoolExecutor(1, thread_name_prefix="samphire-events") as thread:
-            loop = asyncio.get_running_loop()
-            while True:
-                await asyncio.sleep(FLUSH_S)
-                if self._buffer:
-                    buffer, self._buffer = self._buffer, []
-                    await loop.run_in_executor(thread, self._send, buffer)
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="samphire-events") as thread:
+                while True:
+                    await asyncio.sleep(FLUSH_S)
+                    if self._buffer:
+                        await self._flush(thread)
+        finally:
+            self._close()
+
+    async def _flush(self, thread: ThreadPoolExecutor) -> None:
+        buffer, self._buffer = self._buffer, []
+        try:
+            await asyncio.get_running_loop().run_in_executor(thread, self._send, buffer)
+        except RuntimeError as error:  # no thread to be had: a monitor is not worth a lane
+            logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})
 
     def _went_wrong(self, kind: str, request: Request, error: SamphireError) -> None:
         if not request.task_id:
@@ -175,6 +183,11 @@ class CeleryEvents:
             self._dispatcher.flush(errors=False)
         except (OperationalError, OSError) as error:
             logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})
+            self._close()
+
+    def _close(self) -> None:
+        dispatcher, self._dispatcher = self._dispatcher, None
+        if dispatcher is not None:
             with contextlib.suppress(Exception):
-                self._dispatcher.close()
-            self._dispatcher = None
+                dispatcher.close()
+                dispatcher.connection.release()

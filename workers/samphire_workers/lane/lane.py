@@ -22,7 +22,6 @@ from samphire.contract import CanvasStart, ChordPart
 from samphire.errors import (
     BrokerUnavailableError,
     EndpointUnavailableError,
-    InvalidInputError,
     SamphireError,
     UnknownModelError,
 )
@@ -35,12 +34,13 @@ from samphire_workers.lane.catalogue import Catalogue
 from samphire_workers.lane.checking import Checker
 from samphire_workers.lane.chores import keep_clock, tell_clients, watch_letters
 from samphire_workers.lane.dispatch import Dispatcher
-from samphire_workers.lane.endings import Endings, our_error
+from samphire_workers.lane.endings import Endings
 from samphire_workers.lane.events import TaskEvents
+from samphire_workers.lane.faults import ShortageError, our_error
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.planner import QueuePlanner
-from samphire_workers.lane.request import Request, home_of, read
+from samphire_workers.lane.request import Request, find_who_waits, home_of, read
 from samphire_workers.lane.settler import Settler
 from samphire_workers.lane.wake import QueueWatch
 
@@ -68,6 +68,10 @@ ADOPT_S = 5.0
 """A claim that the broker carried out after its caller had given up is found after this long."""
 
 BROKER_RETRY_S = 0.25
+
+SHORTAGE_REST_S = 1.0
+SHORTAGES_MAX = 50
+"""Tasks in a row that went back to their queues because the worker is short of something: then it is of no use."""
 
 
 class Lane:
@@ -98,7 +102,9 @@ class Lane:
         self._held_bytes = 0
         self._pace = Pace(settings.inflight_max)
         self._settler = Settler(store, self._let_go)
-        self._endings = Endings(settings, store, self._settler, canvas, events, self._spawn, info.hostname)
+        self._endings = Endings(
+            settings, store, self._settler, canvas, events, self._spawn, self._release, info.hostname
+        )
         self._dispatcher = Dispatcher(
             settings,
             store,
@@ -117,6 +123,8 @@ class Lane:
         self._held_up = False
         """The last claim left out what there was no room for."""
         self._looked_everywhere = 0.0
+        self._shortages = 0
+        """As of the last round."""
         self._stopping = False
         self._hostname = info.hostname
         self._work: set[asyncio.Task[None]] = set()
@@ -182,6 +190,7 @@ class Lane:
         while not self._stopping:
             heard, named = self._watch.clear()  # before looking, so that no wake-up is lost
             self._planner.add(heard)  # a queue may be new
+            await self._rest_if_short()
             if not self._endpoints.some_ready.is_set():
                 await self._watch.wait(IDLE_CHECK_S)
                 continue
@@ -208,6 +217,15 @@ class Lane:
             if short_rounds >= self._planner.rounds:
                 short_rounds = 0
                 await self._watch.wait(IDLE_CHECK_S)
+
+    async def _rest_if_short(self) -> None:
+        """Claim nothing for a while where this worker is short of something; where that does not end, end instead."""
+        shortages = self._endings.shortages
+        if shortages > self._shortages:
+            if shortages >= SHORTAGES_MAX:
+                raise ShortageError(f"{shortages} tasks in a row could not be done")
+            await asyncio.sleep(SHORTAGE_REST_S)
+        self._shortages = shortages
 
     async def _claim(self, named: set[str]) -> list[Claimed]:
         """Claim from the queues that a wake-up named, which is quicker, but every so often from all."""
@@ -340,9 +358,10 @@ class Lane:
     def _read(self, claim: Claimed) -> tuple[Request, SamphireError | None]:
         try:
             return read(claim, self._settings)
-        except Exception as error:
-            logger.exception("a message could not be read", extra={"action": "read_failed"})
-            return Request(claim), InvalidInputError(f"the message cannot be read: {error!r}")
+        except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+            request = Request(claim)
+            find_who_waits(request, claim, self._settings)
+            return request, our_error(error)
 
     async def _errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
         await self._endings.run_errand(request, errand)

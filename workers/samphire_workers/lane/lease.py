@@ -25,14 +25,17 @@ REAP_INTERVAL_S = 0.55
 async def keep_lease(store: Store, settings: Settings, info: WorkerInfo, registered: asyncio.Event) -> None:
     """Beat for ever, on the connection whose name tells the others that this worker lives."""
     connection = DirectConnection(settings.broker_url, name=keys.CONNECTION_PREFIX + info.id)
-    while True:
-        try:
-            await store.beat(info, connection)
-            registered.set()
-            await asyncio.sleep(BEAT_S)
-        except SamphireError as error:
-            logger.warning("heartbeat failed: %s", error, extra={"action": "beat_failed"})
-            await asyncio.sleep(RETRY_S)
+    try:
+        while True:
+            try:
+                await store.beat(info, connection)
+                registered.set()
+                await asyncio.sleep(BEAT_S)
+            except SamphireError as error:
+                logger.warning("heartbeat failed: %s", error, extra={"action": "beat_failed"})
+                await asyncio.sleep(RETRY_S)
+    finally:
+        await connection.close()
 
 
 async def reap_others(store: Store, settings: Settings) -> None:

@@ -148,7 +148,7 @@ def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError
         # Its frames hold the message, and it is in them: a circle that would keep megabytes until it is looked for.
         error = found.with_traceback(None)
         error.__cause__ = error.__context__ = None
-        _find_who_waits(request, claim, settings)
+        find_who_waits(request, claim, settings)
     if claim.size > KEEP_MESSAGE_BYTES:  # decoded, or given up: the bytes are only in the way
         request.claim = claim._replace(message=b"")
         if request.envelope is not None:
@@ -194,7 +194,7 @@ def _read_into(request: Request, claim: Claimed, settings: Settings) -> None:
         check_tenant(infer.tenant)
 
 
-def _find_who_waits(request: Request, claim: Claimed, settings: Settings) -> None:
+def find_who_waits(request: Request, claim: Claimed, settings: Settings) -> None:
     """Note of a refused message to whom its end is to be told, as far as that is understood."""
     if request.canvas is not None or request.errand is not None:
         return
