@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from samphire import keys
+from samphire.clock import BrokerClock
 from samphire.connection import key_text
 from samphire.contract import Ref
 from samphire.direct import Argument, DirectConnection, Script, read_blob
@@ -187,6 +188,7 @@ class Store:
         self._blobs = DirectConnection(settings.broker_url)
         self._rest = DirectConnection(settings.broker_url)
         self._settings = settings
+        self.clock = BrokerClock(self._rest)
         self.worker_id = worker_id
         self._lease = keys.WORKER_PREFIX + worker_id
         self._inflight = f"{self._lease}:inflight"

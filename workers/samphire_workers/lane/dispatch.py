@@ -270,7 +270,7 @@ class Dispatcher:
         return started
 
     def _give_up_late(self, batch: Sequence[Request]) -> None:
-        now = time.time()
+        now = self._store.clock.now()
         for request in batch:
             if request.times.deadline <= now and not request.over:
                 self._endings.give_up(request)
@@ -447,7 +447,7 @@ class Dispatcher:
         """Give up each member of a micro-batch when its own deadline passes; the others go on."""
         earliest = min([request.times.deadline for request in asked.batch if not request.over], default=inf)
         if earliest != inf:
-            left_s = max(0.001, earliest - time.time())
+            left_s = max(0.001, earliest - self._store.clock.now())
             asked.clock = asyncio.get_running_loop().call_later(left_s, self._deadline_passed, asked)
 
     def _deadline_passed(self, asked: Asked) -> None:
@@ -478,16 +478,15 @@ class Dispatcher:
     def _timeout_s(self, batch: Sequence[Request]) -> float:
         """How long Triton may take: as long as the member that can wait longest."""
         times = batch[0].times  # the limits are those of all members
-        deadline_s = max(request.times.deadline for request in batch) - time.time()
+        deadline_s = max(request.times.deadline for request in batch) - self._store.clock.now()
         return max(0.001, min(self._settings.triton_timeout_s, times.limit, times.soft_limit, deadline_s))
 
-    @staticmethod
-    def _time_error(request: Request, timeout_s: float, error: EndpointTimeoutError) -> EndpointTimeoutError:
+    def _time_error(self, request: Request, timeout_s: float, error: EndpointTimeoutError) -> EndpointTimeoutError:
         times = request.times
         if timeout_s == times.soft_limit:
             return TimeLimitError(times.soft_limit, soft=True)
         if timeout_s == times.limit:
             return TimeLimitError(times.limit, soft=False)
-        if times.deadline <= time.time():
+        if times.deadline <= self._store.clock.now():
             return EndpointTimeoutError(f"the deadline has passed while the model worked: {error}")
         return error

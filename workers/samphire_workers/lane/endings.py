@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal
 
@@ -91,7 +90,7 @@ class Endings:
         self._fail(request, error)
 
     def _fail(self, request: Request, error: SamphireError) -> None:
-        now, last = time.time(), min(request.times.deadline, request.times.expires)
+        now, last = self._store.clock.now(), min(request.times.deadline, request.times.expires)
         policy = policy_for(request.infer, self._settings)
         if request.task_id:
             decision = decide(error, request.attempts + 1, last, policy, now=now)

@@ -32,7 +32,7 @@ from samphire_workers.lane import batching, outcome
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.catalogue import Catalogue
 from samphire_workers.lane.checking import Checker
-from samphire_workers.lane.chores import keep_clock, tell_clients, watch_letters
+from samphire_workers.lane.chores import keep_clock, keep_time, tell_clients, watch_letters
 from samphire_workers.lane.dispatch import Dispatcher
 from samphire_workers.lane.endings import Endings
 from samphire_workers.lane.events import TaskEvents
@@ -145,6 +145,7 @@ class Lane:
                 group.create_task(self._watch.listen()),
                 group.create_task(self._events.run()),
                 group.create_task(keep_clock(self._store, self.cancel)),
+                group.create_task(keep_time(self._store.clock)),
                 group.create_task(watch_letters(self._store, self._settings)),
                 group.create_task(tell_clients(self._store, self._catalogue.signatures)),
             ]
@@ -195,6 +196,8 @@ class Lane:
                 await self._watch.wait(IDLE_CHECK_S)
                 continue
             try:
+                if not self._store.clock.is_known:
+                    await self._store.clock.look()
                 if adopt or time.monotonic() - adopted_at > ADOPT_S:
                     claimed = await self._store.adopt(set(self._held))
                     adopt, adopted_at, self._more = False, time.monotonic(), True
@@ -325,7 +328,7 @@ class Lane:
         at_home: defaultdict[str, list[Request]] = defaultdict(list)
         elsewhere: list[Request] = []
         later: list[Request] = []
-        now = time.time()
+        now = self._store.clock.now()
         for request in requests:
             if request.times.expires <= now:
                 self._endings.revoke(request, "expired")
