@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import redis
 
-from samphire import Client, TaskExpiredError, keys
+from samphire import Client, EndpointTimeoutError, keys
 from samphire.clock import BrokerClock
 from samphire.direct import DirectConnection
 from tests.stacks import Up, Valkey, clean_environment, eventually
@@ -59,11 +60,6 @@ def faketime() -> Sequence[str]:
     return ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", found, "-f"]
 
 
-@pytest.fixture
-def server(valkey: Valkey) -> Iterator[redis.Redis]:
-    yield valkey.client
-
-
 def broker_s(client: redis.Redis) -> float:
     seconds, microseconds = client.time()
     return float(seconds + microseconds / 1e6)
@@ -86,11 +82,10 @@ def test_a_worker_whose_clock_is_wrong(
         assert delayed.result(TIMEOUT_S).outputs
         assert DELAY_S <= broker_s(valkey.client) - began < DELAY_S + 20
         blocker = client.submit("slow", {"seconds": np.array([[20.0]], np.float32)}, deadline_s=2)
-        with pytest.raises(Exception, match="deadline has passed") as caught:
+        with pytest.raises(EndpointTimeoutError):
             blocker.result(TIMEOUT_S)
-        assert not isinstance(caught.value, TaskExpiredError)
-        eventually(lambda: "this machine's clock is" in worker.log(), TIMEOUT_S, "the log")
-        assert f"{skew[0]}60.0 s from the broker's" in worker.log() or f"{skew[0]}59.9 s" in worker.log()
+        said = rf"this machine's clock is \{skew[0]}(59|60|61)\.\d s from the broker's"
+        eventually(lambda: re.search(said, worker.log()), TIMEOUT_S, "the log")
 
 
 @pytest.mark.parametrize("skew", SKEWS)
