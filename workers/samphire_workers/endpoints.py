@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from samphire.errors import EndpointUnavailableError
@@ -39,6 +39,13 @@ class Endpoints:
         """The open breakers of models."""
         self._turn = 0
         self.some_ready = asyncio.Event()
+        self.on_ready: Callable[[Endpoint], None] = lambda endpoint: None
+        """Called before an endpoint that has become ready is asked for anything."""
+
+    @property
+    def all(self) -> list[Endpoint]:
+        """All endpoints, whether they answer or not, in the order in which they were given."""
+        return self._all
 
     async def watch(self) -> None:
         """Keep track of which endpoints are ready, for ever; one that hangs holds up no other."""
@@ -52,6 +59,7 @@ class Endpoints:
                 self.mark_away(endpoint)
             elif endpoint not in self._ready:
                 logger.info("endpoint %s is ready", endpoint.url, extra={"action": "endpoint_ready"})
+                self.on_ready(endpoint)
                 self._ready.append(endpoint)
                 self.some_ready.set()
             await asyncio.sleep(PROBE_INTERVAL_S)
@@ -77,6 +85,10 @@ class Endpoints:
         if (endpoint, model) not in self._open:
             logger.warning("model %s is away on %s", model, endpoint.url, extra={"action": "breaker_open"})
         self._open[endpoint, model] = Breaker(time.monotonic() + pause_s, unknown)
+
+    def hold(self, endpoint: Endpoint, model: str) -> None:
+        """Send nothing of a model to an endpoint until a probe has seen what it takes there."""
+        self._open.setdefault((endpoint, model), Breaker(0.0, unknown=False))
 
     def restore(self, endpoint: Endpoint, model: str) -> None:
         """A model was seen ready on an endpoint."""

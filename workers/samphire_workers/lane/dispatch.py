@@ -16,6 +16,7 @@ from typing import Protocol
 from samphire.errors import (
     EndpointTimeoutError,
     EndpointUnavailableError,
+    InvalidInputError,
     QueueFullError,
     SamphireError,
     TaskCancelledError,
@@ -417,6 +418,11 @@ class Dispatcher:
             # It was known a moment ago: unloaded, or retired, under way.
             self._catalogue.lost(endpoint, model)
             raise EndpointUnavailableError(str(error)) from error
+        except InvalidInputError as error:
+            signature = batch[0].signature
+            if signature is not None and await self._catalogue.has_changed(endpoint, signature):
+                raise EndpointUnavailableError(f"model {model!r} has changed on {endpoint.url}: {error}") from error
+            raise
         except SamphireError:
             raise
         except Exception as error:
