@@ -617,3 +617,56 @@ def test_a_chord_waits_for_a_retry_and_is_told_of_a_dead_letter(app: Celery, inf
     assert sorted(asked) == [1, 2]
     with pytest.raises(Exception, match="not yet"):
         chord([flaky(0), flaky(9)])(body).get(timeout=TIMEOUT_S)
+
+
+# -- control commands that a lane cannot carry out ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "reason"),
+    [
+        ("rate_limit", {"task_name": INFER, "rate_limit": "1/m"}, "has no rate limits"),
+        ("time_limit", {"task_name": INFER, "soft": 1, "hard": 2}, "time_limit, soft_time_limit of apply_async"),
+        ("cancel_consumer", {"queue": "inference"}, "belongs to the lanes"),
+        ("cancel_consumer", {"queue": "inference.identity"}, "belongs to the lanes"),
+        ("revoke_by_stamped_headers", {"headers": {"batch": "7"}}, "revoke them by their ids"),
+        ("pool_grow", {"n": 2}, "has no pool"),
+        ("pool_shrink", {"n": 1}, "has no pool"),
+        ("autoscale", {"max": 4, "min": 1}, "has no pool"),
+    ],
+)
+def test_a_command_that_would_do_nothing_is_refused(
+    app: Celery, stack: Up, command: str, arguments: dict[str, Any], reason: str
+) -> None:
+    """With the reason, and what to do instead; never "ok"."""
+    replies = app.control.broadcast(command, arguments=arguments, reply=True, timeout=3)
+    assert len(replies) == 1
+    (answer,) = replies[0].values()
+    assert "ok" not in answer and reason in answer["error"]
+
+
+def test_inspect_scheduled_and_active_queues(app: Celery, infer: Infer) -> None:
+    """What waits for its time, and the queues that lanes serve."""
+    sent = infer(tensor(1)).apply_async(countdown=60)
+    inspect = app.control.inspect(timeout=3)
+
+    def shown() -> Any:
+        (tasks,) = (inspect.scheduled() or {"": []}).values()
+        return next((task for task in tasks if task["request"]["id"] == sent.id), None)
+
+    task = eventually(shown, 20, "the scheduled task")
+    assert task["request"]["name"] == INFER and "identity: input_fp32 FP32[1, 1]" in task["request"]["kwargs"]
+    assert 0 < (datetime.fromisoformat(task["eta"]) - datetime.now(UTC)).total_seconds() <= 60
+    (queues,) = inspect.active_queues().values()
+    assert {"samphire.control", "inference", "inference.identity"} <= {queue["name"] for queue in queues}
+    sent.revoke()
+    eventually(lambda: shown() is None, 20, "the end of the scheduled task")
+
+
+def test_terminate_reaches_the_lane(app: Celery, infer: Infer) -> None:
+    """As revoke does."""
+    sent = infer(tensor(1)).apply_async(countdown=60)
+    eventually(lambda: app.control.inspect(timeout=3).scheduled(), 20, "an answer")
+    app.control.terminate(sent.id)
+    with pytest.raises(TaskRevokedError):
+        sent.get(timeout=TIMEOUT_S)

@@ -54,6 +54,8 @@ def policy_for(request: InferRequest | None, settings: Settings) -> RetryPolicy:
         max_attempts = request.max_attempts
     if request is not None and request.backoff is not UNSET:
         backoff = request.backoff
+    if request is not None and "sequence_id" in request.parameters and not request.parameters.get("sequence_start"):
+        max_attempts = 1  # a model that has seen it once has another state than the one that it was sent for
     return RetryPolicy(max_attempts, backoff)
 
 

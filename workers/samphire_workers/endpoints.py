@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -140,6 +141,19 @@ class Endpoints:
             return endpoint
         urls = ", ".join(endpoint.url for endpoint in self._all)
         raise EndpointUnavailableError(f"no endpoint of {urls} is ready" + (f" for model {model!r}" if model else ""))
+
+    def pick_for(self, model: str, sequence_id: str, pinned: Endpoint | None) -> Endpoint:
+        """The endpoint of a sequence: the one that it began on, or the same for all workers that ask.
+
+        Source: rendezvous hashing (Thaler and Ravishankar, 1996).
+
+        Raises:
+            EndpointUnavailableError: it, or every one, cannot be asked for the model.
+        """
+        usable = [one for one in self._ready if (one, model) not in self._open and pinned in (None, one)]
+        if not usable:
+            raise EndpointUnavailableError(f"the endpoint of sequence {sequence_id!r} of model {model!r} is away")
+        return max(usable, key=lambda one: hashlib.sha256(f"{one.url} {model} {sequence_id}".encode()).digest())
 
     async def close(self) -> None:
         """Close all channels."""

@@ -199,6 +199,7 @@ class Store:
         names = (
             "alone",
             "beat",
+            "lead",
             "claim",
             "start",
             "settle",
@@ -310,6 +311,15 @@ class Store:
         args: list[Argument] = [self.worker_id, model, int(for_s * 1000), keys.WORKER_PREFIX]
         return int(await self._run("alone", [keys.ALONE, keys.WORKERS], args))
 
+    async def lead(self, model: str, *, give_back: bool = False) -> int:
+        """Be the only worker that claims a model's tasks, or stop being so.
+
+        Returns:
+            0: another leads, or none any more; 1: this worker leads; 2: it does, and others hold some of the tasks yet.
+        """
+        args: list[Argument] = [self.worker_id, model, int(give_back), keys.WORKER_PREFIX]
+        return int(await self._run("lead", [keys.LEADERS, keys.WORKERS], args))
+
     async def start(
         self, tasks: Sequence[tuple[str, str]], info: WorkerInfo, *, wait: bool = True
     ) -> list[int | Tried]:
@@ -344,6 +354,20 @@ class Store:
     async def return_due(self) -> int:
         """Return scheduled tasks whose time has come to their queues, at most `DUE_MAX`; how many."""
         return int(await self._run("due", [keys.SCHEDULED, keys.SCHEDULED_MESSAGES], [keys.WAKE_CHANNEL, DUE_MAX]))
+
+    async def scheduled(self, most: int) -> list[tuple[str, float, str, bytes]]:
+        """The earliest of the scheduled tasks: id, time in s since 1970, list that it returns to, message."""
+        found = await self._rest.execute("ZRANGE", keys.SCHEDULED, 0, most - 1, "WITHSCORES")
+        if not found:
+            return []
+        ids = [key_text(task_id) for task_id in found[::2]]
+        values = await self._rest.execute("HMGET", keys.SCHEDULED_MESSAGES, *ids)
+        tasks = []
+        for task_id, due, value in zip(ids, found[1::2], values, strict=True):
+            if value is not None:
+                list_key, _, message = value.partition(b" ")
+                tasks.append((task_id, float(due), key_text(list_key), message))
+        return tasks
 
     async def cancel(self, meta: str, task_ids: Sequence[str] = ()) -> dict[str, str]:
         """End tasks: those that clients ask for, at most `CANCELS_MAX`, and `task_ids`.

@@ -35,6 +35,8 @@ Written by workers only:
                                          all; expires, and goes when its worker is reaped
     catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
                                          are all models; expires when no worker renews it
+    leaders                      HASH    model whose requests must keep their order -> id of the one worker that claims
+                                         them
     tried                        SET     ids of the tasks that have a task:<id>; expires
     result:blob:<id>:<n>:<hash>  STRING  claim check of an output; expires
     events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
@@ -89,6 +91,7 @@ CATALOGUE = "catalogue"
 CATALOGUE_COMPLETE = "*"
 TRIED = "tried"
 ALONE = "alone"
+LEADERS = "leaders"
 DEAD = "dead"
 DEAD_PREFIX = "dead:"
 
@@ -102,7 +105,19 @@ Priority = Literal["high", "normal", "low"]
 PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
 
 
-_OWN_KEYS = {WORKERS, TRIED, ALONE, DEAD, SCHEDULED, CANCELLED, CATALOGUE, "unacked", "unacked_index", "unacked_mutex"}
+_OWN_KEYS = {
+    WORKERS,
+    TRIED,
+    ALONE,
+    LEADERS,
+    DEAD,
+    SCHEDULED,
+    CANCELLED,
+    CATALOGUE,
+    "unacked",
+    "unacked_index",
+    "unacked_mutex",
+}
 _OWN_PREFIXES = (
     *("sub:", META_PREFIX, "celery-taskset-meta-", TASK_PREFIX, STREAM_PREFIX, WORKER_PREFIX, DEAD_PREFIX),
     *(RESULT_BLOB_PREFIX, f"{SCHEDULED}:", f"{CANCELLED}:", "_kombu."),

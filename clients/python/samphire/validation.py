@@ -12,6 +12,7 @@ from samphire.errors import InvalidInputError, PayloadTooLargeError, UnknownMode
 from samphire.tensors import check_shape
 
 CHAMPION = "champion"
+SEQUENCE_PARAMETERS = frozenset({"sequence_id", "sequence_start", "sequence_end"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,11 @@ class ModelSignature:
         """
         if self.decoupled:
             raise InvalidInputError(f"model {self.name!r} streams its outputs, which is not supported yet")
+        if not self.sequence_batching and (found := SEQUENCE_PARAMETERS & request.parameters.keys()):
+            raise InvalidInputError(
+                f"model {self.name!r} has no sequence_batching in its config, and nothing keeps the order of its "
+                f"requests: take out the parameters {_names(found)}"
+            )
         given = {tensor.name for tensor in request.inputs}
         if len(given) != len(request.inputs):
             raise InvalidInputError(f"model {self.name!r}: an input was given twice")

@@ -137,6 +137,10 @@ class Catalogue:
             checker = Checker(signature, self._settings, may_join=self._not_joined.get(model) != signature)
         self._checkers[model] = (checker, time.monotonic())
 
+    def stateful(self) -> set[str]:
+        """The models that keep state between the requests of a sequence, as far as they are known."""
+        return {model for model, (checker, _) in self._checkers.items() if checker.signature.sequence_batching}
+
     def joins(self, model: str) -> bool:
         """Whether requests of a model are joined, as far as it is known."""
         found = self._checkers.get(model)

@@ -24,7 +24,6 @@ MICRO_BATCH = "micro_batch"
 of its own tenant only."""
 OWN_TENANT = "tenant"
 MICRO_BATCH_WISHES = (None, True, False, OWN_TENANT)
-_SOLO_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
 _encode_json = msgspec.json.Encoder(order="deterministic").encode
 
 
@@ -82,7 +81,7 @@ class Checker:
             raise InvalidInputError(
                 f"parameter {MICRO_BATCH!r}: expected true, false or {OWN_TENANT!r}, given {str(wish)[:100]!r}"
             )
-        if not self.joins or wish is False or any(name in infer.parameters for name in _SOLO_PARAMETERS):
+        if not self.joins or wish is False:
             return None
         return (
             version,

@@ -17,6 +17,7 @@ from samphire.errors import (
     EndpointTimeoutError,
     EndpointUnavailableError,
     InvalidInputError,
+    ModelFaultError,
     QueueFullError,
     SamphireError,
     TaskCancelledError,
@@ -63,6 +64,11 @@ def is_suspect(before: Tried, max_attempts: int) -> bool:
     company, if it has a third one alone.
     """
     return before.crashes > 0 and (before.crashes > 1 or before.attempts + 1 >= max_attempts)
+
+
+def _continues_sequence(request: Request) -> bool:
+    """Whether what a request asks depends on the model's state; such a one is never in company."""
+    return request.sequence_id is not None and not request.request.parameters.get("sequence_start")
 
 
 class Release(Protocol):
@@ -339,7 +345,9 @@ class Dispatcher:
         batch = [request for request in batch if not request.over]
         if not batch:
             return
-        if isinstance(error, StubDiedError):
+        if isinstance(error, StubDiedError | EndpointDiedError) and _continues_sequence(batch[0]):
+            self._endings.fail(batch[0], ModelFaultError(f"the state of its sequence is lost: {error}"))
+        elif isinstance(error, StubDiedError):
             # One of them has taken the model's process down: they come back apart from the rest, with an attempt less.
             logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
             await self._release(batch, blamed=WorkerCrashError(f"the model's process died: {error}"))
@@ -367,7 +375,7 @@ class Dispatcher:
     async def _ask(self, model: str, batch: list[Request], *, alone: bool = False) -> list[list[Tensor]]:
         infer = batch[0].request
         parameters = {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH}
-        endpoint = self._endpoints.pick(model)
+        endpoint = batch[0].endpoint or self._endpoints.pick(model)
         asked, asked_at, timeout_s = Asked(batch), time.monotonic(), 0.0
         self._asked.add(asked)  # before the turnstile: who waits there can be cancelled, and expires
         self._watch_deadlines(asked)

@@ -64,6 +64,7 @@ class Endings:
                 self.fail(request, our_error(error))
                 continue
             request.tensors = []
+            request.outcome = "succeeded"
             self.shortages = 0
             if request.canvas is None:
                 self._settler.add(settlement)

@@ -33,6 +33,9 @@ BUFFER_MAX = 20_000
 class TaskEvents(Protocol):
     """What a lane tells about its tasks."""
 
+    enabled: bool
+    """Whether anything is told."""
+
     def started(self, request: Request) -> None:
         """A task goes to Triton."""
 
@@ -71,6 +74,7 @@ class CeleryEvents:
         """Claims whose events are sent."""
         self._buffer: list[tuple[str, dict[str, Any]]] = []
         self._dispatcher: Any = None
+        self.enabled = True
 
     def started(self, request: Request) -> None:
         """A task goes to Triton: shown if the cap allows."""
@@ -166,7 +170,7 @@ class CeleryEvents:
         )
 
     def _add(self, kind: str, task_id: str, **fields: Any) -> None:
-        if len(self._buffer) < BUFFER_MAX:
+        if self.enabled and len(self._buffer) < BUFFER_MAX:
             self._buffer.append((kind, {"uuid": task_id, "timestamp": time.time(), **fields}))
 
     def _send(self, events: list[tuple[str, dict[str, Any]]]) -> None:

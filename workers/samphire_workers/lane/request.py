@@ -36,13 +36,14 @@ from samphire.contract import (
 )
 from samphire.encoder import LONGEST_S
 from samphire.envelope import decode_body, decode_canvas_start, decode_chord_part, decode_envelope
-from samphire.errors import InvalidInputError, PayloadTooLargeError
+from samphire.errors import InvalidInputError, PayloadTooLargeError, SamphireError
 from samphire.tensors import check_bytes, values_to_bytes
 from samphire.validation import ModelSignature
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, Store
 from samphire_workers.lane.parents import resolve, sources_of
 from samphire_workers.lane.who_waits import checked_stream, who_waits
+from samphire_workers.triton import Endpoint
 
 HASH_IN_THREAD_BYTES = 256 * 2**10
 """Above this, hashing leaves the event loop: hashlib releases the interpreter's lock."""
@@ -92,6 +93,12 @@ class Request:
     """Those of them that took a worker or a model's process down."""
     losses: int = 0
     """Endpoints that died with it, which are no attempts."""
+    outcome: str = ""
+    """How it has ended here: "succeeded", or something else."""
+    refusal: SamphireError | None = None
+    """Why it cannot be asked, of one of a sequence: it fails when its turn comes."""
+    endpoint: Endpoint | None = None
+    """The endpoint that it must go to; by default any."""
     over: bool = False
     """It has ended while its micro-batch is still under way: whatever comes of that is not for it."""
     times: Times = _NO_TIMES
@@ -117,6 +124,11 @@ class Request:
         if self.infer is not None:
             return self.infer.model_name
         return keys.parse_queue(keys.split_list(self.claim.list_key)[0])[0]
+
+    @property
+    def sequence_id(self) -> object:
+        """What Triton calls the correlation id; None where the request is of no sequence."""
+        return self.request.parameters.get("sequence_id")
 
     @property
     def at_home(self) -> bool:
