@@ -31,7 +31,7 @@ from samphire import (
 )
 from samphire_broker.retry import Retry, RetryPolicy, decide
 from samphire_workers.triton_errors import EndpointDiedError, StubDiedError, translate
-from tests.stacks import Up, eventually, running_stack
+from tests.stacks import Up, eventually, only, running_stack
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
 POLICY = RetryPolicy(3, Backoff())
@@ -42,7 +42,7 @@ Stub = service_pb2_grpc.GRPCInferenceServiceStub
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """A stack that may be broken; in the order of the tests, the server dies last."""
     folder = tmp_path_factory.mktemp("errors")
-    with running_stack(folder, *only(folder, "identity", "slow", "queued", "picky", "deadly")) as stack:
+    with running_stack(folder, *only(folder, "identity", "slow", "queued", "picky", "deadly", "misbehaving")) as stack:
         yield stack
 
 
