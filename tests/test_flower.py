@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from celery import Celery
 
-from samphire import Backoff, Client, InvalidInputError
+from samphire import Backoff, Client, InvalidInputError, keys
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.flower import kept_password
 from samphire_broker.settings import Settings
@@ -32,6 +32,7 @@ from tests.stacks import SAMPHIRE, Up, clean_environment, eventually, running_st
 TIMEOUT_S = 30
 SECRET = 987654.125
 """A number that stands nowhere but in a task's input."""
+BURST = 1_000
 MANY = 20_000
 SHOWN_PER_S = Settings().events_per_s / EVENTS_A_TASK
 SCREENSHOTS = "SAMPHIRE_SCREENSHOTS"
@@ -310,6 +311,28 @@ def test_a_busy_lane_leaves_flower_at_ease_and_hides_no_failure(stack: Up, flowe
     sample = sum((task["received"] or 0) >= start for task in shown)
     print(f"{sample} of {MANY} shown in {elapsed_s:.1f} s; {len(waits_s)} looks took {sum(waits_s):.2f} s")
     assert 0 < sample <= SHOWN_PER_S * (elapsed_s + 2)
+
+
+def test_what_was_seen_to_begin_is_seen_to_end(stack: Up, flower: Flower, plain: Celery) -> None:
+    """A burst of a producer that tells of each task that it sends, far beyond what a lane shows of itself."""
+    plain.conf.task_send_sent_event = True
+    inputs = [{"name": "input_fp32", "datatype": "FP32", "shape": [1, 1], "data": [1]}]
+    body = {"model_name": "identity", "inputs": inputs}
+    with plain.pool.acquire(block=True) as connection, plain.amqp.Producer(connection) as producer:
+        sent = [
+            plain.send_task("samphire.infer", kwargs=body, queue="inference", producer=producer).id
+            for _ in range(BURST)
+        ]
+    with stack.redis() as server:
+        metas = [keys.meta_key(task_id) for task_id in sent]
+        eventually(lambda: all(b"SUCCESS" in (meta or b"") for meta in server.mget(metas)), TIMEOUT_S, "every end")
+
+    def states() -> dict[str, str]:
+        shown = json.loads(flower.page(f"/api/tasks?limit={20 * BURST}"))
+        return {task_id: shown[task_id]["state"] for task_id in sent if task_id in shown}
+
+    eventually(lambda: len(states()) == BURST, TIMEOUT_S, "every task in Flower")
+    eventually(lambda: set(states().values()) == {"SUCCESS"}, TIMEOUT_S, "the end of each in Flower")
 
 
 def test_pages_in_a_real_browser(stack: Up, flower: Flower, client: Client, tmp_path: Path) -> None:
