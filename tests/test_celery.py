@@ -652,7 +652,8 @@ def test_a_command_that_would_do_nothing_is_refused(
     app: Celery, stack: Up, command: str, arguments: dict[str, Any], reason: str
 ) -> None:
     """With the reason, and what to do instead; never "ok"."""
-    replies = app.control.broadcast(command, arguments=arguments, reply=True, timeout=3)
+    mine = [name for name in app.control.inspect(timeout=2).ping() if name.startswith("worker1@")]
+    replies = app.control.broadcast(command, arguments=arguments, reply=True, timeout=5, limit=1, destination=mine)
     assert len(replies) == 1
     (answer,) = replies[0].values()
     assert "ok" not in answer and reason in answer["error"]
@@ -661,7 +662,8 @@ def test_a_command_that_would_do_nothing_is_refused(
 def test_inspect_scheduled_and_active_queues(app: Celery, infer: Infer) -> None:
     """What waits for its time, and the queues that lanes serve."""
     sent = infer(tensor(1)).apply_async(countdown=60)
-    inspect = app.control.inspect(timeout=3)
+    mine = [name for name in app.control.inspect(timeout=2).ping() if name.startswith("worker1@")]
+    inspect = app.control.inspect(mine, timeout=3)
 
     def shown() -> Any:
         (tasks,) = (inspect.scheduled() or {"": []}).values()

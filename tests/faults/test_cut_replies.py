@@ -248,6 +248,39 @@ async def alone(s: Setting) -> None:
     assert await s.other.store.alone("", 60) == 1
 
 
+async def lead(s: Setting) -> None:
+    """One worker leads a model, and gives that back; until then nobody else does."""
+    s.arm()
+    assert await again(lambda: s.worker.store.lead("m")) == 1
+    assert await s.other.store.lead("m") == 0
+    s.arm()
+    assert await again(lambda: s.worker.store.lead("m", give_back=True)) == 0
+    assert await s.other.store.lead("m") == 1
+
+
+async def give_back(s: Setting) -> None:
+    """All claims return to their queue, in their order."""
+    await s.claims("a", "b")
+    s.arm()
+    await again(s.worker.store.give_back)
+    assert s.valkey.client.lrange(QUEUE, 0, -1) == [b"b", b"a"]
+    assert not s.valkey.client.exists("worker:w1:inflight")
+
+
+async def scheduled(s: Setting) -> None:
+    """The earliest first."""
+    claims = await s.claims("a", "b")
+    now = time.time()
+    tasks = [(claim.field, claim.message.decode(), now + 60 - n) for n, claim in enumerate(claims)]
+    await s.worker.store.schedule(tasks)
+    s.arm()
+    found = await again(lambda: s.worker.store.scheduled(10))
+    assert [(task_id, list_key, message) for task_id, _, list_key, message in found] == [
+        ("b", QUEUE, b"b"),
+        ("a", QUEUE, b"a"),
+    ]
+
+
 async def name_queues(s: Setting) -> None:
     s.arm()
     await again(lambda: s.worker.store.name_queues(["inference.m", "inference.n"]))
@@ -331,6 +364,7 @@ STORE_CASES: dict[str, Callable[[Setting], Awaitable[None]]] = {
         *(beat, claim, adopt, start, settle, release, route, schedule, return_due, cancel, is_cancelled),
         *(delete_results, serve_letters, publish_catalogue, others, connected, hostname, uptime_s, reap, leave),
         *(known_queues, name_queues, find_queues, read_blob, write_blob, tried, trim_letters, alone),
+        *(lead, give_back, scheduled),
     )
 }
 
@@ -359,7 +393,7 @@ async def cut_all(name: str, where: Where, proxy: Proxy, case: Callable[[Callabl
 @pytest.mark.parametrize("where", ["request", "reply"])
 def test_every_command_of_the_store_is_cut(server: Valkey, where: Where) -> None:
     """Repeated as the lane repeats it, each call has its effect once."""
-    assert STORE_CASES.keys() == public_methods(Store) - {"worker_id", "some_tried", "some_cancelled"}
+    assert STORE_CASES.keys() == public_methods(Store) - {"worker_id", "some_tried", "some_cancelled", "clock"}
 
     async def test() -> set[str]:
         async with cutting_proxy(server.url) as proxy:

@@ -15,7 +15,7 @@ from celery.worker.control import Panel, control_command, inspect_command, nok, 
 
 from samphire import keys
 from samphire.envelope import describe
-from samphire_broker.queues import refuse_queue
+from samphire_broker.queues import declared, refuse_queue
 from samphire_workers.lane import step
 from samphire_workers.lane.lane import Lane, Scheduled
 from samphire_workers.lane.request import Request
@@ -105,7 +105,7 @@ def active_queues(state: Any) -> list[dict[str, Any]]:
     """List the task queues that the worker consumes from: its own, and those of its lane."""
     own: list[dict[str, Any]] = _active_queues(state)
     queues = sorted({name for lane in step.serving for name in lane.ask(_queues) or ()})
-    return own + [{"name": name, "routing_key": name, "exchange": {"name": name}} for name in queues[:SHOWN_MAX]]
+    return own + [declared(name).as_dict(recurse=True) for name in queues[:SHOWN_MAX]]  # type: ignore[no-untyped-call]
 
 
 async def _queues(lane: Lane) -> list[str]:
