@@ -14,6 +14,7 @@ import msgspec
 from samphire.publisher import IdempotencyKey, Publisher
 from samphire_broker.settings import Settings
 from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store, Turn, WorkerInfo
+from samphire_broker.store.calls import script_text as store_script_text
 
 Form = tuple[str, list[str], list[bytes]]
 """A verb with its KEYS and ARGV."""
@@ -25,7 +26,7 @@ def script_text(verb: str) -> str:
     """The text of a script, as it is loaded."""
     if verb == "submit":
         return (resources.files("samphire") / "submit.lua").read_text()
-    return (resources.files("samphire_broker.store") / "lua" / f"{verb}.lua").read_text()
+    return store_script_text(verb)
 
 
 def forms_of(dumps: Iterable[Path]) -> list[Form]:
@@ -113,12 +114,17 @@ async def _claim(store: Store, keys: list[str], args: list[bytes]) -> None:
 
 
 async def _start(store: Store, _keys: list[str], args: list[bytes]) -> None:
-    tasks = [(field, task_id) for field, task_id in msgspec.msgpack.decode(args[5])]
-    await store.start(tasks, WorkerInfo(store.worker_id, "h", 1), wait=args[4] != b"")
+    tasks = [(field, task_id) for field, task_id in msgspec.msgpack.decode(args[7])]
+    await store.start(tasks, WorkerInfo(store.worker_id, "h", 1))
 
 
 async def _release(store: Store, _keys: list[str], args: list[bytes]) -> None:
     await store.release(_texts(args[5:]), attempt=args[3].decode(), endpoint_died=args[4] == b"1")
+
+
+async def _cancel(store: Store, _keys: list[str], args: list[bytes]) -> None:
+    again = int(args[15])
+    await store.cancel(args[6].decode(), _texts(args[16 + again :]), _texts(args[16 : 16 + again]))
 
 
 async def _reap(store: Store, keys: list[str], args: list[bytes]) -> None:
@@ -128,14 +134,15 @@ async def _reap(store: Store, keys: list[str], args: list[bytes]) -> None:
 _CALLS: dict[str, Callable[[Store, list[str], list[bytes]], Awaitable[object]]] = {
     "alone": lambda store, _keys, args: store.alone(args[1].decode(), int(args[2]) / 1000),
     "beat": _beat,
-    "cancel": lambda store, _keys, args: store.cancel(args[6].decode(), _texts(args[13:])),
+    "cancel": _cancel,
     "claim": _claim,
     "due": lambda store, _keys, _args: store.return_due(),
+    "leave": lambda store, _keys, _args: store.leave(),
     "letters": lambda store, _keys, _args: store.serve_letters(),
     "reap": _reap,
     "release": _release,
     "route": lambda store, _keys, args: store.route([(args[1].decode(), args[2].decode(), args[3].decode())]),
-    "schedule": lambda store, _keys, args: store.schedule([(args[0].decode(), args[1].decode(), float(args[2]))]),
+    "schedule": lambda store, _keys, args: store.schedule([(args[1].decode(), args[2].decode(), float(args[3]))]),
     "settle": lambda store, _keys, args: store.settle(_settlements(args[11])),
     "start": _start,
 }
@@ -149,9 +156,9 @@ def comparable(form: Form) -> Form:
     if verb == "settle":
         plain[4], plain[7], plain[11] = "inline", "worker", msgspec.msgpack.decode(args[11])
     elif verb == "start":
-        plain[5] = msgspec.msgpack.decode(args[5])
+        plain[7] = msgspec.msgpack.decode(args[7])
     elif verb == "beat":
         plain[2] = "info"
     elif verb == "schedule":
-        plain[2] = float(args[2])
+        plain[3] = float(args[3])
     return verb, keys, plain

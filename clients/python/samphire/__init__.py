@@ -11,6 +11,7 @@ from samphire.contract import Backoff
 from samphire.dead_letters import Attempt, DeadLetter, LetterFilter
 from samphire.errors import (
     BrokerMemoryFullError,
+    BrokerRightError,
     BrokerUnavailableError,
     ClientClosedError,
     EndpointTimeoutError,
@@ -18,6 +19,7 @@ from samphire.errors import (
     IdempotencyConflictError,
     InvalidInputError,
     LetterGoneError,
+    LetterRefusedError,
     ModelFaultError,
     PayloadTooLargeError,
     ProtocolError,
@@ -44,6 +46,7 @@ __all__ = [
     "Attempt",
     "Backoff",
     "BrokerMemoryFullError",
+    "BrokerRightError",
     "BrokerUnavailableError",
     "Client",
     "ClientClosedError",
@@ -55,6 +58,7 @@ __all__ = [
     "InvalidInputError",
     "LetterFilter",
     "LetterGoneError",
+    "LetterRefusedError",
     "ModelFaultError",
     "ModelSignature",
     "Output",

@@ -19,6 +19,8 @@
     │   └── ResultDeletedError     its result was read, and deleted as asked for
     ├── UnknownTaskError           no such task is queued, scheduled, running or ended
     ├── LetterGoneError            there is no such dead letter
+    ├── LetterRefusedError         the dead letter cannot be redriven; it stays
+    ├── BrokerRightError           the broker does not allow its user what it takes
     ├── ResultTimeoutError         the result did not come within `timeout_s`; the task goes on
     ├── ProtocolError              stored data is not what this version of Samphire writes
     └── ClientClosedError          the client was closed while it was in use
@@ -114,6 +116,14 @@ class UnknownTaskError(SamphireError):
 
 class LetterGoneError(SamphireError):
     """There is no such dead letter."""
+
+
+class LetterRefusedError(SamphireError):
+    """The dead letter cannot be redriven."""
+
+
+class BrokerRightError(SamphireError):
+    """The broker's user lacks a right."""
 
 
 class ResultTimeoutError(SamphireError, TimeoutError):

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from samphire import keys
+from samphire.connection import key_text
 from samphire.direct import DirectConnection, read_blob
 from samphire.errors import BrokerUnavailableError, ClientClosedError, ProtocolError, SamphireError
 from samphire.results import TERMINAL, InferResult, Status, decode_meta, result_of, status_of
@@ -113,9 +114,9 @@ class Waiter:
         scheduled = await self._reads.execute("ZSCORE", keys.SCHEDULED, task_id)
         return "queued" if scheduled is None else "scheduled"
 
-    async def is_unknown(self, task_id: str) -> bool:
-        """Whether a worker has just told that it knows no such task."""
-        return bool(await self._reads.execute("EXISTS", keys.UNKNOWN_PREFIX + task_id))
+    async def cancel_answer(self, task_id: str) -> str:
+        """What a worker has just told of a task that has no result: how it had ended, "unknown", or nothing ("")."""
+        return key_text(await self._reads.execute("GET", keys.ANSWER_PREFIX + task_id) or b"")
 
     # -- the stream ---------------------------------------------------------------------------------
 

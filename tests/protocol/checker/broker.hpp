@@ -28,7 +28,7 @@ inline Meta meta_of(const string& stored) {
 }
 
 struct Claim {
-  uint8_t worker, incarnation, number, task, started, from_intake;
+  uint8_t worker, incarnation, number, task, started, from_intake, is_first, sending;
 
   bool same_as(const Claim& other) const {
     return worker == other.worker && incarnation == other.incarnation && number == other.number;
@@ -37,9 +37,20 @@ struct Claim {
 
 enum Scheduled : uint8_t { NOT_SCHEDULED, WAITS_FOR_ITS_TIME, IS_DUE, ONLY_ITS_MESSAGE };
 
+enum Answer : uint8_t { NO_ANSWER, IS_UNKNOWN, HAD_ENDED, WAS_CANCELLED };  // to a wish to cancel
+
+inline int sending_of(const string& message) {  // 0: the first; copies have the number of what they are copies of
+  size_t at = message.rfind('#');
+  return at == string::npos ? 0 : atoi(message.c_str() + at + 1);
+}
+
 struct View {
   uint8_t queued[TASKS] = {}, in_intake[TASKS] = {}, scheduled[TASKS] = {}, meta[TASKS] = {}, marked[TASKS] = {};
-  uint8_t letter[TASKS] = {}, letter_run[TASKS] = {}, letter_attempts[TASKS] = {}, unknown[TASKS] = {};
+  uint8_t letter[TASKS] = {}, letter_run[TASKS] = {}, letter_attempts[TASKS] = {};
+  Answer answer[TASKS] = {};
+  char remembered[TASKS] = {};     // how it has ended, as a letter; 0: not known
+  uint8_t running[TASKS] = {};     // cancelled while it ran
+  uint8_t sent_again[TASKS] = {};  // bits of its messages that wait in queues, by number of the sending
   uint8_t attempts[TASKS] = {}, crashes[TASKS] = {}, losses[TASKS] = {}, shared[TASKS] = {}, is_tried[TASKS] = {};
   uint8_t stray_start = 0, lately = 0, alone = 0, alone_incarnation = 0;  // alone: 1 + the worker
   uint8_t lease[WORKERS] = {}, member[WORKERS] = {};                      // a bit for each incarnation
@@ -75,10 +86,13 @@ class Reader {  // of a keyspace
     const Value* value = at(key);
     return value ? static_cast<uint8_t>(value->list.size() + value->stream.size()) : 0;
   }
-  void count(const string& key, uint8_t* by_task) const {
+  void count(const string& key, uint8_t* by_task, uint8_t* sendings) const {
     if (const Value* value = at(key))
       for (const auto& message : value->list)
-        if (int task = task_of(message); task >= 0) by_task[task]++;
+        if (int task = task_of(message); task >= 0) {
+          by_task[task]++;
+          sendings[task] |= 1 << sending_of(message);
+        }
   }
 
  private:
@@ -101,7 +115,13 @@ inline void look_at_task(const Reader& read, int task, View& view) {
   view.losses[task] = read.number(hash, "losses");
   view.shared[task] = read.number(hash, "shared");
   view.is_tried[task] = read.in_set("tried", id);
-  view.unknown[task] = read.has("cancelled:unknown:" + id);
+  view.running[task] = read.in_set("cancelled:running", id);
+  if (const Value* answer = read.at("cancelled:answer:" + id))
+    view.answer[task] = answer->text == "unknown"     ? IS_UNKNOWN
+                        : answer->text == "cancelled" ? WAS_CANCELLED
+                                                      : HAD_ENDED;
+  for (const char* hash : {"ended:before", "ended"})
+    if (read.in_hash(hash, id)) view.remembered[task] = read.at(hash)->hash.at(id)[0];
 }
 
 inline void look_at_worker(const Reader& read, int worker, int incarnation, View& view) {
@@ -121,6 +141,8 @@ inline void look_at_worker(const Reader& read, int worker, int incarnation, View
     claim.task = task_of(message);
     claim.started = read.in_hash(key + ":started", field);
     claim.from_intake = field.find("inference.m") == string::npos;
+    claim.is_first = field.find("!:") != string::npos;
+    claim.sending = sending_of(message);
     view.claims.push_back(claim);
   }
 }
@@ -128,8 +150,8 @@ inline void look_at_worker(const Reader& read, int worker, int incarnation, View
 inline View look(const Keyspace& keys) {
   View view;
   Reader read(keys);
-  read.count("inference.m", view.queued);
-  read.count("inference", view.in_intake);
+  read.count("inference.m", view.queued, view.sent_again);
+  read.count("inference", view.in_intake, view.sent_again);
   view.parts = read.length("inference.parts");
   for (int task = 0; task < TASKS; task++) look_at_task(read, task, view);
   view.lately = read.has("cancelled:lately");
@@ -159,6 +181,10 @@ class Keyspaces {
   }
   Keyspace keys(int number) const { return Thaw(*frozen_[number]).keys(); }
   const View& view(int number) const { return views_[number]; }
+  bool has_queue(int number, const string& queue) const {  // whether it is named
+    Keyspace keyspace = keys(number);
+    return Reader(keyspace).in_set("sub:queues", queue);
+  }
   size_t size() const { return frozen_.size(); }
 
  private:
@@ -181,10 +207,11 @@ struct Done {
 class Broker {
  public:
   Broker(const string& root, int dump, const string& dump_path) : scripts_(commands_), dump_(dump) {
-    for (const char* name : {"alone", "beat", "cancel", "claim", "due", "letters", "reap", "release", "route",
+    const string folder = root + "/broker/samphire_broker/store/lua/";
+    for (const char* verb : {"alone", "beat", "cancel", "claim", "due", "leave", "letters", "reap", "release", "route",
                              "schedule", "settle", "start"})
-      scripts_.load(name, root + "/broker/samphire_broker/store/lua/" + name + ".lua");
-    scripts_.load("submit", root + "/clients/python/samphire/submit.lua");
+      scripts_.load(verb, {folder + "common.lua", folder + verb + ".lua"});
+    scripts_.load("submit", {root + "/clients/python/samphire/submit.lua"});
     if (dump_) dump_file_ = fopen(dump_path.c_str(), "w");
   }
   ~Broker() {

@@ -6,14 +6,19 @@
 inline const string LISTS[2] = {"inference.m", "inference"};
 inline const string META = "celery-task-meta-", CLIENT_STREAM = "events:c", PART_LIST = "inference.parts";
 
-inline string message_of(int task) {
-  if (task == 3 && scene.canvas) return "td>ta,tb";
-  return task == 0 && scene.chain ? "ta,tb" : TASK_NAMES[task];
+// A message begins with the names of its task and of the steps that follow; what is sent again is another message.
+inline string message_of(int task, int sending = 0) {
+  bool is_canvas = task == 3 && scene.canvas;  // it has the id of the last step
+  string steps = is_canvas ? "td>ta,tb" : task == 0 && scene.chain ? "ta,tb" : TASK_NAMES[task];
+  string id = is_canvas ? TASK_NAMES[1] : TASK_NAMES[task];
+  return steps + " \"correlation_id\":\"" + id + "\"" + (sending ? "#" + std::to_string(sending) : "");
 }
 
 inline string worker_key(int worker, int incarnation) { return "worker:" + worker_id(worker, incarnation); }
 
-inline string field_of(const Held& held) { return std::to_string(held.number) + ":" + LISTS[held.from_intake]; }
+inline string field_of(const Held& held) {
+  return std::to_string(held.number) + (held.is_first ? "!:" : ":") + LISTS[held.from_intake];
+}
 
 inline string meta_text(const string& status, int task, const string& what = "x") {
   return "{\"status\":\"" + status + "\",\"task_id\":\"" + TASK_NAMES[task] + "\",\"result\":\"" + what + "\"}";
@@ -63,12 +68,12 @@ inline Call call_claim(int worker, int incarnation, int number) {
   return call;
 }
 
-inline Call call_start(int worker, int incarnation, const Held& held, bool wait) {
+inline Call call_start(int worker, int incarnation, const Held& held) {
   string key = worker_key(worker, incarnation);
   string task = packed_array({packed(field_of(held)), packed(TASK_NAMES[held.task])});
   return {"start",
-          {key + ":inflight", key + ":started", "cancelled", "alone"},
-          {META, "task:", "h", "1", wait ? worker_id(worker, incarnation) : "", packed_array({task})}};
+          {key + ":inflight", key + ":started", "cancelled", "alone", "tried", "ended", "ended:before"},
+          {META, "task:", "dead:", "h", "1", worker_id(worker, incarnation), "1209600", packed_array({task})}};
 }
 
 // What the end of a task owes to others: [pushes, others].
@@ -115,9 +120,9 @@ inline Call call_settle(int worker, int incarnation, const vector<string>& settl
   string key = worker_key(worker, incarnation);
   return {"settle",
           {key + ":inflight", key + ":started", "dead", "cancelled", "scheduled", "scheduled:messages", "tried",
-           "sub:queues"},
-          {META, "3600", "1000", "3600", "0", "dead:", "1209600", "W", "sub:wake",
-           "task:", "cancelled:paid:", packed_array(settlements)}};
+           "sub:queues", "ended", "ended:before", "ended:turn", "cancelled:running"},
+          {META, "3600", "1000", "3600", "0", "dead:", "1209600", "W", "sub:wake", "task:", "7200",
+           packed_array(settlements)}};
 }
 
 inline Call call_release(int worker, int incarnation, const Held& held) {
@@ -130,9 +135,10 @@ inline Call call_release(int worker, int incarnation, const Held& held) {
 
 inline Call call_schedule(int worker, int incarnation, const Held& held, bool is_past) {
   string key = worker_key(worker, incarnation);
-  return {"schedule",
-          {key + ":inflight", key + ":started", "scheduled", "scheduled:messages", "cancelled"},
-          {field_of(held), TASK_NAMES[held.task], is_past ? "1" : "5000000"}};
+  return {
+      "schedule",
+      {key + ":inflight", key + ":started", "scheduled", "scheduled:messages", "cancelled", "ended", "ended:before"},
+      {META, field_of(held), TASK_NAMES[held.task], is_past ? "1" : "5000000"}};
 }
 
 inline Call call_route(int worker, int incarnation, const Held& held) {
@@ -143,21 +149,33 @@ inline Call call_route(int worker, int incarnation, const Held& held) {
 
 inline Call call_due() { return {"due", {"scheduled", "scheduled:messages"}, {"sub:wake", "500"}}; }
 
-inline Call call_cancel(int worker, int incarnation, const string& revoked = "") {
+inline string cancel_request(int task) {
+  return string(scene.otherclient ? "events:d " : "events:c ") + TASK_NAMES[task];
+}
+
+// `again`: requests that are made once more, after a look into all queues.
+inline Call call_cancel(int worker, int incarnation, const string& revoked = "", const vector<string>& again = {}) {
   Call call{"cancel",
             {"sub:cancels", "cancelled", "scheduled", "scheduled:messages", "cancelled:lately",
-             worker_key(worker, incarnation) + ":started", "sub:queues", "workers"},
+             worker_key(worker, incarnation) + ":started", "sub:queues", "workers", "ended", "ended:before",
+             "ended:turn", "cancelled:running"},
             {META, "3600", "1000", "3600", "604800", "100000",
              "{\"status\":\"REVOKED\",\"task_id\":\"\",\"result\":\"revoked\"}", "sub:wake", "500",
-             "cancelled:unknown:", "inference", "worker:", "dead:"}};
+             "cancelled:answer:", "inference", "worker:", "dead:", "task:", "7200", std::to_string(again.size())}};
+  call.args.insert(call.args.end(), again.begin(), again.end());
   if (!revoked.empty()) call.args.push_back(revoked);
   return call;
 }
 
 inline Call call_letters() {
   return {"letters",
-          {"sub:letters", "dead", "tried"},
+          {"sub:letters", "dead", "tried", "ended", "ended:before"},
           {"dead:", META, "task:", "sub:wake", "200", "1000", "3600", "1209600"}};
+}
+
+inline Call call_leave(int worker, int incarnation) {
+  string key = worker_key(worker, incarnation);
+  return {"leave", {key, key + ":info", key + ":inflight", "workers"}, {worker_id(worker, incarnation)}};
 }
 
 inline Call call_alone(int worker, int incarnation, bool keep) {

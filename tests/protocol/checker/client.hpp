@@ -62,12 +62,26 @@ inline void submit_steps(const Stepper& step) {
     perform(after, call_edit({"LPUSH\t" + LISTS[scene.intake ? 1 : 0] + "\t" + message_of(0)}));
     step.done(after, FAULT_STEP);
   }
+  if (state.budget[SEND_AGAIN] && state.submit >= ACCEPTED && state.accepted[0]) {
+    State after = step.begin(A_SEND_AGAIN);
+    after.budget[SEND_AGAIN]--;
+    after.copies[0]++;
+    string message = message_of(0, ++after.sendings[0]);
+    perform(after, call_edit({"LPUSH\t" + LISTS[scene.intake ? 1 : 0] + "\t" + message}));
+    step.done(after, FAULT_STEP);
+  }
 }
 
 inline bool is_somewhere(const View& view, int task) {
   bool as_canvas = scene.canvas && places(view, 3);
   bool as_next_step = scene.chain && task == 1 && !is_end(view.meta[0]) && places(view, 0);
   return places(view, task) || as_canvas || view.letter[task] || as_next_step;
+}
+
+inline bool is_sought(const State& state, int task) {  // in all queues, by some worker
+  for (const auto& worker : state.workers)
+    if (worker.life == ALIVE && (worker.seeks >> task & 1)) return true;
+  return false;
 }
 
 inline void cancel_steps(const Stepper& step) {
@@ -78,20 +92,24 @@ inline void cancel_steps(const Stepper& step) {
     State after = step.begin(A_CANCEL, 0, task);
     after.budget[CANCEL]--;
     after.cancel[task] = ASKED;
-    string stream = scene.otherclient ? "events:d " : "events:c ";
-    perform(after, call_edit({"RPUSH\tsub:cancels\t" + stream + TASK_NAMES[task]}));
+    perform(after, call_edit({"RPUSH\tsub:cancels\t" + cancel_request(task)}));
     step.done(after, FAULT_STEP);
   }
-  if (state.cancel[task] == ASKED &&
-      (is_end(meta) || (view.unknown[task] && meta == NO_META && !view.scheduled[task]))) {
+  bool is_answered = view.answer[task] && meta == NO_META;
+  if (state.cancel[task] == ASKED && (is_end(meta) || is_answered)) {
     State after = step.begin(A_POLL, 0, task);
-    after.cancel[task] = meta == IS_REVOKED ? SAID_TRUE : is_end(meta) ? SAID_FALSE : SAID_UNKNOWN;
-    if (after.cancel[task] == SAID_UNKNOWN && is_somewhere(view, task))
-      monitors.violated("P7 cancel() says unknown of a task that is there");
-    if (after.cancel[task] == SAID_TRUE && view.letter[task] && !after.marked[task])
+    bool is_true = meta == IS_REVOKED || (!is_end(meta) && view.answer[task] == WAS_CANCELLED);
+    bool is_unknown = !is_end(meta) && view.answer[task] == IS_UNKNOWN;
+    after.cancel[task] = is_true ? SAID_TRUE : is_unknown ? SAID_UNKNOWN : SAID_FALSE;
+    if (is_unknown && is_somewhere(view, task)) monitors.violated("P7 cancel() says unknown of a task that is there");
+    if (is_true && view.letter[task] && !after.marked[task])
       monitors.violated("P7 cancel() says True of a task that had failed");
-    if (after.cancel[task] == SAID_TRUE && view.letter[task] && after.result_expired[task])
+    if (is_true && view.letter[task] && after.result_expired[task])
       monitors.violated("P7 cancel() says True of a dead letter whose result has expired");
+    step.done(after, CLIENT);
+  } else if (state.cancel[task] == ASKED && !view.cancel_requests && !is_sought(state, task) && !view.marked[task]) {
+    State after = step.begin(A_CANCEL_REPEATED, 0, task);  // whoever had its request may have died
+    perform(after, call_edit({"RPUSH\tsub:cancels\t" + cancel_request(task)}));
     step.done(after, CLIENT);
   }
   for (int worker = 0; state.budget[REVOKE] && state.submit >= ACCEPTED && worker < WORKERS; worker++) {
@@ -100,7 +118,7 @@ inline void cancel_steps(const Stepper& step) {
     after.budget[REVOKE]--;
     if (after.cancel[task] == NOT_ASKED) after.cancel[task] = REVOKED_BY_CELERY;
     const Reply& reply = perform(after, call_cancel(worker, state.workers[worker].incarnation, TASK_NAMES[task])).reply;
-    cancel_running(after, worker, reply);
+    take_cancel_verdicts(after, worker, reply);
     step.done(after, FAULT_STEP);
   }
 }
@@ -111,14 +129,16 @@ inline void letter_steps(const Stepper& step) {
     if (state.purge_wanted[task]) {
       State after = step.begin(A_PURGE_PUSHED, 0, task);
       after.purge_wanted[task] = 0;
-      perform(after, call_edit({string("RPUSH\tsub:letters\tpurge ") + TASK_NAMES[task]}));
+      string run = std::to_string(state.purge_run[task]);
+      perform(after, call_edit({"RPUSH\tsub:letters\tpurge:" + run + " " + TASK_NAMES[task]}));
       step.done(after, CLIENT);
     }
     if (!step.view.letter[task]) continue;
     if (state.budget[REDRIVE]) {
       State after = step.begin(A_REDRIVE, 0, task);
       after.budget[REDRIVE]--;
-      perform(after, call_edit({string("RPUSH\tsub:letters\tredrive ") + TASK_NAMES[task]}));
+      string run = std::to_string(step.view.letter_run[task]);
+      perform(after, call_edit({"RPUSH\tsub:letters\tredrive:" + run + " " + TASK_NAMES[task]}));
       step.done(after, FAULT_STEP);
     }
     if (state.budget[PURGE]) {
@@ -153,11 +173,13 @@ inline void waiter_steps(const Stepper& step) {
   }
   bool some = false;
   State after = step.begin(A_SWEEP);
-  for (int task = 0; task < TASKS; task++)
-    if (state.waits[task] == WAITING && is_end(view.meta[task]) && (scene.sweep || state.passed[task])) {
+  for (int task = 0; task < TASKS; task++) {  // results, and what is remembered of ends whose results have expired
+    bool has_ended = is_end(view.meta[task]) || (!view.meta[task] && view.remembered[task]);
+    if (state.waits[task] == WAITING && has_ended && (scene.sweep || state.passed[task])) {
       after.waits[task] = TOLD;
       some = true;
     }
+  }
   if (some) step.done(after, CLIENT);
 }
 

@@ -244,6 +244,12 @@ class Commands {
     drop_if_empty(words[1]);
     return Reply::number(gone);
   }
+  Reply smismember(const Words& words) {
+    Value* value = get(words[1], Type::set);
+    Reply reply = Reply::array();
+    for (size_t n = 2; n < words.size(); n++) reply.items.push_back(Reply::number(value && value->set.count(words[n])));
+    return reply;
+  }
   Reply scard(const Words& words) {
     Value* value = get(words[1], Type::set);
     return Reply::number(value ? value->set.size() : 0);
@@ -350,6 +356,7 @@ inline const std::unordered_map<string, Commands::Handler>& Commands::table() {
                                                                {"SADD", &C::sadd},
                                                                {"SREM", &C::srem},
                                                                {"SCARD", &C::scard},
+                                                               {"SMISMEMBER", &C::smismember},
                                                                {"SMEMBERS", &C::smembers},
                                                                {"ZCARD", &C::zcard},
                                                                {"ZADD", &C::zadd},

@@ -34,12 +34,14 @@ class HeldSteps {
       case ERRAND: errand(); break;
       case ERRAND_START: errand_start(); break;
       case LOCAL_GATE:
-        if (gate_is_empty(life_)) move(A_LOCAL_GATE, LOCAL_START);
+        if (gate_is_empty(life_)) enter(A_LOCAL_GATE, LOCAL_START, IN_WORKER);
         break;
-      case LOCAL_SLEEP: move(A_LOCAL_SLEEP, LOCAL_GATE); break;
+      case LOCAL_ASK:
+        if (is_ones_turn(life_) && !is_another_alone()) move(A_LOCAL_ASK, LOCAL_GATE);
+        break;
       case ALONE_ASK: ask_for_alone(); break;
       case ALONE_GATE:
-        if (gate_is_empty(life_)) move(A_ALONE_GATE, ALONE_OTHERS);
+        if (gate_is_empty(life_)) enter(A_ALONE_GATE, ALONE_OTHERS, AMONG_WORKERS);
         break;
       case ALONE_OTHERS: others_end(); break;
       default: break;
@@ -59,6 +61,22 @@ class HeldSteps {
     step_.done(after, process_);
   }
 
+  void enter(ActionCode code, Place place, Gated gated) const {
+    State after = begin(code);
+    mine(after).place = place;
+    mine(after).gated = gated;
+    step_.done(after, process_);
+  }
+  bool is_another_alone() const {
+    return step_.view.alone && (step_.view.alone - 1 != worker_ || step_.view.alone_incarnation != life_.incarnation);
+  }
+  // Leave the gate without having begun.
+  void step_back(State& after, Place place) const {
+    mine(after).place = place;
+    if (mine(after).gated == AMONG_WORKERS) after.workers[worker_].alone = GIVES_ALONE_BACK;
+    mine(after).gated = NOT_GATED;
+  }
+
   void careful() const {
     const View& view = step_.view;
     int task = held_.task, attempts = 0, crashes = 0, losses = 0, shared = 0;
@@ -67,27 +85,26 @@ class HeldSteps {
       losses = view.losses[task], shared = view.shared[task];
     }
     bool is_suspect = crashes > 0 && (crashes > 1 || attempts + 1 >= scene.max);
-    Place place = START;
-    if (attempts < scene.max) {
-      if (losses >= 2)
-        place = ALONE_ASK;
-      else if (is_suspect)
-        place = shared > 0 ? ALONE_ASK : LOCAL_GATE;
+    if (attempts >= scene.max) {
+      State after = begin(A_TRIED);
+      mine(after).attempts = attempts;
+      exhausted(after, worker_, slot_);
+      step_.done(after, process_);
+    } else if (losses >= 2 || is_suspect) {
+      move(A_TRIED, losses >= 2 || shared > 0 ? ALONE_ASK : LOCAL_ASK);
+    } else {
+      move(A_TRIED, START);
     }
-    move(A_TRIED, place);
   }
 
   void start() const {
-    Call call = call_start(worker_, life_.incarnation, held_, true);
+    Call call = call_start(worker_, life_.incarnation, held_);
     State after = begin(A_START);
     const Reply& reply = perform(after, call).reply;
     bool now = take_verdict(after, worker_, slot_, reply, false);
     Held& held = mine(after);
-    if (!now && held_.place == LOCAL_START) held.place = LOCAL_SLEEP;
-    if (!now && held_.place == ALONE_START) {
-      held.place = ALONE_ASK;
-      after.workers[worker_].alone = GIVES_ALONE_BACK;
-    }
+    if (!now && held_.place == LOCAL_START) step_back(after, LOCAL_ASK);
+    if (!now && held_.place == ALONE_START) step_back(after, ALONE_ASK);
     if (now && held.place == held_.place)
       held.place = held_.place == START ? GATE : held_.place == LOCAL_START ? LOCAL_RUN : ALONE_RUN;
     step_.done(after, process_);
@@ -96,7 +113,7 @@ class HeldSteps {
 
   void fast_start() const {
     if (held_.flags & STARTED) return;
-    Call call = call_start(worker_, life_.incarnation, held_, false);
+    Call call = call_start(worker_, life_.incarnation, held_);
     State after = begin(A_FAST_START);
     take_verdict(after, worker_, slot_, perform(after, call).reply, true);
     Held& held = mine(after);
@@ -130,6 +147,7 @@ class HeldSteps {
         State after = begin(A_FAST_END, GOES_AWAY);
         Held& held = mine(after);
         bool started = held_.flags & STARTED;
+        held.was_asked = 1;
         if (started) held.place = RELEASING;
         held.flags = started ? 0 : ANSWERED;
         step_.done(after, process_);
@@ -149,6 +167,7 @@ class HeldSteps {
     State after = begin(A_FAST_END, outcome);
     pay_outcome(after, outcome);
     Held& held = mine(after);
+    held.was_asked = 1;
     if (started) {
       held.place = PENDING;
       held.flags = 0;
@@ -170,7 +189,7 @@ class HeldSteps {
     if (life_.has_endpoint) return;
     State after = begin(A_RUN_END, GOES_AWAY);
     Held& held = mine(after);
-    held.second_ending = held.place == ALONE_RUN;  // then the key is given back afterwards
+    held.was_asked = 1;
     held.place = RELEASING;
     held.flags = 0;
     step_.done(after, process_);
@@ -192,10 +211,17 @@ class HeldSteps {
   void settle(int detail, const vector<string>& settlements, const vector<int>& slots) const {
     Call call = call_settle(worker_, life_.incarnation, settlements);
     State after = begin(A_SETTLE, detail);
-    perform(after, call);
+    const Reply& reply = perform(after, call).reply;
     int numbers = 0;
-    for (int slot : slots) {
-      let_go(after, worker_, slot);
+    for (size_t n = 0; n < slots.size(); n++) {
+      int slot = slots[n];
+      Held& held = after.workers[worker_].held[slot];
+      if (reply.items[n].integer == 2) {  // it was cancelled meanwhile
+        held.ending = CANCELLED;
+        held.second_ending = NO_END;
+      } else {
+        let_go(after, worker_, slot);
+      }
       numbers |= 1 << life_.held[slot].number;
     }
     step_.done(after, process_);
@@ -206,9 +232,7 @@ class HeldSteps {
     Call call = call_release(worker_, life_.incarnation, held_);
     State after = begin(A_RELEASE);
     perform(after, call);
-    Worker& worker = after.workers[worker_];
-    if (held_.second_ending && worker.alone == HOLDS_ALONE) worker.alone = GIVES_ALONE_BACK;
-    mine(after).place = NOWHERE;
+    let_go(after, worker_, slot_);
     step_.done(after, process_);
     lost(A_RELEASE, call, numbers());
     if (held_.ending == NO_END) return;
@@ -225,7 +249,7 @@ class HeldSteps {
     if (verdict == -3)
       to_settle(after, worker_, slot_, CANCELLED);
     else if (verdict == 2)
-      mine(after).place = held_.from_intake ? ROUTING : way_in(life_);
+      mine(after).place = held_.from_intake ? ROUTING : way_in(life_, held_);
     else
       mine(after).place = NOWHERE;
     step_.done(after, process_);
@@ -259,7 +283,7 @@ class HeldSteps {
   }
 
   void ask_for_alone() const {
-    if (life_.alone != NOT_ALONE) return;  // one task of a worker at a time
+    if (!is_ones_turn(life_)) return;
     Call call = call_alone(worker_, life_.incarnation, true);
     State after = begin(A_ALONE_ASK);
     if (perform(after, call).reply.integer >= 0) {
@@ -276,14 +300,12 @@ class HeldSteps {
     if (under_way == 0) {
       mine(after).place = ALONE_START;
     } else if (under_way < 0) {
-      mine(after).place = ALONE_ASK;
-      after.workers[worker_].alone = GIVES_ALONE_BACK;
+      step_back(after, ALONE_ASK);
     }
     step_.done(after, process_);
     if (under_way <= 0) return;
     State late = begin(A_OTHERS_TIMEOUT);
-    mine(late).place = ALONE_ASK;
-    late.workers[worker_].alone = GIVES_ALONE_BACK;
+    step_back(late, ALONE_ASK);
     step_.done(late, process_);
   }
 

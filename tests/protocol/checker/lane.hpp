@@ -8,21 +8,22 @@
 
 inline void let_go(State& state, int worker, int slot) {
   Held& held = state.workers[worker].held[slot];
-  if (held.place >= ALONE_GATE && state.workers[worker].alone == HOLDS_ALONE)
-    state.workers[worker].alone = GIVES_ALONE_BACK;
+  bool held_alone = held.gated && held.place != NOWHERE && state.workers[worker].alone == HOLDS_ALONE;
+  if (held_alone && held.gated == AMONG_WORKERS) state.workers[worker].alone = GIVES_ALONE_BACK;
   memset(&held, 0, sizeof held);
 }
 
 inline void to_settle(State& state, int worker, int slot, Ending ending) {
   Held& held = state.workers[worker].held[slot];
-  if (held.place >= ALONE_GATE && state.workers[worker].alone == HOLDS_ALONE)
-    state.workers[worker].alone = GIVES_ALONE_BACK;
+  held.was_asked |= runs_at_triton(held);
   held.place = PENDING;
   held.flags = 0;
   held.ending = ending;
 }
 
-inline Place way_in(const Worker& worker) { return worker.some_tried ? CAREFUL : worker.some_cancelled ? START : FAST; }
+inline Place way_in(const Worker& worker, const Held& held) {
+  return worker.some_tried || !held.is_first ? CAREFUL : worker.some_cancelled ? START : FAST;
+}
 
 inline void take_in(State& state, int worker, int slot) {
   Held& held = state.workers[worker].held[slot];
@@ -34,17 +35,20 @@ inline void take_in(State& state, int worker, int slot) {
   } else if (scene.eta && held.task == 0 && !state.eta_passed) {
     held.place = SCHEDULING;
   } else {
-    held.place = held.from_intake ? ROUTING : way_in(state.workers[worker]);
+    held.place = held.from_intake ? ROUTING : way_in(state.workers[worker], held);
   }
 }
 
-// What a worker does when it is told which of its running tasks are cancelled.
-inline void cancel_running(State& state, int worker, const Reply& reply) {
+// What a worker does when it is told what has become of wishes to cancel.
+inline void take_cancel_verdicts(State& state, int number, const Reply& reply) {
+  Worker& worker = state.workers[number];
   for (size_t n = 0; n + 1 < reply.items.size(); n += 2) {
+    int task = task_of(reply.items[n].text);
+    if (reply.items[n + 1].text.compare(0, 7, "nowhere") == 0) worker.seeks |= 1 << task;
     if (reply.items[n + 1].text != "running") continue;
     for (int slot = 0; slot < HELD; slot++) {
-      Held& held = state.workers[worker].held[slot];
-      if (held.place == NOWHERE || task_of(reply.items[n].text) != held.task || (held.flags & OVER)) continue;
+      Held& held = worker.held[slot];
+      if (held.place == NOWHERE || task != held.task || (held.flags & OVER)) continue;
       if (held.place == PENDING) {
         if (held.ending != CANCELLED && !held.second_ending) held.second_ending = CANCELLED;
         held.flags |= OVER;
@@ -52,7 +56,7 @@ inline void cancel_running(State& state, int worker, const Reply& reply) {
         held.ending = CANCELLED;
         held.flags |= OVER;
       } else {
-        to_settle(state, worker, slot, CANCELLED);
+        to_settle(state, number, slot, CANCELLED);
       }
     }
   }
@@ -60,29 +64,33 @@ inline void cancel_running(State& state, int worker, const Reply& reply) {
 
 // ---- the turnstile of the model
 
-inline bool is_alone_inside(const Held& held) {
-  switch (held.place) {
-    case LOCAL_START:
-    case LOCAL_RUN:
-    case ALONE_OTHERS:
-    case ALONE_START:
-    case ALONE_RUN: return true;
-    default: return false;
-  }
-}
-inline bool is_inside(const Held& held) {
-  return held.place == RUN || is_alone_inside(held) || (held.place == FAST && (held.flags & AT_TRITON));
-}
+inline bool is_inside(const Held& held) { return held.gated || runs_at_triton(held); }
+
 inline bool gate_is_open(const Worker& worker) {  // to those that need not be alone
   return std::none_of(worker.held, worker.held + HELD, [](const Held& held) {
-    return is_alone_inside(held) || held.place == LOCAL_GATE || held.place == ALONE_GATE;
+    return held.gated || held.place == LOCAL_GATE || held.place == ALONE_GATE;
   });
 }
+
+// Whether nobody is inside, and nothing that was is without a written end.
 inline bool gate_is_empty(const Worker& worker) {
-  return std::none_of(worker.held, worker.held + HELD, [](const Held& held) { return is_inside(held); });
+  return std::none_of(worker.held, worker.held + HELD,
+                      [](const Held& held) { return is_inside(held) || held.was_asked; });
+}
+
+// One suspect of a worker at a time stands at the gate, or is inside.
+inline bool is_ones_turn(const Worker& worker) {
+  return worker.alone == NOT_ALONE && std::none_of(worker.held, worker.held + HELD, [](const Held& held) {
+           return held.gated || held.place == LOCAL_GATE || held.place == ALONE_GATE;
+         });
 }
 
 // ---- what `start` said
+
+inline void exhausted(State& state, int worker, int slot) {  // it has had all its attempts: this one is not made
+  state.workers[worker].held[slot].attempts -= 1;
+  to_settle(state, worker, slot, FAILED);
+}
 
 inline bool take_verdict(State& state, int worker, int slot, const Reply& reply, bool fast) {  // false: not yet
   Held& held = state.workers[worker].held[slot];
@@ -111,9 +119,8 @@ inline bool take_verdict(State& state, int worker, int slot, const Reply& reply,
     held.crashes = verdict.items[1].integer;
     held.losses = verdict.items[2].integer;
   }
-  if (held.attempts >= scene.max) {  // it has had them all: this attempt is not made
-    held.attempts -= 1;
-    to_settle(state, worker, slot, FAILED);
+  if (held.attempts >= scene.max) {
+    exhausted(state, worker, slot);
     return true;
   }
   if (fast) held.flags |= STARTED;

@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "commands.hpp"
+#include "sha1.hpp"
 
 extern "C" {
 #include <lauxlib.h>
@@ -152,6 +153,35 @@ inline int lua_unpack(lua_State* lua) {
   return 1;
 }
 
+// MessagePack of arrays, texts and small numbers.
+inline string packed_value(lua_State* lua, int at) {
+  if (lua_type(lua, at) == LUA_TNUMBER) return packed(static_cast<int>(lua_tonumber(lua, at)));
+  if (lua_type(lua, at) == LUA_TSTRING) return packed(string(lua_tostring(lua, at)));
+  vector<string> items;
+  for (int n = 1; lua_istable(lua, at); n++) {
+    lua_rawgeti(lua, at, n);
+    bool is_end = lua_isnil(lua, -1);
+    if (!is_end) items.push_back(packed_value(lua, lua_gettop(lua)));
+    lua_pop(lua, 1);
+    if (is_end) break;
+  }
+  return packed_array(items);
+}
+
+inline int lua_pack(lua_State* lua) {
+  string text = packed_value(lua, 1);
+  lua_pushlstring(lua, text.data(), text.size());
+  return 1;
+}
+
+inline int lua_sha1hex(lua_State* lua) {
+  size_t length;
+  const char* text = luaL_checklstring(lua, 1, &length);
+  string digest = sha1_hex(string(text, length));
+  lua_pushlstring(lua, digest.data(), digest.size());
+  return 1;
+}
+
 inline Reply reply_from(lua_State* lua, int at) {
   auto field = [&](const char* name, string& into) {
     lua_getfield(lua, at, name);
@@ -194,19 +224,23 @@ class Scripts {
   explicit Scripts(Commands& broker) : lua_(luaL_newstate()) {
     broker_of_scripts = &broker;
     luaL_openlibs(lua_);
-    library("redis", {{"call", lua_call_command}, {"pcall", lua_pcall_command}, {"error_reply", lua_error_reply}});
+    library("redis", {{"call", lua_call_command},
+                      {"pcall", lua_pcall_command},
+                      {"error_reply", lua_error_reply},
+                      {"sha1hex", lua_sha1hex}});
     library("cjson", {{"encode", lua_json_encode}});
-    library("cmsgpack", {{"unpack", lua_unpack}});
+    library("cmsgpack", {{"unpack", lua_unpack}, {"pack", lua_pack}});
   }
 
-  void load(const string& name, const string& path) {
-    std::ifstream file(path);
+  // A script, with what stands before it.
+  void load(const string& name, const vector<string>& paths) {
     std::stringstream text;
-    text << file.rdbuf();
-    if (!file || luaL_loadbuffer(lua_, text.str().data(), text.str().size(), name.c_str())) {
-      fprintf(stderr, "cannot load %s: %s\n", path.c_str(), file ? lua_tostring(lua_, -1) : "not there");
-      exit(2);
+    for (const auto& path : paths) {
+      std::ifstream file(path);
+      if (!file) fail(path, "it is not there");
+      text << file.rdbuf() << "\n";
     }
+    if (luaL_loadbuffer(lua_, text.str().data(), text.str().size(), name.c_str())) fail(name, lua_tostring(lua_, -1));
     loaded_[name] = luaL_ref(lua_, LUA_REGISTRYINDEX);
   }
 
@@ -222,6 +256,11 @@ class Scripts {
   }
 
  private:
+  static void fail(const string& what, const char* why) {
+    fprintf(stderr, "cannot load %s: %s\n", what.c_str(), why);
+    exit(2);
+  }
+
   void library(const char* name, const vector<std::pair<const char*, lua_CFunction>>& functions) {
     lua_newtable(lua_);
     for (const auto& [function_name, function] : functions) {

@@ -39,12 +39,17 @@ struct Seen {
   const Done& done;
 };
 
-inline void watch_cancel(const Seen& seen) {  // what it named and what was not past ending must not be started any more
+// What was named and was not past ending must not be started any more.
+inline void watch_cancel(const Seen& seen) {
   for (size_t n = 0; n + 1 < seen.done.reply.items.size(); n += 2) {
     const string& verdict = seen.done.reply.items[n + 1].text;
     int task = task_of(seen.done.reply.items[n].text);
-    bool refused = verdict == "unknown" || verdict == "SUCCESS" || verdict == "FAILURE" || verdict == "REVOKED";
-    if (task >= 0 && !refused) seen.state.marked[task] = 1;
+    if (task < 0) continue;
+    bool is_refused = verdict == "unknown" || verdict.compare(0, 7, "nowhere") == 0 || verdict == "SUCCESS" ||
+                      verdict == "FAILURE" || verdict == "REVOKED";
+    if (!is_refused) seen.state.marked[task] = 1;
+    if (verdict == "FAILURE" && (seen.before.sent_again[task] & ~seen.state.failed[task]))
+      monitors.violated("P7 a cancel calls failed what was sent again and waits");
   }
 }
 
@@ -75,37 +80,86 @@ inline void watch_attempts(const Seen& seen) {
   }
 }
 
-inline void begin_run(State& state, int task) {  // a redrive
+// A redrive, or a message that was sent again, begins a run.
+inline void begin_run(State& state, int task) {
   state.ends[task] = state.starts[task] = state.marked[task] = 0;
-  state.redriven[task] = 1;
   state.runs[task]++;
   if (task == 0) state.next_pushes = state.part_pushes = state.next_ran = 0;
-  if (!scene.rewait) return;
-  if (state.waits[task] == TOLD) state.waits[task] = WAITING;
-  if (scene.chain && task == 0 && state.waits[1] == TOLD) state.waits[1] = WAITING;
+  if (scene.rewait && state.waits[task] == TOLD) state.waits[task] = WAITING;
 }
 
-inline void watch_ends_and_letters(const Seen& seen) {
+// Whether a claim of a task that this call has started or ended is of a message that has not failed.
+inline bool is_new_message(const Seen& seen, int task) {
+  for (const auto& claim : seen.before.claims) {
+    if (claim.task != task || (seen.state.failed[task] >> claim.sending & 1)) continue;
+    bool is_touched = true;
+    for (const auto& after : seen.after.claims)
+      if (claim.same_as(after)) is_touched = after.started && !claim.started;
+    if (is_touched) return true;
+  }
+  return false;
+}
+
+inline bool was_failed(const View& view, int task) {
+  return view.meta[task] == IS_FAILURE || (view.meta[task] == NO_META && view.remembered[task] == 'F');
+}
+
+// Whether a message of a task that has failed waits which is none of those that have.
+inline bool waits_anew(const State& state, const View& view, int task) {
+  int sendings = view.sent_again[task];
+  for (const auto& claim : view.claims)
+    if (claim.task == task && !claim.started) sendings |= 1 << claim.sending;
+  return was_failed(view, task) && (sendings & ~state.failed[task]);
+}
+
+// Whether a task that had failed was sent again, and this call begins its next run, or ends it at once.
+inline bool is_sent_again(const Seen& seen, int task) {
+  if (!was_failed(seen.before, task)) return false;
+  if (seen.verb == "cancel") return seen.after.meta[task] == IS_REVOKED && waits_anew(seen.state, seen.before, task);
+  return (seen.verb == "start" || seen.verb == "settle") && is_new_message(seen, task);
+}
+
+inline void watch_runs(const Seen& seen) {
   const View &before = seen.before, &after = seen.after;
   State& state = seen.state;
   for (int task = 0; task < TASKS; task++) {
     int was = before.meta[task], is = after.meta[task];
     bool gone = seen.verb == "letters" && before.letter[task] && !after.letter[task];
     bool redriven = gone && after.queued[task] + after.in_intake[task] > before.queued[task] + before.in_intake[task];
-    bool forgotten = seen.verb == "letters" && was == IS_FAILURE && is == NO_META;
-    if (is_end(was) && is != was && !forgotten)
+    bool freed = seen.verb == "letters" && was_failed(before, task) && !was_failed(after, task);
+    bool again = is_sent_again(seen, task);
+    if (is_end(was) && is != was && !freed && !again)
       monitors.violated("P3 " + named(task) + "'s end " + META_NAMES[was] + " became " + META_NAMES[is] + " by " +
                         seen.verb);
-    if (redriven) begin_run(state, task);
+    if (redriven || freed || again) begin_run(state, task);
+    if (redriven) {
+      state.redriven[task] = 1;
+      state.failed[task] = 0;
+    }
     if (gone && !redriven && state.purge_run[task] != before.letter_run[task])
       monitors.violated("P9 a letter is purged that nobody asked to purge (another run's)");
-    if (seen.verb == "cancel" && !is_end(was) && ((after.marked[task] && !before.marked[task]) || is_end(is)))
+  }
+}
+
+inline void watch_letters(const Seen& seen) {
+  const View &before = seen.before, &after = seen.after;
+  State& state = seen.state;
+  for (int task = 0; task < TASKS; task++) {
+    if (seen.verb == "cancel" && !is_end(before.meta[task]) &&
+        ((after.marked[task] && !before.marked[task]) || is_end(after.meta[task])))
       state.marked[task] = 1;
     if (before.letter[task] && !after.letter[task] && seen.verb != "letters" && seen.verb != "edit")
       monitors.violated("P9 letter lost by " + seen.verb);
     if (scene.poison && task > 0 && after.letter[task] && !before.letter[task])
       monitors.violated("I1 innocent " + named(task) + " is dead-lettered");
     if (after.scheduled[task] == ONLY_ITS_MESSAGE) monitors.violated("P1 scheduled:messages without scheduled");
+    if (seen.verb != "settle" || !was_failed(after, task)) continue;
+    for (const auto& claim : before.claims) {  // a copy of what has failed now must not run
+      bool still_there = false;
+      for (const auto& other : after.claims) still_there |= claim.same_as(other);
+      if (claim.task == task && !still_there && after.letter[task] && after.letter_run[task] != before.letter_run[task])
+        state.failed[task] |= 1 << claim.sending;
+    }
   }
 }
 
@@ -118,6 +172,7 @@ inline void watch_starts(const Seen& seen) {
     State& state = seen.state;
     int task = claim.task;
     if (state.starts[task] < 15) state.starts[task]++;
+    if (state.failed[task] >> claim.sending & 1) monitors.violated("P2 a copy of a message that has failed is started");
     if (state.marked[task])
       monitors.violated("P7 " + named(task) + " is started after it was cancelled" + if_expired(state, task));
     state.redriven[task] = 0;
@@ -159,13 +214,28 @@ inline void watch_settled_push(const Seen& seen, const Effect& effect) {
   }
 }
 
+// How many different messages of a task this call has ended.
+inline int messages_ended(const Seen& seen, int task) {
+  int sendings = 0;
+  for (const auto& claim : seen.before.claims) {
+    bool still_there = false;
+    for (const auto& after : seen.after.claims) still_there |= claim.same_as(after);
+    if (claim.task == task && !still_there) sendings |= 1 << claim.sending;
+  }
+  return __builtin_popcount(sendings);
+}
+
 inline void watch_effects(const Seen& seen) {
   bool succeeded = false, next_pushed = false;
+  int failed_now = 0;  // bits of the tasks of which a run has failed in this call
   for (const auto& effect : seen.done.effects) {
     if (effect.kind == 'P' && effect.where.compare(0, META.size(), META) == 0) {
       int task = task_of(effect.where.substr(META.size())), meta = meta_of(effect.what);
       if (task < 0 || !is_end(meta)) continue;
+      // In one batch: the run that has failed, and the next one, of what was sent again.
+      if ((failed_now >> task & 1) && messages_ended(seen, task) > 1) begin_run(seen.state, task);
       watch_published_end(seen, task, meta);
+      if (meta == IS_FAILURE) failed_now |= 1 << task;
       succeeded |= task == 0 && meta == IS_SUCCESS;
     }
     if (seen.verb == "settle" && effect.kind == 'L') {
@@ -182,8 +252,9 @@ inline const Done& perform(State& state, const Call& call) {
   state.broker = done.broker;
   Seen seen{state, call.verb, before, view_of(state), done};
   if (call.verb == "cancel") watch_cancel(seen);
+  watch_runs(seen);
   watch_attempts(seen);
-  watch_ends_and_letters(seen);
+  watch_letters(seen);
   if (call.verb == "start") watch_starts(seen);
   watch_effects(seen);
   return done;
@@ -204,7 +275,7 @@ inline void check_places(const State& state, const View& view) {
       monitors.violated("P1 " + named(task) + " is lost");
     if (state.copies[task] || state.marked[task] || state.expired[task] || state.cancel[task] != NOT_ASKED) continue;
     if (count + view.letter[task] > 1) monitors.violated("P1 " + named(task) + " is in two places");
-    if (count && is_end(view.meta[task]))
+    if (count && is_end(view.meta[task]) && !(state.sendings[0] && waits_anew(state, view, task)))
       monitors.violated("P1 " + named(task) + " has ended and its message is still there");
   }
 }

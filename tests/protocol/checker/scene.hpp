@@ -75,6 +75,7 @@ enum Fault {
   LEAVE,       // a worker is asked to end
   RESTART,     // a dead worker is started again
   DUPLICATE,   // a producer pushes its message once more
+  SEND_AGAIN,  // a producer sends the task again: another message of the same id
   ROLLBACK,    // the broker restarts without what came after its last fsync (`everysec`)
   FAIL_RETRY,  // an attempt fails, and may be repeated
   FAIL_FOR_GOOD,
@@ -96,9 +97,9 @@ enum Fault {
   FAULTS
 };
 inline const char* const FAULT_NAMES[FAULTS] = {
-    "crash",   "lapse", "lost",    "late",   "lanef",   "leave",  "restart", "dup",       "roll",
-    "failr",   "failp", "invalid", "stub",   "edied",   "away",   "epdown",  "cancel",    "revoke",
-    "redrive", "purge", "resub",   "giveup", "metaexp", "lately", "expire",  "checkpoint"};
+    "crash",  "lapse",   "lost",  "late",    "lanef",  "leave",   "restart", "dup",    "again",
+    "roll",   "failr",   "failp", "invalid", "stub",   "edied",   "away",    "epdown", "cancel",
+    "revoke", "redrive", "purge", "resub",   "giveup", "metaexp", "lately",  "expire", "checkpoint"};
 
 // ---- what a lane does with a claim
 
@@ -113,11 +114,11 @@ enum Place : uint8_t {
   RELEASING,
   SCHEDULING,
   ROUTING,
-  LOCAL_GATE,  // of a suspect: waits to be alone in this worker
+  LOCAL_ASK,   // of a suspect: waits for its turn among those of its worker, and until no other worker is alone
+  LOCAL_GATE,  // waits to be alone in this worker
   LOCAL_START,
   LOCAL_RUN,
-  LOCAL_SLEEP,
-  ALONE_ASK,  // of a suspect: waits to be alone among workers
+  ALONE_ASK,  // of a suspect: waits for its turn, and to be alone among workers
   ALONE_GATE,
   ALONE_OTHERS,  // waits until others have ended what they had begun
   ALONE_START,
@@ -126,9 +127,9 @@ enum Place : uint8_t {
   ERRAND_START
 };
 inline const char* const PLACE_NAMES[] = {
-    "-",         "careful",    "start",   "fast",        "gate",        "run",       "pending",
-    "releasing", "scheduling", "routing", "local gate",  "local start", "local run", "local sleep",
-    "alone?",    "alone gate", "others?", "alone start", "alone run",   "errand",    "errand start"};
+    "-",         "careful",    "start",   "fast",        "gate",       "run",         "pending",
+    "releasing", "scheduling", "routing", "local?",      "local gate", "local start", "local run",
+    "alone?",    "alone gate", "others?", "alone start", "alone run",  "errand",      "errand start"};
 
 enum Ending : uint8_t { NO_END, SUCCEEDED, FAILED, RETRYING, CANCELLED, EXPIRED };
 inline const char* const ENDING_NAMES[] = {"", "succeeded", "failed", "retrying", "cancelled", "expired"};
@@ -144,6 +145,7 @@ enum Flag : uint8_t {
   ANSWER_RETRY = 128   // (FAST) and that was a failure that may be repeated
 };
 
+enum Gated : uint8_t { NOT_GATED, IN_WORKER, AMONG_WORKERS };
 enum Life : uint8_t { ALIVE, DEAD, LEFT };
 enum HoldsAlone : uint8_t { NOT_ALONE, HOLDS_ALONE, GIVES_ALONE_BACK };
 enum Submit : uint8_t { NOT_SUBMITTED, IN_DOUBT, ACCEPTED, GIVEN_UP };
@@ -153,10 +155,13 @@ enum CancelAnswer : uint8_t { NOT_ASKED, ASKED, SAID_TRUE, SAID_FALSE, SAID_UNKN
 // Compared and hashed as bytes: no padding, and every byte is always set.
 #pragma pack(push, 1)
 struct Held {
-  uint8_t place, task, number, from_intake, flags, attempts, crashes, losses, ending, second_ending;
+  uint8_t place, task, number, from_intake, is_first, sending, flags, attempts, crashes, losses, ending, second_ending;
+  uint8_t gated;      // it is alone in its worker until its end is written
+  uint8_t was_asked;  // it has been at Triton, and its end is not yet written
 };
 struct Worker {
   uint8_t life, incarnation, must_adopt, some_tried, some_cancelled, has_endpoint, alone, leaving;
+  uint8_t seeks;  // bits of the tasks for which it looks in all queues, since they are in none that is known
   Held held[HELD];
 };
 struct State {
@@ -172,6 +177,8 @@ struct State {
   uint8_t accepted[TASKS], waits[TASKS], cancel[TASKS], ends[TASKS], marked[TASKS], starts[TASKS], redriven[TASKS];
   uint8_t result_expired[TASKS], expired[TASKS], purge_run[TASKS], purge_wanted[TASKS], passed[TASKS], copies[TASKS];
   uint8_t runs[TASKS];
+  uint8_t sendings[TASKS];  // how many messages of it were sent, copies not counted, after the first
+  uint8_t failed[TASKS];    // bits of those that have failed: a copy of these must not run
   uint8_t budget[FAULTS];
   Worker workers[WORKERS];
 };

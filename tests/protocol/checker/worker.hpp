@@ -11,11 +11,11 @@ inline void all_end(State& state, Fault kind) {
       if (!runs_at_triton(held)) continue;
       uint8_t flags = kind == STUB_DIES ? BLAMED : kind == ENDPOINT_DIES ? ENDPOINT_DIED : 0;
       if (kind == ENDPOINT_DIES && held.place == ALONE_RUN && held.losses >= 2) flags |= BLAMED;
+      held.was_asked = 1;
       if (held.place == FAST) {
         held.flags = (held.flags & STARTED) | ANSWERED | flags;
       } else {
         held.flags = flags;
-        held.second_ending = held.place == ALONE_RUN;
         held.place = RELEASING;
       }
     }
@@ -35,9 +35,9 @@ class WorkerSteps {
 
   void take() const {
     if (life_.life == DEAD && incarnation_ + 1 < scene.inc && state_.budget[RESTART]) restart();
-    if (life_.life == ALIVE && life_.leaving < 2 && !state_.young) reap_others();
+    if (life_.life == ALIVE && !state_.young) reap_others();
     if (life_.life != ALIVE) return;
-    if (life_.leaving < 2) beat_and_chores();
+    beat_and_chores();
     keep_alone();
     claim_loop();
     for (int slot = 0; slot < HELD; slot++)
@@ -100,12 +100,33 @@ class WorkerSteps {
     if (view_.cancel_requests || has_something_to_be_told()) {
       Call call = call_cancel(worker_, incarnation_);
       State after = begin(A_CANCEL_CHORE);
-      cancel_running(after, worker_, perform(after, call).reply);
+      take_cancel_verdicts(after, worker_, perform(after, call).reply);
       done(after, CHORES);
       step_.may_be_lost(A_CANCEL_CHORE, worker_, 0, 0, call);
     }
+    seek();
     if (view_.letter_requests) chore(A_LETTERS_CHORE, call_letters());
     if (std::count(view_.scheduled, view_.scheduled + TASKS, IS_DUE)) chore(A_DUE_CHORE, call_due());
+  }
+
+  // Look for a task in all queues: name those that there are, and ask once more.
+  void seek() const {
+    bool is_named = broker->keyspaces.has_queue(state_.broker, "inference.m");
+    for (int task = 0; task < TASKS; task++) {
+      if (!(life_.seeks >> task & 1)) continue;
+      if (!is_named && view_.queued[0] + view_.queued[1] > 0) {
+        State after = begin(A_SEEK);
+        perform(after, call_edit({"SADD\tsub:queues\tinference.m"}));
+        done(after, CHORES);
+        return;
+      }
+      Call call = call_cancel(worker_, incarnation_, "", {cancel_request(task)});
+      State after = begin(A_SEEK_END, task);
+      after.workers[worker_].seeks &= ~(1 << task);
+      take_cancel_verdicts(after, worker_, perform(after, call).reply);
+      done(after, CHORES);
+      step_.may_be_lost(A_SEEK_END, worker_, task, 0, call);
+    }
   }
 
   void chore(ActionCode code, const Call& call) const {
@@ -116,9 +137,8 @@ class WorkerSteps {
   }
 
   bool has_something_to_be_told() const {  // a mark on what it has started, and knows nothing of
-    if (!view_.lately) return false;
     for (const auto& claim : view_.claims) {
-      int slot = is_own(claim) && claim.started && view_.marked[claim.task] ? slot_of(claim.number) : -1;
+      int slot = is_own(claim) && claim.started && view_.running[claim.task] ? slot_of(claim.number) : -1;
       if (slot < 0 || (life_.held[slot].flags & OVER)) continue;
       if (life_.held[slot].place != PENDING || life_.held[slot].ending != CANCELLED) return true;
     }
@@ -143,11 +163,12 @@ class WorkerSteps {
 
   void claim_loop() const {
     int slot = free_slot();
-    if (life_.leaving || slot < 0 || !life_.has_endpoint) return;
+    if (life_.leaving || slot < 0) return;
     if (const Claim* strange = unknown_claim())
       adopt(*strange, slot);
     else if (life_.must_adopt)
       adopt_nothing();
+    if (!life_.has_endpoint) return;
     bool queued = false;
     for (int task = 0; task < TASKS; task++) queued |= view_.queued[task] || view_.in_intake[task];
     if (!life_.must_adopt && queued && view_.has_lease(worker_, incarnation_)) claim(slot);
@@ -167,6 +188,8 @@ class WorkerSteps {
     held.task = claim.task;
     held.number = claim.number;
     held.from_intake = claim.from_intake;
+    held.is_first = claim.is_first;
+    held.sending = claim.sending;
     perform(after, call_edit({"HDEL\t" + worker_key(worker_, incarnation_) + ":started\t" + field_of(held)}));
     worker.must_adopt = 0;
     worker.some_tried = worker.some_cancelled = 1;
@@ -207,7 +230,9 @@ class WorkerSteps {
       Held& held = worker.held[slot];
       held.number = number;
       held.from_intake = reply.items[1].text.find("inference.m") == string::npos;
+      held.is_first = reply.items[1].text.find("!:") != string::npos;
       held.task = task_of(reply.items[3].text);
+      held.sending = sending_of(reply.items[3].text);
       take_in(after, worker_, slot);
       done(after, CLAIMS);
       if (state_.budget[INVALID]) {
@@ -264,6 +289,7 @@ class WorkerSteps {
       Worker& worker = after.workers[worker_];
       for (auto& held : worker.held) held.place = NOWHERE;
       worker.alone = NOT_ALONE;
+      worker.seeks = 0;
       worker.must_adopt = 1;
       fault(after);
     }
@@ -289,25 +315,13 @@ class WorkerSteps {
   void leave() const {
     bool idle = life_.alone == NOT_ALONE;
     for (const auto& held : life_.held) idle &= held.place == NOWHERE;
-    if (life_.leaving == 1 && idle) {
-      State after = begin(A_LEAVE_LOOK);
-      bool holds = false;
-      for (const auto& claim : view_.claims) holds |= is_own(claim);
-      after.workers[worker_].leaving = holds ? 3 : 2;
-      done(after, CLAIMS);
-    }
-    if (life_.leaving == 2) {
-      State after = begin(A_LEAVE_MEMBER);
-      perform(after, call_edit({"SREM\tworkers\t" + worker_id(worker_, incarnation_)}));
-      after.workers[worker_].leaving = 3;
-      done(after, CLAIMS);
-    }
-    if (life_.leaving == 3) {
-      State after = begin(A_LEAVE_LEASE);
-      perform(after, call_drop_lease(worker_, incarnation_));
-      after.workers[worker_].life = LEFT;
-      done(after, CLAIMS);
-    }
+    if (life_.leaving == 0 || !idle) return;
+    Call call = call_leave(worker_, incarnation_);
+    State after = begin(A_LEAVE);
+    perform(after, call);
+    after.workers[worker_].life = LEFT;
+    done(after, CLAIMS);
+    step_.may_be_lost(A_LEAVE, worker_, 0, 0, call);
   }
 
   const Stepper& step_;

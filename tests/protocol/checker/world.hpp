@@ -96,6 +96,7 @@ inline void forget_what_was_lost(State& after) {
     if (after.cancel[task] == ASKED && !view.cancel_requests) after.cancel[task] = VOID;
     after.marked[task] = view.marked[task] || view.meta[task] == IS_REVOKED;
     after.starts[task] = 15;
+    if (!was_failed(view, task)) after.failed[task] = 0;
   }
   if (scene.chain) {
     after.next_pushes = view.meta[0] == IS_SUCCESS;
