@@ -484,7 +484,7 @@ def test_what_was_claimed_before_anything_was_tried_is_waited_for(valkey: Valkey
 
 
 def test_a_worker_that_leaves_cannot_claim_into_a_hash_that_nobody_reaps(valkey: Valkey) -> None:
-    """Its lease and its membership go in one step; a claim before it keeps it a member, one after it has no lease (c09)."""
+    """Lease and membership go in one step; a claim before it keeps it a member, one after it has no lease (c09)."""
 
     async def test() -> None:
         push(valkey, "ta", "tb")

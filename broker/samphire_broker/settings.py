@@ -59,8 +59,8 @@ class Settings(BaseSettings):
     """How long a result stays readable."""
 
     remember_s: int = Field(default=7200, gt=0, le=LONGEST_S)
-    """How long it is remembered at least, and at most twice as long, that and how a task has ended: a copy of its message
-    that comes later runs again. Never shorter than results live."""
+    """How long it is remembered at least, and at most twice as long, that and how a task has ended: a copy of its
+    message that comes later runs again. Never shorter than results live."""
 
     dead_letter_ttl_s: int = Field(default=14 * 86400, gt=0, le=LONGEST_S)
     """How long a dead letter is kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
@@ -17,11 +18,18 @@ VERBS = (
 )
 
 
+_WITH = re.compile(r"^-- With: (.*)$", re.MULTILINE)
+"""How a script names what stands before it, beside `common.lua`."""
+
+
 @lru_cache
 def script_text(verb: str) -> str:
     """The text of a script as it is loaded."""
     folder = resources.files("samphire_broker.store") / "lua"
-    return (folder / "common.lua").read_text() + "\n" + (folder / f"{verb}.lua").read_text()
+    text = (folder / f"{verb}.lua").read_text()
+    found = _WITH.search(text)
+    parts = ["common", *(found[1].split(", ") if found else ())]
+    return "\n".join([*((folder / f"{part}.lua").read_text() for part in parts), text])
 
 
 class Calls:

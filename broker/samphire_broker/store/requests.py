@@ -46,8 +46,8 @@ class Requests(Calls):
 
         Returns:
             "cancelled" or "marked" by task id, "running" of each marked one that this worker has started, or Celery's
-            state of a task that is past cancelling, or runs elsewhere; "nowhere <stream>" of what is in no queue that is
-            known, "unknown" of what is in none.
+            state of a task that is past cancelling, or runs elsewhere; "nowhere <stream>" of what is in no queue that
+            is known, "unknown" of what is in none.
         """
         args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [CANCELLED_TTL_S, CANCELLED_MAX, meta, keys.WAKE_CHANNEL, CANCELS_MAX, keys.ANSWER_PREFIX]

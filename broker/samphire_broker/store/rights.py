@@ -1,4 +1,4 @@
-"""What a worker's user has to be allowed on the broker: found out at start, by name, instead of in the middle of a task."""
+"""What a worker's user has to be allowed on the broker: found out at start and by name, not in the middle of a task."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The transitions of tasks, as one worker performs them.
 
-Every call is one script on the broker (`lua/<verb>.lua`, each with its keys at the top, and `lua/common.lua` before it).
+Every call is one script on the broker: `lua/<verb>.lua`, with its keys at the top, and `lua/common.lua` before it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What workers remember of tasks that have ended, longer than their results live.
 
-Every end is remembered for one to two times `SAMPHIRE_REMEMBER_S` (two hours by default), also of a task whose result has
-expired, was deleted, or was never kept.
+Every end is remembered for one to two times `SAMPHIRE_REMEMBER_S` (two hours by default), also of a task whose result
+has expired, was deleted, or was never kept.
 """
 
 from __future__ import annotations

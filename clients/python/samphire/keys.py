@@ -11,7 +11,7 @@ Written by producers (an ACL can hold them to these):
                                          for>"; expires
     sub:cancels                  LIST    requests to cancel: "<event stream or nothing> <task id>"
     sub:deletes                  LIST    ids of tasks whose results are read and no longer needed
-    sub:letters                  LIST    requests about dead letters: "redrive:<run> <letter id>", "purge:<run> <letter id>";
+    sub:letters                  LIST    requests about dead letters: "redrive:<run> <letter id>", "purge:<run> <id>";
                                          without ":<run>" the letter of any run is meant
     sub:wake                     CHANNEL a queue was empty and no longer is
 
@@ -33,12 +33,13 @@ Written by workers only:
                                          behind it where their end is written; trimmed
     cancelled:lately             STRING  present for a minute after a cancellation
     cancelled:running            SET     ids of the cancelled tasks that a worker had started; expires
-    cancelled:answer:<id>        STRING  what became of somebody's wish to cancel where no result tells: "unknown", or how
-                                         the task had ended; expires after seconds
-    ended                        HASH    task id -> how it has ended: S(ucceeded), F(ailed), C(ancelled), E(xpired), c of
-                                         a cancelled task that has not yet sent what follows; the number of its
-                                         run, if not the first; of what failed 16 digits of the SHA-1 of each message
-                                         that did, behind spaces. It becomes ended:before, and a new one begins, when ended:turn lapses
+    cancelled:answer:<id>        STRING  what became of a wish to cancel where no result tells: "unknown", or how the
+                                         task had ended; expires after seconds
+    ended                        HASH    task id -> how it has ended: S(ucceeded), F(ailed), C(ancelled), E(xpired), c
+                                         of a cancelled one that has not yet sent what follows; the number of its run,
+                                         if not the first; of a failed one 16 digits of the SHA-1 of each message that
+                                         did, behind spaces. It becomes ended:before, and a new one begins, when
+                                         ended:turn lapses
     ended:before                 HASH    the same, older; expires
     ended:turn                   STRING  present for as long as ends are to be remembered; expires
     alone                        STRING  "<wid> <model or nothing>": no other worker starts anything of the model, or of
@@ -58,9 +59,9 @@ Written by workers only:
     worker:<wid>:started         HASH    the same field -> task id, from start to settlement
     dead                         ZSET    dead letters by time of death; trimmed
     dead:<letter id>             HASH    message, queue, list, task_id, model, reason, error, attempts, worker,
-                                         died_at, history (JSON array), run, stream; ended: MessagePack of the tasks that
-                                         ended because of it, [id, stream, run] each; refused, refusals: why it was not
-                                         redriven, and how often; expires
+                                         died_at, history (JSON array), run, stream; ended: MessagePack of the tasks
+                                         that ended because of it, [id, stream, run] each; refused, refusals: why it was
+                                         not redriven, and how often; expires
 
 Written as Celery does, by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups
 and chords; expire) and _kombu.binding.<exchange> (one for each queue name that a next step names).

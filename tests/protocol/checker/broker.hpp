@@ -204,13 +204,26 @@ struct Done {
   vector<Effect> effects;
 };
 
+// The files of a script: those that stand before it are named in a line "-- With: ended, attempts".
+inline vector<string> with_what_stands_before(const string& folder, const string& verb) {
+  vector<string> paths = {folder + "common.lua"};
+  std::ifstream file(folder + verb + ".lua");
+  for (string line; std::getline(file, line);) {
+    if (line.compare(0, 9, "-- With: ") != 0) continue;
+    std::stringstream names(line.substr(9));
+    for (string name; names >> name;) paths.push_back(folder + name.substr(0, name.find(',')) + ".lua");
+  }
+  paths.push_back(folder + verb + ".lua");
+  return paths;
+}
+
 class Broker {
  public:
   Broker(const string& root, int dump, const string& dump_path) : scripts_(commands_), dump_(dump) {
     const string folder = root + "/broker/samphire_broker/store/lua/";
     for (const char* verb : {"alone", "beat", "cancel", "claim", "due", "leave", "letters", "reap", "release", "route",
                              "schedule", "settle", "start"})
-      scripts_.load(verb, {folder + "common.lua", folder + verb + ".lua"});
+      scripts_.load(verb, with_what_stands_before(folder, verb));
     scripts_.load("submit", {root + "/clients/python/samphire/submit.lua"});
     if (dump_) dump_file_ = fopen(dump_path.c_str(), "w");
   }

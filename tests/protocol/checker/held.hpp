@@ -204,7 +204,7 @@ class HeldSteps {
       if (beside.place != PENDING) continue;
       string mine = settlement(held_, held_.ending), its = settlement(beside, beside.ending);
       settle(2, {mine, its}, {slot_, other});
-      settle(3, {its, mine}, {slot_, other});
+      settle(3, {its, mine}, {other, slot_});
     }
   }
 

@@ -46,7 +46,7 @@ from samphire_workers.lane.request import Request
 
 T = TypeVar("T")
 
-CAPTURING_THREAD = "samphire-canvas"
+CAPTURING_THREAD, COUNTING_THREAD = "samphire-canvas", "samphire-chord"
 
 _STATES = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "cancelled"}
 
@@ -110,8 +110,24 @@ class CapturingTransport(kombu_redis.Transport):
     Channel = _CapturingChannel
 
 
-class CapturingBackend(RedisBackend):  # type: ignore[misc]
+class _OwnThreadBackend(RedisBackend):  # type: ignore[misc]
+    """Celery's Redis backend, of whose results nobody unsubscribes but the threads here.
+
+    A result does when it is collected, which happens in any thread: while the broker is away that blocks for many
+    seconds, in the lane's thread as well.
+    """
+
+    def remove_pending_result(self, result: Any) -> Any:
+        if (threading.current_thread().name or "").startswith((CAPTURING_THREAD, COUNTING_THREAD)):
+            return super().remove_pending_result(result)
+        return result
+
+
+class CapturingBackend(_OwnThreadBackend):
     """Celery's Redis backend, whose results are kept instead of stored."""
+
+    def on_task_call(self, producer: Any, task_id: str) -> None:
+        """Subscribe to nothing: who sends a next step here does not wait for it."""
 
     def _store_result(
         self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_kwargs: Any
@@ -137,7 +153,7 @@ class CapturingBackend(RedisBackend):  # type: ignore[misc]
         _here.outbox.pushes.append((keys.INTAKE, message.decode()))
 
 
-class CountingBackend(RedisBackend):  # type: ignore[misc]
+class CountingBackend(_OwnThreadBackend):
     """Celery's Redis backend, which counts chords, but ends tasks through the store."""
 
     def _store_result(
@@ -169,7 +185,7 @@ class Canvas:
         self._counting: Celery | None = None
         # Celery looks its application up by thread: nothing here may go through the worker's own.
         self._captures = ThreadPoolExecutor(1, CAPTURING_THREAD, initializer=self._make_tracer)
-        self._parts = ThreadPoolExecutor(1, "samphire-chord", initializer=self._make_counting)
+        self._parts = ThreadPoolExecutor(1, COUNTING_THREAD, initializer=self._make_counting)
 
     def close(self) -> None:
         """End the threads."""

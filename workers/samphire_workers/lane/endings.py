@@ -136,8 +136,8 @@ class Endings:
         """End a task whose next steps cannot be pushed: as in Celery it has failed, and without these steps."""
         queues = ", ".join(sorted({name for name, _ in settlement.pushes}))
         error = InvalidInputError(
-            f"its next steps cannot be pushed to {queues}: the user of the worker's broker connection has no right to, or "
-            "keys that are no lists lie there"
+            f"its next steps cannot be pushed to {queues}: the worker's broker user has no right to, or keys that are "
+            "no lists lie there"
         )
         if settlement.state == "succeeded":
             self.fail(request, error)

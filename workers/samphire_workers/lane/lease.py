@@ -27,21 +27,24 @@ REAP_INTERVAL_S = 0.55
 async def keep_lease(store: Store, settings: Settings, info: WorkerInfo, registered: asyncio.Event) -> None:
     """Beat for ever, on the connection whose name tells the others that this worker lives."""
     connection = DirectConnection(settings.broker_url, name=keys.CONNECTION_PREFIX + info.id)
-    while True:
-        try:
-            await store.beat(info, connection)
-            registered.set()
-            await asyncio.sleep(BEAT_S)
-        except SamphireError as error:
-            logger.warning("heartbeat failed: %s", error, extra={"action": "beat_failed"})
-            await asyncio.sleep(RETRY_S)
+    try:
+        while True:
+            try:
+                await store.beat(info, connection)
+                registered.set()
+                await asyncio.sleep(BEAT_S)
+            except SamphireError as error:
+                logger.warning("heartbeat failed: %s", error, extra={"action": "beat_failed"})
+                await asyncio.sleep(RETRY_S)
+    finally:
+        await connection.close()
 
 
 class BrokerAge:
     """How long the broker has run, as far as that is certain: by a clock of one's own since its run was first seen.
 
-    What the broker says itself is believed once, at the first look, of a run that was there before this worker: its clock
-    may be set back or forward.
+    What the broker says itself is believed once, at the first look, of a run that was there before this worker: its
+    clock may be set back or forward.
 
     Args:
         settings: of the worker.
@@ -54,7 +57,6 @@ class BrokerAge:
         self._began = clock()
         # Without the right to ask, a connection that breaks stands for a broker that may have restarted.
         self._probe = DirectConnection(settings.broker_url)
-        self._probed = 0
         self._may_ask = True
 
     async def close(self) -> None:
@@ -76,8 +78,8 @@ class BrokerAge:
             except BrokerRightError as error:
                 self._may_ask = False
                 logger.warning(
-                    "%s. A restart of the broker is now told from connections that break: then nobody is taken for lost "
-                    "within one lease",
+                    "%s. A restart of the broker is now told from connections that break: then nobody is taken for "
+                    "lost within one lease",
                     error,
                     extra={"action": "right_missing"},
                 )
@@ -88,9 +90,10 @@ class BrokerAge:
 class Reaper:
     """Finds workers that are lost, and returns what they held.
 
-    A worker is lost when its lease has lapsed, or when its named connection is missing, at two looks in a row and without
-    a beat in between. Within one lease of a broker restart neither tells anything: all connections are gone, and leases
-    may have lapsed while nobody could beat. Where this user may not list connections a lapsed lease is enough.
+    A worker is lost when its lease has lapsed, or when its named connection is missing, at two looks in a row and
+    without a beat in between. Within one lease of a broker restart neither tells anything: all connections are gone,
+    and leases may have lapsed while nobody could beat. Where this user may not list connections a lapsed lease is
+    enough.
     """
 
     def __init__(self, store: Store, settings: Settings) -> None:

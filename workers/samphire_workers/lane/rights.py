@@ -42,6 +42,6 @@ def told(missing: list[Right]) -> str:
     """What is missing, what that means, and what to do, in one line."""
     names = "; ".join(map(str, missing[:10])) + (f"; and {len(missing) - 10} more" if len(missing) > 10 else "")
     return (
-        f"the user of SAMPHIRE_BROKER_URL lacks rights on the broker: {names}. This worker does not start, since tasks would "
-        "be claimed and never ended; grant them (ACL SETUSER), docs/deployment.md has the whole rule"
+        f"the user of SAMPHIRE_BROKER_URL lacks rights on the broker: {names}. This worker does not start, since tasks "
+        "would be claimed and never ended; grant them (ACL SETUSER), docs/deployment.md has the whole rule"
     )

@@ -1,4 +1,5 @@
 -- cancel: end tasks, or mark them where somebody else has to.
+-- With: ended
 -- KEYS  1 sub:cancels   2 cancelled   3 scheduled   4 scheduled:messages   5 cancelled:lately
 --       6 worker:<wid>:started, of the worker that asks   7 sub:queues   8 workers   9 ended   10 ended:before
 --      11 ended:turn   12 cancelled:running
@@ -41,7 +42,8 @@ local time = call('TIME')
 local reply, ends = {}, {}
 
 -- ---- where messages are
-local looks, bytes = 4000, 16 * 2 ^ 20 -- what is searched in one call, for all ids together; beyond it an id is believed
+-- What is searched in one call, for all ids together; beyond it an id is believed.
+local looks, bytes = 4000, 16 * 2 ^ 20
 local places, too_many
 local function add_place(found)
   if found.err then

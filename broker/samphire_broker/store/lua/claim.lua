@@ -5,14 +5,13 @@
 --       number of its group; then for each group, from 1, how many its lists give together
 -- Returns 1 if there are tasks that were tried before, plus 2 if some were cancelled lately; then field, size, message,
 -- field, size, message, …: of a message over ARGV[3] only the last 16 KB, which hold a kombu message's headers.
--- A field is "<number>:<list>", or "<number>!:<list>" where no task was tried before: then it may be started at once, and
--- who has to be alone waits for it (`alone.lua`).
+-- A field is "<number>:<list>", or "<number>!:<list>" where no task was tried before: then it may be started at once,
+-- and who has to be alone waits for it (`alone.lua`).
 if call('EXISTS', KEYS[1]) == 0 then
   return redis.error_reply('NOLEASE the lease of this worker has lapsed')
 end
-local refusal = denied({{'HSET', KEYS[2], 'field', ''}, {'HDEL', KEYS[2], 'field'}, {'LTRIM', KEYS[5], 0, -1}})
-if refusal then
-  return refusal
+if not (may('HSET', KEYS[2], 'field', '') and may('HDEL', KEYS[2], 'field') and may('LTRIM', KEYS[5], 0, -1)) then
+  return denied({{'HSET', KEYS[2], 'field', ''}, {'HDEL', KEYS[2], 'field'}, {'LTRIM', KEYS[5], 0, -1}})
 end
 call('HLEN', KEYS[2])
 local CHUNK = 32 -- messages read at once, so that a few large ones do not fill the server's memory

@@ -1,4 +1,6 @@
--- end_others: end tasks that no worker holds: what Celery's own code ends for others, as the body of a chord that fails.
+-- end_others: end tasks that no worker holds: what Celery's own code ends for others, as the body of a chord that
+-- fails.
+-- With: ended
 -- KEYS  1 ended   2 ended:before   3 ended:turn   4 tried
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
 --       5 prefix of task hashes   6 how long it is remembered that a task has ended, in s

@@ -1,17 +1,19 @@
 -- letters: redrive and purge dead letters, as clients ask for.
+-- With: ended, attempts
 -- KEYS  1 sub:letters   2 dead   3 tried   4 ended   5 ended:before
 -- ARGV  1 prefix of letters   2 prefix of result keys   3 prefix of task hashes   4 channel to wake lanes
 --       5 most requests   6 longest event stream   7 lifetime of streams in s   8 lifetime of task hashes in s
--- A request is "redrive:<run> <letter id>" or "purge:<run> <letter id>"; without ":<run>" it means the letter of any run.
--- A redriven message returns to its list as it was sent; the task's failure and its attempts are forgotten: its next run
--- begins, and so does one of every task that has ended because of it. What cannot be redriven keeps its letter, which tells
--- why: the task has been sent again and has not failed since, or its list is no list. Returns the number of requests.
+-- A request is "redrive:<run> <letter id>" or "purge:<run> <letter id>"; without ":<run>" it means the letter of any
+-- run. A redriven message returns to its list as it was sent; the task's failure and its attempts are forgotten: its
+-- next run begins, and so does one of every task that has ended because of it. What cannot be redriven keeps its
+-- letter, which tells why: the task has been sent again and has not failed since, or its list is no list. Returns the
+-- number of requests.
 if call('TYPE', KEYS[1]).ok ~= 'list' then
   return 0
 end
 local refusal = denied({
-  {'DEL', ARGV[1] .. 'id'}, {'DEL', ARGV[2] .. 'id'}, {'HSET', ARGV[1] .. 'id', 'field', ''}, {'ZREM', KEYS[2], 'member'},
-  {'LPUSH', 'inference', ''}, {'LTRIM', KEYS[1], 0, -1}})
+  {'DEL', ARGV[1] .. 'id'}, {'DEL', ARGV[2] .. 'id'}, {'HSET', ARGV[1] .. 'id', 'field', ''},
+  {'ZREM', KEYS[2], 'member'}, {'LPUSH', 'inference', ''}, {'LTRIM', KEYS[1], 0, -1}})
 if refusal then
   return refusal
 end

@@ -1,4 +1,5 @@
 -- reap: return a lost worker's messages to the heads of their lists.
+-- With: attempts
 -- KEYS  1 worker:<wid>   2 worker:<wid>:info   3 worker:<wid>:inflight   4 worker:<wid>:started   5 workers
 --       6 tried   7 alone
 -- ARGV  1 wid   2 value of the lease's counter when its connection was last missed ("" if only a lapsed lease
@@ -18,8 +19,8 @@ end
 -- The last claimed goes back first, so the order is kept.
 table.sort(fields, function(a, b) return number(a) > number(b) end)
 local refusal = denied({
-  {'RPUSH', fields[1] and list_of(fields[1]) or 'inference', ''}, {'HDEL', KEYS[3], 'field'}, {'HDEL', KEYS[4], 'field'},
-  {'DEL', KEYS[1]}, {'DEL', KEYS[2]}, {'DEL', KEYS[4]}, {'SREM', KEYS[5], ARGV[1]}, {'DEL', ARGV[3] .. 'id'}})
+  {'RPUSH', fields[1] and list_of(fields[1]) or 'inference', ''}, {'HDEL', KEYS[3], 'field'},
+  {'HDEL', KEYS[4], 'field'}, {'DEL', KEYS[1]}, {'DEL', KEYS[2]}, {'DEL', KEYS[4]}, {'SREM', KEYS[5], ARGV[1]}, {'DEL', ARGV[3] .. 'id'}})
 if refusal then
   return refusal
 end

@@ -1,4 +1,5 @@
 -- release: hand claimed messages back to the head of their lists, as if they had not been claimed.
+-- With: attempts
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 tried
 -- ARGV  1 prefix of result keys   2 prefix of task hashes   3 lifetime of task hashes in s
 --       4 if what had started may be to blame, what to write of the attempt (JSON), else ""

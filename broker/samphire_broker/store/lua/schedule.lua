@@ -1,11 +1,14 @@
 -- schedule: put claimed tasks aside until their time comes.
+-- With: ended
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 scheduled   4 scheduled:messages   5 cancelled
 --       6 ended   7 ended:before
 -- ARGV  1 prefix of result keys   2.. field, task id, time in s since 1970, field, task id, time, …
 -- Returns for each task 1, 0 (claim lost), 2 (its time has come, by this clock: it stays claimed), 3 (another message
--- of the same id was scheduled, and is replaced), or -3 (it is cancelled: it stays claimed and is to be settled as such).
+-- of the same id was scheduled, and is replaced), or -3 (it is cancelled: it stays claimed and is to be settled as
+-- such).
 local refusal = denied({
-  {'HSET', KEYS[4], 'field', ''}, {'ZADD', KEYS[3], 0, 'member'}, {'HDEL', KEYS[1], 'field'}, {'HDEL', KEYS[2], 'field'}})
+  {'HSET', KEYS[4], 'field', ''}, {'ZADD', KEYS[3], 0, 'member'}, {'HDEL', KEYS[1], 'field'},
+  {'HDEL', KEYS[2], 'field'}})
 if refusal then
   return refusal
 end

@@ -1,5 +1,6 @@
 -- settle: end claimed tasks, or this attempt of theirs; acknowledgement, result, event, next steps and dead letter, or
 -- the time of the next attempt, in one step.
+-- With: ended, attempts
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 dead   4 cancelled   5 scheduled   6 scheduled:messages
 --       7 tried   8 sub:queues   9 ended   10 ended:before   11 ended:turn   12 cancelled:running
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
@@ -11,16 +12,14 @@
 --         to delete, pushes [[list, message], …], other tasks that end with this one [[task id, state, result,
 --         stream], …], [] or letter [letter id, model, reason, error, attempts, the last of them (JSON)], [] or, of a
 --         task that is retried, [delay in s, this attempt (JSON)]]
--- Returns for each task 1; 0 where the claim was lost; 2 where the task was cancelled meanwhile: it stays claimed, and is
--- to be settled as cancelled, with what that owes to others; 3 where what it owes cannot be pushed (no right, or other keys lie there). With 0, 2 and 3
--- nothing of it is written. Of a task that has ended already the message is dropped and nothing else, but for the steps
--- that a cancelled task owes, once however many messages it has: an end is written once a run. A message that was sent
--- anew after its task has failed ends the task's next run. Events carry the number of a run that is not the first.
+-- Returns for each task 1; 0 where the claim was lost; 2 where the task was cancelled meanwhile: it stays claimed, and
+-- is to be settled as cancelled, with what that owes to others; 3 where what it owes cannot be pushed (no right, or
+-- other keys lie there). With 0, 2 and 3 nothing of it is written. Of a task that has ended already the message is
+-- dropped and nothing else, but for the steps that a cancelled task owes, once however many messages it has: an end is
+-- written once a run. A message that was sent anew after its task has failed ends the task's next run. Events carry the
+-- number of a run that is not the first.
 local tasks = cmsgpack.unpack(ARGV[12])
 local fields, metas, ids = {}, {}, {}
-local needs = {
-  {'SETEX', ARGV[1] .. tasks[1][2], 1, ''}, {'DEL', ARGV[1] .. tasks[1][2]}, {'HDEL', KEYS[1], 'field'},
-  {'HDEL', KEYS[2], 'field'}}
 local some_buried, some_retried = false, false
 for n = 1, #tasks do
   local task = tasks[n]
@@ -28,25 +27,28 @@ for n = 1, #tasks do
   some_buried = some_buried or (task[6] and #task[6][4] > 0)
   some_retried = some_retried or (task[6] and #task[6][5] > 0)
 end
-if some_buried then
-  needs[#needs + 1], needs[#needs + 2] = {'HSET', ARGV[6] .. 'id', 'field', ''}, {'ZADD', KEYS[3], 0, 'member'}
-  call('ZCARD', KEYS[3])
+local first = ARGV[1] .. ids[1]
+if not (may('SETEX', first, 1, '') and may('HDEL', KEYS[1], 'field') and may('HDEL', KEYS[2], 'field')) then
+  return denied({{'SETEX', first, 1, ''}, {'HDEL', KEYS[1], 'field'}, {'HDEL', KEYS[2], 'field'}})
 end
-if some_retried then
-  needs[#needs + 1], needs[#needs + 2] = {'HSET', KEYS[6], 'field', ''}, {'ZADD', KEYS[5], 0, 'member'}
-  needs[#needs + 1] = {'SET', metas[1], ''}
+if some_buried or some_retried then
+  local refusal = denied({
+    {'HSET', ARGV[6] .. 'id', 'field', ''}, {'ZADD', KEYS[3], 0, 'member'}, {'DEL', first}, {'SET', first, ''},
+    {'HSET', KEYS[6], 'field', ''}, {'ZADD', KEYS[5], 0, 'member'}})
+  if refusal then
+    return refusal
+  end
+  call('ZCARD', KEYS[3]) -- these fail before the first write if a key is of another type
   call('ZCARD', KEYS[5])
   call('HLEN', KEYS[6])
 end
 call('HLEN', KEYS[2])
-local refusal = denied(needs)
-if refusal then
-  return refusal
-end
 local some_tried = call('TYPE', KEYS[7]).ok == 'set'
 local some_cancelled = call('TYPE', KEYS[4]).ok == 'zset'
-local time = call('TIME')
-local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+local function seconds()
+  local time = call('TIME')
+  return tonumber(time[1]) + tonumber(time[2]) / 1e6
+end
 
 -- How tasks have ended, by id: Celery's state, and what is remembered of it.
 local states, values = {}, {}
@@ -123,7 +125,7 @@ local function pay(extra) -- what the end of a task owes to others; returns thos
   return ended
 end
 local function bury(n, run, history, ended)
-  local field, id, letter = fields[n], ids[n], tasks[n][6][4]
+  local field, id, letter, now = fields[n], ids[n], tasks[n][6][4], seconds()
   local key = ARGV[6] .. letter[1]
   local message = call('HGET', KEYS[1], field)
   call('DEL', key) -- the letter of an earlier run
@@ -143,7 +145,7 @@ local function try_again(n)
   local task, id = tasks[n], ids[n]
   local retry = task[6][5]
   call('HSET', KEYS[6], id, list_of(fields[n]) .. ' ' .. call('HGET', KEYS[1], fields[n]))
-  call('ZADD', KEYS[5], string.format('%.6f', now + retry[1]), id)
+  call('ZADD', KEYS[5], string.format('%.6f', seconds() + retry[1]), id)
   note_attempt(ARGV[10] .. id, KEYS[7], id, retry[2], {'attempts'}, ARGV[7])
   some_tried = true
   if task[4] == '' then

@@ -1,14 +1,15 @@
 -- start: mark claimed tasks as running.
+-- With: ended, attempts
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 cancelled   4 alone   5 tried   6 ended   7 ended:before
 -- ARGV  1 prefix of result keys   2 prefix of task hashes   3 prefix of letters   4 host name   5 process id
 --       6 worker id   7 lifetime of task hashes in s   8 MessagePack: array of [field, task id]
 -- Returns for each task 0, or [attempts so far, those of them that took a worker or a model's process down, endpoints
 -- that died with it, those of the crashes that took down what all workers share], or -1 (claim lost: not ours any
--- more), or -2 (the task has ended: the message is dropped as a copy), or -3 (it is cancelled: it stays claimed and is to
--- be settled as such), or -4 (another worker is alone with its model: it stays claimed and is to be started later; what
--- was claimed before anything was tried need not wait, for that one waits for it).
--- A message that is sent anew after its task has failed opens the task's next run; a copy of the one that failed does not.
--- The running state has no lifetime of its own: settling, failing, releasing and reaping all replace it.
+-- more), or -2 (the task has ended: the message is dropped as a copy), or -3 (it is cancelled: it stays claimed and is
+-- to be settled as such), or -4 (another worker is alone with its model: it stays claimed and is to be started later;
+-- what was claimed before anything was tried need not wait, for that one waits for it).
+-- A message that is sent anew after its task has failed opens the task's next run; a copy of the one that failed does
+-- not. The running state has no lifetime of its own: settling, failing, releasing and reaping all replace it.
 local tail = ',"result":{"hostname":' .. cjson.encode(ARGV[4]) .. ',"pid":' .. ARGV[5] .. '}'
 tail = tail .. ',"traceback":null,"children":[],"date_done":null}'
 local tasks = cmsgpack.unpack(ARGV[8])
@@ -17,10 +18,8 @@ for n = 1, #tasks do
   fields[n], ids[n] = tasks[n][1], tasks[n][2]
   metas[n], hashes[n] = ARGV[1] .. ids[n], ARGV[2] .. ids[n]
 end
-local refusal = denied({
-  {'MSET', metas[1], ''}, {'HSET', KEYS[2], 'field', ''}, {'HDEL', KEYS[1], 'field'}, {'HDEL', KEYS[2], 'field'}})
-if refusal then
-  return refusal
+if not (may('MSET', metas[1], '') and may('HSET', KEYS[2], 'field', '') and may('HDEL', KEYS[1], 'field')) then
+  return denied({{'MSET', metas[1], ''}, {'HSET', KEYS[2], 'field', ''}, {'HDEL', KEYS[1], 'field'}})
 end
 local old = call('MGET', unpack(metas))
 local some_cancelled = call('TYPE', KEYS[3]).ok == 'zset'
