@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Commands that tests need beside Python, each with the Debian package that has it.
-SYSTEM_COMMANDS := chromium:chromium curl:curl docker-compose:docker-compose faketime:faketime redis-cli:redis-tools \
-  strace:strace
+SYSTEM_COMMANDS := chromium:chromium curl:curl docker-compose:docker-compose faketime:faketime g++:g++ \
+  redis-cli:redis-tools strace:strace
+# And headers: files, with the package that has them.
+SYSTEM_FILES := /usr/include/lua5.1/lua.h:liblua5.1-0-dev
 
 # Tests wait more than they compute: on two cores this many processes at once are done soonest.
 TEST_PROCESSES ?= 4
 
-.PHONY: help demo up test check bench faults digits images screenshots system-packages clean
+.PHONY: help demo up test check bench faults model digits images screenshots system-packages clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -38,6 +40,9 @@ bench: $(VENV)/.dev  ## measure Samphire beside a straight client and a plain Ce
 faults: $(VENV)/.dev  ## kill, stop and restart every part under load, up to two hours (ARGS="--worker-kill 50", ARGS=--soak)
 	$(BIN)/python -m tests.faults $(ARGS)
 
+model: $(VENV)/.dev system-packages  ## explore the task protocol state by state, 40 minutes (ARGS="chain1 roll4", ARGS=mutants)
+	$(BIN)/python -m tests.protocol $(ARGS)
+
 digits: $(VENV)/.dev  ## train the shipped digits model again
 	$(BIN)/python -m samphire_workers.training.digits model_repository
 
@@ -51,6 +56,9 @@ screenshots: $(VENV)/.dev system-packages  ## take the pictures of Flower in doc
 system-packages:
 	@missing=; for pair in $(SYSTEM_COMMANDS); do \
 	  command -v "$${pair%%:*}" > /dev/null || missing="$$missing $${pair##*:}"; \
+	done; \
+	for pair in $(SYSTEM_FILES); do \
+	  test -e "$${pair%%:*}" || missing="$$missing $${pair##*:}"; \
 	done; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \

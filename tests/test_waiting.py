@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import redis
 
-from samphire import AsyncClient, Client, InferResult, keys
+from samphire import AsyncClient, Client, InferResult, ResultExpiredError, keys
 from samphire.direct import DirectConnection
 from samphire_broker.settings import Settings
 from samphire_broker.store import Settlement, Store, Turn, WorkerInfo
@@ -181,3 +181,20 @@ def test_a_stream_that_begins_again(valkey: Valkey, late: str) -> None:
         second = client.submit("m", inputs())
         settle(valkey.url, 1)
         assert right(second.result(TIMEOUT_S))
+
+
+@pytest.mark.parametrize("how", ["the client that has waited", "the client that has not", "another client"])
+def test_a_result_that_has_expired_is_told(valkey: Valkey, how: str) -> None:
+    """Whoever asks for it later: nobody waits for what cannot come; its state stays known."""
+    with Client(valkey.url, validate=False) as client, Client(valkey.url) as other:
+        followed = client.submit("m", inputs())
+        if how == "the client that has waited":
+            settle(valkey.url, 1)
+            assert right(followed.result(TIMEOUT_S)), "the stream is being followed"
+        task = client.submit("m", inputs())
+        settle(valkey.url, 1 if how == "the client that has waited" else 2)
+        valkey.client.delete(keys.meta_key(task.id))  # its lifetime is over
+        asked = other.task(task.id) if how == "another client" else task
+        with pytest.raises(ResultExpiredError, match="succeeded"):
+            asked.result(TIMEOUT_S)
+        assert asked.status() == "succeeded"

@@ -58,6 +58,10 @@ class Settings(BaseSettings):
     result_ttl_s: int = Field(default=3600, gt=0, le=LONGEST_S)
     """How long a result stays readable."""
 
+    remember_s: int = Field(default=7200, gt=0, le=LONGEST_S)
+    """How long it is remembered at least, and at most twice as long, that and how a task has ended: a copy of its
+    message that comes later runs again. Never shorter than results live."""
+
     dead_letter_ttl_s: int = Field(default=14 * 86400, gt=0, le=LONGEST_S)
     """How long a dead letter is kept."""
 
@@ -157,6 +161,11 @@ class Settings(BaseSettings):
             self.backoff_cap_s if cap_s is None else cap_s,
             self.backoff_jitter if jitter is None else jitter,
         )
+
+    @property
+    def remembered_s(self) -> int:
+        """How long ends are remembered: what has a result is always remembered too."""
+        return max(self.remember_s, self.result_ttl_s)
 
     @cached_property
     def lease_ms(self) -> int:

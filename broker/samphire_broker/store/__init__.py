@@ -1,10 +1,13 @@
 """The task store: every transition of a task is one Lua script on the broker, one verb a file."""
 
-from samphire_broker.store.store import (
+from samphire_broker.store.records import (
     CANCELLED,
     DUE,
+    NOT_PUSHED,
     NOT_YET,
+    NOWHERE,
     REPLACED,
+    WAS_CANCELLED,
     Claimed,
     Later,
     LeaseLostError,
@@ -13,17 +16,21 @@ from samphire_broker.store.store import (
     OtherEnd,
     Reaped,
     Settlement,
-    Store,
     Tried,
     Turn,
     WorkerInfo,
 )
+from samphire_broker.store.rights import Right, missing_rights
+from samphire_broker.store.store import Store
 
 __all__ = [
     "CANCELLED",
     "DUE",
+    "NOT_PUSHED",
     "NOT_YET",
+    "NOWHERE",
     "REPLACED",
+    "WAS_CANCELLED",
     "Claimed",
     "Later",
     "LeaseLostError",
@@ -31,9 +38,11 @@ __all__ = [
     "Letters",
     "OtherEnd",
     "Reaped",
+    "Right",
     "Settlement",
     "Store",
     "Tried",
     "Turn",
     "WorkerInfo",
+    "missing_rights",
 ]

@@ -51,6 +51,8 @@ MAP_CHUNK = 256
 MAP_CHUNK_BYTES = 4 * 2**20
 LOOK_MIN_S = 0.01
 LOOK_MAX_S = 0.5
+CANCEL_AGAIN_S = 1.0
+"""Between two requests to cancel a task that has not been answered."""
 
 _END = object()
 
@@ -94,6 +96,7 @@ class AsyncTask:
 
         Raises:
             ResultTimeoutError: it did not come within `timeout_s`; the task goes on.
+            ResultExpiredError: the task has ended, and its result's lifetime is over.
             SamphireError: what the task ended with.
         """
         look = self._look
@@ -120,13 +123,21 @@ class AsyncTask:
         """
         client = self._client
         client._check_usable()
-        await client._publisher.request(keys.CANCELS, f"{client._stream} {self.id}")
-        interval_s = LOOK_MIN_S
+        request = f"{client._stream} {self.id}"
+        await client._publisher.request(keys.CANCELS, request)
+        asked_at, interval_s = time.monotonic(), LOOK_MIN_S
         try:
             async with asyncio.timeout(timeout_s):
                 while (status := await self.status()) not in TERMINAL:
-                    if status == "queued" and await client._waiter.is_unknown(self.id):
+                    is_stored = status not in ("queued", "scheduled")
+                    answer = "" if is_stored else await client._waiter.cancel_answer(self.id)
+                    if answer == "unknown":
                         raise UnknownTaskError(f"no task {self.id} is queued, scheduled, running or ended")
+                    if answer in TERMINAL:  # before, and its result has expired
+                        return answer == "cancelled"
+                    if time.monotonic() - asked_at >= CANCEL_AGAIN_S:  # the worker that took it up may have died
+                        await client._publisher.request(keys.CANCELS, request)
+                        asked_at = time.monotonic()
                     await asyncio.sleep(interval_s)
                     interval_s = min(interval_s * 1.2, LOOK_MAX_S)
         except TimeoutError as error:

@@ -22,6 +22,7 @@ from redis.exceptions import (
 
 from samphire.errors import (
     BrokerMemoryFullError,
+    BrokerRightError,
     BrokerUnavailableError,
     InvalidInputError,
     ProtocolError,
@@ -31,6 +32,8 @@ from samphire.errors import (
 DEFAULT_BROKER_URL = "redis://localhost:6379/0"
 _AWAY = ("READONLY", "MISCONF", "BUSY", "NOREPLICAS", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
 """Beginnings of errors that pass: a replica, a full disk, a slow script, a start, a wait that a new role ended."""
+_IN_SCRIPT = "ACL failure in script"
+"""How an error reads of a command in a script that the user may not run."""
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -88,7 +91,9 @@ def translate(error: RedisError | OSError) -> SamphireError:
         return BrokerUnavailableError(f"the broker is away: {error or type(error).__name__}", retry_after_s=1.0)
     if isinstance(error, OutOfMemoryError):
         return BrokerMemoryFullError(f"the broker refused a write: {error}", retry_after_s=5.0)
-    if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
+    if isinstance(error, NoPermissionError) or _IN_SCRIPT in str(error):
+        return BrokerRightError(f"the broker does not allow its user what this takes: {error}; grant it (ACL SETUSER)")
+    if isinstance(error, AuthenticationError | AuthorizationError):
         return InvalidInputError(f"the broker refused the credentials: {error}")
     if isinstance(error, ConnectionError | TimeoutError):
         return BrokerUnavailableError(f"the broker is away: {error}", retry_after_s=1.0)

@@ -16,11 +16,11 @@ import msgspec
 from samphire import keys
 from samphire.connection import key_text
 from samphire.direct import DirectConnection
-from samphire.errors import InvalidInputError, LetterGoneError, ResultTimeoutError
+from samphire.errors import InvalidInputError, LetterGoneError, LetterRefusedError, ResultTimeoutError
 
 PAGE = 500
 CHECK_S = 0.05
-_FIELDS = ("task_id", "model", "queue", "reason", "error", "attempts", "worker", "died_at", "run")
+_FIELDS = ("task_id", "model", "queue", "reason", "error", "attempts", "worker", "died_at", "run", "refusals")
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,13 @@ class DeadLetter:
     worker: str
     died_at: datetime
     run: int = 1
-    """1, and one more for each time that it was redriven."""
+    """1, and one more for each time that it was redriven, or sent again after it had failed."""
     history: tuple[Attempt, ...] = ()
     """The attempts, and what became of them; the last entry is how the task ended. Only `get` reads it."""
     message: bytes | None = None
     """The message as it was sent; only `get` reads it."""
+    refusals: int = 0
+    """How often it could not be redriven although somebody asked for it."""
 
 
 _decode_history = msgspec.json.Decoder(tuple[Attempt, ...]).decode
@@ -133,6 +135,8 @@ class AsyncDeadLetters:
 
         Raises:
             LetterGoneError: one of them is not there; nothing was redriven.
+            LetterRefusedError: one of them cannot be redriven, and stays: its task was sent again and has not failed
+                since, or its queue is a key of another type; the others are redriven.
             ResultTimeoutError: no worker has done it in time; the request stands.
         """
         return await self._ask("redrive", tuple(letter_ids), rate_per_s, timeout_s)
@@ -144,20 +148,28 @@ class AsyncDeadLetters:
     async def _ask(self, verb: str, letter_ids: Sequence[str], rate_per_s: float | None, timeout_s: float) -> int:
         if rate_per_s is not None and not rate_per_s > 0:
             raise InvalidInputError(f"expected rate_per_s above 0, given {rate_per_s}")
-        deaths = {letter_id: _found(letter_id, await self._read(letter_id)).died_at for letter_id in letter_ids}
+        letters = {letter_id: _found(letter_id, await self._read(letter_id)) for letter_id in letter_ids}
         began = time.monotonic()
         for number, letter_id in enumerate(letter_ids):
             if rate_per_s is not None:
                 await asyncio.sleep(max(0.0, began + number / rate_per_s - time.monotonic()))
-            await self._connection.execute("RPUSH", keys.LETTERS, f"{verb} {letter_id}")
+            # The run is named: a redriven task may fail again at once, and leave a letter of the same id.
+            request = f"{verb}:{letters[letter_id].run} {letter_id}"
+            await self._connection.execute("RPUSH", keys.LETTERS, request)
         give_up = time.monotonic() + timeout_s
-        for letter_id, died_at in deaths.items():
-            # A redriven task may fail again at once, and leave a letter of the same id.
-            while (letter := await self._read(letter_id)) is not None and letter.died_at == died_at:
+        refused: list[str] = []
+        for letter_id, asked in letters.items():
+            while (letter := await self._read(letter_id)) is not None and letter.died_at == asked.died_at:
+                if letter.refusals > asked.refusals:
+                    why = await self._connection.execute("HGET", keys.DEAD_PREFIX + letter_id, "refused")
+                    refused.append(key_text(why or b""))
+                    break
                 if time.monotonic() > give_up:
                     message = f"no worker has taken up the {verb} of {letter_id} in {timeout_s} s; the request stands"
                     raise ResultTimeoutError(message)
                 await asyncio.sleep(CHECK_S)
+        if refused:
+            raise LetterRefusedError(f"{len(refused)} of {len(letters)} letters cannot be redriven: {refused[0]}")
         return len(letter_ids)
 
     async def _read(self, letter_id: str, *, whole: bool = False) -> DeadLetter | None:
@@ -179,6 +191,7 @@ class AsyncDeadLetters:
             int(texts["run"] or 1),
             _decode_history(values[-1] or b"[]") if whole else (),
             values[-2] if whole else None,
+            int(texts["refusals"] or 0),
         )
 
 

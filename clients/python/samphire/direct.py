@@ -39,6 +39,8 @@ class DirectConnection:
         self._pool = connection_pool(url, name)
         self._connection: AbstractConnection | None = None
         self._lock = asyncio.Lock()
+        self.opened = 0
+        """How often it was opened: more than once means that it broke, or was closed."""
 
     async def call(self, script: Script, keys: Iterable[str], args: Iterable[Argument]) -> Any:
         """Run a script and return its reply.
@@ -68,6 +70,7 @@ class DirectConnection:
                         connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
                         await connection.connect()  # type: ignore[no-untyped-call]
                         self._connection = connection
+                        self.opened += 1
                     packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # any number of arguments
                     await self._connection.send_packed_command(packed, check_health=False)
                     return await self._connection.read_response()

@@ -17,9 +17,12 @@
     ├── TaskGoneError              the task ended without a result
     │   ├── TaskExpiredError       its time ran out before it was started
     │   ├── TaskCancelledError     somebody cancelled it
-    │   └── ResultDeletedError     its result was read, and deleted as asked for
+    │   ├── ResultDeletedError     its result was read, and deleted as asked for
+    │   └── ResultExpiredError     it has ended, and its result's lifetime is over
     ├── UnknownTaskError           no such task is queued, scheduled, running or ended
     ├── LetterGoneError            there is no such dead letter
+    ├── LetterRefusedError         the dead letter cannot be redriven; it stays
+    ├── BrokerRightError           the broker does not allow its user what it takes
     ├── ResultTimeoutError         the result did not come within `timeout_s`; the task goes on
     ├── ProtocolError              stored data is not what this version of Samphire writes
     └── ClientClosedError          the client was closed while it was in use
@@ -116,12 +119,24 @@ class ResultDeletedError(TaskGoneError):
     """The result was read before, and deleted."""
 
 
+class ResultExpiredError(TaskGoneError):
+    """The task has ended, and its result's lifetime is over."""
+
+
 class UnknownTaskError(SamphireError):
     """There is no such task."""
 
 
 class LetterGoneError(SamphireError):
     """There is no such dead letter."""
+
+
+class LetterRefusedError(SamphireError):
+    """The dead letter cannot be redriven."""
+
+
+class BrokerRightError(SamphireError):
+    """The broker's user lacks a right."""
 
 
 class ResultTimeoutError(SamphireError, TimeoutError):

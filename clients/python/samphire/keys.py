@@ -11,7 +11,8 @@ Written by producers (an ACL can hold them to these):
                                          for>"; expires
     sub:cancels                  LIST    requests to cancel: "<event stream or nothing> <task id>"
     sub:deletes                  LIST    ids of tasks whose results are read and no longer needed
-    sub:letters                  LIST    requests about dead letters: "redrive <letter id>", "purge <letter id>"
+    sub:letters                  LIST    requests about dead letters: "redrive:<run> <letter id>", "purge:<run> <id>";
+                                         without ":<run>" the letter of any run is meant
     sub:wake                     CHANNEL a queue was empty and no longer is
 
     A queue is `inference.<model>`, `inference.<model>@<tenant>`, or the intake `inference`.
@@ -24,13 +25,23 @@ Written by workers only:
                                          that took a worker or a model's process down; history, a JSON object for
                                          each, comma between; losses: endpoints that died with it, no attempts;
                                          shared: those of the crashes that took down what is everybody's, a model's
-                                         process or an endpoint; run, if it was redriven; expires
+                                         process or an endpoint; run, if it is not the first; failed, if it was sent
+                                         again: digests of the messages that had failed; expires
     scheduled                    ZSET    ids of tasks that wait for their time, by that time
     scheduled:messages           HASH    task id -> "<queue list> <message>"
-    cancelled                    ZSET    ids of tasks that were cancelled before they were claimed, by time; trimmed
+    cancelled                    ZSET    ids of tasks that were cancelled before they were claimed, by time, with .5
+                                         behind it where their end is written; trimmed
     cancelled:lately             STRING  present for a minute after a cancellation
-    cancelled:unknown:<id>       STRING  somebody wanted to cancel what is no task; expires after seconds
-    cancelled:paid:<id>          STRING  a cancelled task has sent what follows it; expires
+    cancelled:running            SET     ids of the cancelled tasks that a worker had started; expires
+    cancelled:answer:<id>        STRING  what became of a wish to cancel where no result tells: "unknown", or how the
+                                         task had ended; expires after seconds
+    ended                        HASH    task id -> how it has ended: S(ucceeded), F(ailed), C(ancelled), E(xpired), c
+                                         of a cancelled one that has not yet sent what follows; the number of its run,
+                                         if not the first; of a failed one 16 digits of the SHA-1 of each message that
+                                         did, behind spaces. It becomes ended:before, and a new one begins, when
+                                         ended:turn lapses
+    ended:before                 HASH    the same, older; expires
+    ended:turn                   STRING  present for as long as ends are to be remembered; expires
     alone                        STRING  "<wid> <model or nothing>": no other worker starts anything of the model, or of
                                          all; expires, and goes when its worker is reaped
     catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
@@ -45,11 +56,14 @@ Written by workers only:
     workers                      SET     ids of the workers whose in-flight hash may hold something
     worker:<wid>                 STRING  lease: a counter that each heartbeat raises; expires with the lease
     worker:<wid>:info            STRING  host name, process id; expires with the lease
-    worker:<wid>:inflight        HASH    <n>:<queue list> -> message, from claim to settlement
-    worker:<wid>:started         HASH    <n>:<queue list> -> task id, from start to settlement
+    worker:<wid>:inflight        HASH    <n>:<queue list> -> message, from claim to settlement; <n>!:<queue list> where
+                                         no task was tried before when it was claimed
+    worker:<wid>:started         HASH    the same field -> task id, from start to settlement
     dead                         ZSET    dead letters by time of death; trimmed
     dead:<letter id>             HASH    message, queue, list, task_id, model, reason, error, attempts, worker,
-                                         died_at, history (JSON array), run, stream; expires
+                                         died_at, history (JSON array), run, stream; ended: MessagePack of the tasks
+                                         that ended because of it, [id, stream, run] each; refused, refusals: why it was
+                                         not redriven, and how often; expires
 
 Written as Celery does, by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups
 and chords; expire; .b, the body of a chord, is ours) and _kombu.binding.<exchange> (one for each queue name that a next
@@ -85,8 +99,11 @@ SCHEDULED = "scheduled"
 SCHEDULED_MESSAGES = "scheduled:messages"
 CANCELLED = "cancelled"
 CANCELLED_LATELY = "cancelled:lately"
-UNKNOWN_PREFIX = "cancelled:unknown:"
-PAID_PREFIX = "cancelled:paid:"
+CANCELLED_RUNNING = "cancelled:running"
+ANSWER_PREFIX = "cancelled:answer:"
+ENDED = "ended"
+ENDED_BEFORE = "ended:before"
+ENDED_TURN = "ended:turn"
 CATALOGUE = "catalogue"
 CATALOGUE_COMPLETE = "*"
 TRIED = "tried"
@@ -105,22 +122,11 @@ Priority = Literal["high", "normal", "low"]
 PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
 
 
-_OWN_KEYS = {
-    WORKERS,
-    TRIED,
-    ALONE,
-    LEADERS,
-    DEAD,
-    SCHEDULED,
-    CANCELLED,
-    CATALOGUE,
-    "unacked",
-    "unacked_index",
-    "unacked_mutex",
-}
+_OWN_KEYS = {WORKERS, TRIED, ALONE, LEADERS, DEAD, SCHEDULED, CANCELLED, CATALOGUE, ENDED}
+_OWN_KEYS |= {"unacked", "unacked_index", "unacked_mutex"}
 _OWN_PREFIXES = (
     *("sub:", META_PREFIX, "celery-taskset-meta-", TASK_PREFIX, STREAM_PREFIX, WORKER_PREFIX, DEAD_PREFIX),
-    *(RESULT_BLOB_PREFIX, f"{SCHEDULED}:", f"{CANCELLED}:", "_kombu."),
+    *(RESULT_BLOB_PREFIX, f"{SCHEDULED}:", f"{CANCELLED}:", f"{ENDED}:", "_kombu."),
 )
 
 
@@ -173,3 +179,18 @@ def meta_key(task_id: str) -> str:
 def stream_key(client_id: str) -> str:
     """Key of the stream with the terminal events of a client's tasks."""
     return STREAM_PREFIX + client_id
+
+
+def claim_list(field: str) -> str:
+    """Key of the list that a claim was made from."""
+    return field.partition(":")[2]
+
+
+def claim_number(field: str) -> int:
+    """The number of a claim: a worker's claims are in the order of these."""
+    return int(field.partition(":")[0].rstrip("!"))
+
+
+def is_first_claim(field: str) -> bool:
+    """Whether no task was tried before when the claim was made."""
+    return field.partition(":")[0].endswith("!")

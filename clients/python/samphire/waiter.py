@@ -15,8 +15,17 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from samphire import keys
+from samphire.connection import key_text
 from samphire.direct import DirectConnection, read_blob
-from samphire.errors import BrokerUnavailableError, ClientClosedError, ProtocolError, SamphireError
+from samphire.ended import ended_states
+from samphire.errors import (
+    BrokerRightError,
+    BrokerUnavailableError,
+    ClientClosedError,
+    ProtocolError,
+    ResultExpiredError,
+    SamphireError,
+)
 from samphire.results import TERMINAL, InferResult, Status, decode_meta, result_of, status_of
 
 BLOCK_MS = 5000
@@ -75,6 +84,7 @@ class Waiter:
             future = self._futures[task_id] = asyncio.get_running_loop().create_future()
         if look == "often":
             self._foreign.add(task_id)
+            self._unseen.add(task_id)
             self._look_now.set()
         elif look == "now" or (look != "never" and not self._stream_will_tell(task_id, look)):
             self._unseen.add(task_id)
@@ -124,12 +134,13 @@ class Waiter:
         raw = await self._reads.execute("GET", keys.meta_key(task_id))
         if raw is not None:
             return status_of(decode_meta(raw))
-        scheduled = await self._reads.execute("ZSCORE", keys.SCHEDULED, task_id)
-        return "queued" if scheduled is None else "scheduled"
+        if await self._reads.execute("ZSCORE", keys.SCHEDULED, task_id) is not None:
+            return "scheduled"
+        return (await self._remembered([task_id])).get(task_id, "queued")
 
-    async def is_unknown(self, task_id: str) -> bool:
-        """Whether a worker has just told that it knows no such task."""
-        return bool(await self._reads.execute("EXISTS", keys.UNKNOWN_PREFIX + task_id))
+    async def cancel_answer(self, task_id: str) -> str:
+        """What a worker has just told of a task that has no result: how it had ended, "unknown", or nothing ("")."""
+        return key_text(await self._reads.execute("GET", keys.ANSWER_PREFIX + task_id) or b"")
 
     # -- the stream ---------------------------------------------------------------------------------
 
@@ -178,14 +189,16 @@ class Waiter:
             if result is not None and task_ids[0] in self._futures:
                 await self._resolve(task_ids[0], result)
             else:
-                await self._fetch(task_ids)
+                missing = await self._fetch(task_ids)
+                # A failed one may have been redriven since: then it has not ended.
+                await self._tell_expired(missing, certain=state != b"failed")
 
     async def _sweep(self) -> None:
         """Now and then look at everything that is awaited: an event may have been trimmed."""
         while not self._closed:
             waiting = set(self._futures)
             await asyncio.sleep(SWEEP_S)
-            await self._try_fetch([task_id for task_id in waiting if task_id in self._futures])
+            await self._try_fetch([], [task_id for task_id in waiting if task_id in self._futures])
 
     # -- the stored results -------------------------------------------------------------------------
 
@@ -199,23 +212,42 @@ class Waiter:
                     interval_s = LOOK_MIN_S  # somebody new waits: look closely again
             self._look_now.clear()
             unseen, self._unseen = self._unseen, set()
-            await self._try_fetch([*unseen, *self._foreign])
+            await self._try_fetch([*self._foreign - unseen], [*unseen])
             interval_s = min(interval_s * 1.5, LOOK_MAX_S)
 
     # -- results ------------------------------------------------------------------------------------
 
-    async def _try_fetch(self, task_ids: Sequence[str]) -> None:
+    async def _try_fetch(self, again: Sequence[str], first: Sequence[str]) -> None:
+        """Look at stored results; those that are looked at for the first time may have expired before."""
         try:
-            await self._fetch(task_ids)
+            await self._tell_expired(await self._fetch(first))
+            await self._fetch(again)
         except BrokerUnavailableError:
             # Nothing is known now: all of them are looked at again.
-            self._unseen.update(task_ids)
+            self._unseen.update(first, again)
             self._look_now.set()
             await asyncio.sleep(RETRY_S)
         except SamphireError as error:
             self._fail_all(error)
 
-    async def _fetch(self, task_ids: Collection[str]) -> None:
+    async def _remembered(self, task_ids: Sequence[str]) -> dict[str, Status]:
+        try:
+            return await ended_states(self._reads, task_ids)
+        except BrokerRightError:  # it is not to be known then
+            return {}
+
+    async def _tell_expired(self, task_ids: Sequence[str], *, certain: bool = False) -> None:
+        """Those who wait for tasks without a result get an error if these have ended; `certain`: they have."""
+        states = await self._remembered(task_ids) if task_ids else {}
+        for task_id in task_ids:
+            future = self._futures.get(task_id)
+            if future is not None and not future.done() and (certain or task_id in states):
+                ended = states.get(task_id, "ended")
+                self._finish(task_id, ResultExpiredError(f"task {task_id} has {ended}, and its result has expired"))
+
+    async def _fetch(self, task_ids: Collection[str]) -> list[str]:
+        """Resolve what has a stored result; returns what has none."""
+        missing: list[str] = []
         wanted = [task_id for task_id in task_ids if task_id in self._futures]
         for begin in range(0, len(wanted), FETCH_BATCH):
             page = wanted[begin : begin + FETCH_BATCH]
@@ -223,6 +255,9 @@ class Waiter:
             for task_id, raw in zip(page, metas, strict=True):
                 if raw is not None:
                     await self._resolve(task_id, raw)
+                else:
+                    missing.append(task_id)
+        return missing
 
     async def _resolve(self, task_id: str, raw: bytes) -> None:
         ending: InferResult | SamphireError
@@ -236,6 +271,9 @@ class Waiter:
             ending = await result_of(task_id, meta, self._blob)
             if isinstance(ending, BrokerUnavailableError):
                 raise ending
+        self._finish(task_id, ending)
+
+    def _finish(self, task_id: str, ending: InferResult | SamphireError) -> None:
         future = self._futures.pop(task_id, None)
         self._foreign.discard(task_id)
         if future is None or future.done():

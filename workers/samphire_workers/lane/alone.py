@@ -54,6 +54,11 @@ class Alone:
             await persist(lambda: self._store.alone(model, 0))
             self._ended = time.monotonic()
 
+    async def until_nobody_else(self, model: str) -> None:
+        """Wait, outside of all gates, until no other worker is alone with a model; or until this worker ends."""
+        while not self._is_ending() and await persist(lambda: self._store.is_another_alone(model)):
+            await asyncio.sleep(LOOK_LEAST_S)
+
     async def others_end(self, model: str, within_s: float) -> bool:
         """Wait, holding the key, until no other worker runs anything of the model; False if that does not come true."""
         until = time.monotonic() + within_s

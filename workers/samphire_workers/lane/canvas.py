@@ -6,7 +6,8 @@ a task's body. What it would send is captured instead (`CapturingTransport`), an
 
 The parts of a chord are the exception: Celery counts them in Redis, and the last one needs the stored results
 of all. So a task that belongs to a chord pushes, with its end, a message `samphire.chord_part`; whoever claims
-it lets Celery's backend do its work (it recognises a part that it has seen), at least once.
+it lets Celery's backend do its work (it recognises a part that it has seen), at least once. What the backend would
+store meanwhile, as the failure of a chord's body, goes through the store (`CountingBackend`): no end is written over.
 
 Producers name the queues of next steps, and workers push with rights that producers lack: a queue whose name
 is that of a key with state is refused.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -56,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CAPTURING_THREAD = "samphire-canvas"
+CAPTURING_THREAD, COUNTING_THREAD = "samphire-canvas", "samphire-chord"
 
 _STATES = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "cancelled"}
 
@@ -72,9 +73,13 @@ class _Outbox:
 
 
 class _Here(threading.local):
-    """The outbox of the thread that looks at canvases, one task after the other."""
+    """What the thread that looks at canvases, one task after the other, works on."""
 
     outbox = _Outbox()
+    end_other: Callable[[OtherEnd], None]
+    """Ends a task that nobody holds; of the thread that counts chords."""
+    stream = ""
+    """Event stream of the client whose chord is counted."""
 
 
 _here = _Here()
@@ -116,8 +121,24 @@ class CapturingTransport(kombu_redis.Transport):
     Channel = _CapturingChannel
 
 
-class CapturingBackend(RedisBackend):  # type: ignore[misc]
+class _OwnThreadBackend(RedisBackend):  # type: ignore[misc]
+    """Celery's Redis backend, of whose results nobody unsubscribes but the threads here.
+
+    A result does when it is collected, which happens in any thread: while the broker is away that blocks for many
+    seconds, in the lane's thread as well.
+    """
+
+    def remove_pending_result(self, result: Any) -> Any:
+        if (threading.current_thread().name or "").startswith((CAPTURING_THREAD, COUNTING_THREAD)):
+            return super().remove_pending_result(result)
+        return result
+
+
+class CapturingBackend(_OwnThreadBackend):
     """Celery's Redis backend, whose results are kept instead of stored."""
+
+    def on_task_call(self, producer: Any, task_id: str) -> None:
+        """Subscribe to nothing: who sends a next step here does not wait for it."""
 
     def _store_result(
         self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_kwargs: Any
@@ -143,6 +164,18 @@ class CapturingBackend(RedisBackend):  # type: ignore[misc]
         _here.outbox.pushes.append((keys.INTAKE, message.decode()))
 
 
+class CountingBackend(_OwnThreadBackend):
+    """Celery's Redis backend, which counts chords, but ends tasks through the store."""
+
+    def _store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_kwargs: Any
+    ) -> Any:
+        meta = self._get_result_meta(result=result, state=state, traceback=None, request=request)
+        meta["task_id"] = task_id
+        _here.end_other(OtherEnd(task_id, _STATES.get(state, "failed"), self.encode(meta), _here.stream))
+        return result
+
+
 def _not_of_a_canvas(record: logging.LogRecord) -> bool:
     return not (record.threadName or "").startswith(CAPTURING_THREAD)
 
@@ -163,7 +196,7 @@ class Canvas:
         self._counting: Celery | None = None
         # Celery looks its application up by thread: nothing here may go through the worker's own.
         self._captures = ThreadPoolExecutor(1, CAPTURING_THREAD, initializer=self._make_tracer)
-        self._parts = ThreadPoolExecutor(1, "samphire-chord", initializer=self._make_counting)
+        self._parts = ThreadPoolExecutor(1, COUNTING_THREAD, initializer=self._make_counting)
 
     def close(self) -> None:
         """End the threads."""
@@ -193,9 +226,19 @@ class Canvas:
         """The first tasks of a canvas whose last one has the given id; raises as `after_success` does."""
         return await _in_thread(self._captures, self._start, task_id, canvas)
 
-    async def return_part(self, part: ChordPart) -> None:
-        """Count a part of a chord; the last one sends the chord's body. Raises as `after_success` does."""
-        await _in_thread(self._parts, self._return_part, part)
+    async def return_part(self, part: ChordPart, end_other: Callable[[OtherEnd], Awaitable[None]]) -> None:
+        """Count a part of a chord; the last one sends the chord's body, or ends it. Raises as `after_success` does.
+
+        Args:
+            part: the part that has ended.
+            end_other: ends a task that nobody holds, unless it has ended; repeated until the broker has answered.
+        """
+        loop = asyncio.get_running_loop()
+
+        def end(other: OtherEnd) -> None:
+            asyncio.run_coroutine_threadsafe(_awaited(end_other, other), loop).result()
+
+        await _in_thread(self._parts, self._return_part, part, end)
 
     # -- in the threads -----------------------------------------------------------------------------
 
@@ -219,7 +262,8 @@ class Canvas:
         return made
 
     def _make_counting(self) -> None:
-        self._counting = self._make_app("samphire.chord", CheckedTransport, self._conf.result_backend)
+        backend = f"{__name__}:{CountingBackend.__name__}+{self._conf.result_backend}"
+        self._counting = self._make_app("samphire.chord", CheckedTransport, backend)
 
     def _make_tracer(self) -> None:
         backend = f"{__name__}:{CapturingBackend.__name__}+{self._conf.result_backend}"
@@ -275,8 +319,9 @@ class Canvas:
         backend._fail_chain(celery_request.chain, TaskRevokedError(reason), state="REVOKED")
         return _steps()
 
-    def _return_part(self, part: ChordPart) -> None:
+    def _return_part(self, part: ChordPart, end_other: Callable[[OtherEnd], None]) -> None:
         assert self._counting is not None
+        _here.end_other, _here.stream = end_other, _stream_of(part)
         backend = self._counting.backend
         result = part.result
         if part.state != "SUCCESS":
@@ -332,6 +377,19 @@ def _warn_if_forgotten(backend: Any, group: str) -> None:
             group,
             extra={"action": "chord_forgotten"},
         )
+
+
+async def _awaited(end_other: Callable[[OtherEnd], Awaitable[None]], other: OtherEnd) -> None:
+    await end_other(other)
+
+
+def _stream_of(part: ChordPart) -> str:
+    """Event stream of the client that waits for a chord's body; empty where none is named."""
+    chord = part.request.chord
+    options = chord.get("options") if isinstance(chord, dict) else None
+    headers = options.get("headers") if isinstance(options, dict) else None
+    stream = headers.get("samphire_stream") if isinstance(headers, dict) else None
+    return stream if isinstance(stream, str) else ""
 
 
 def _is_unfinished(backend: Any, group: str) -> bool:

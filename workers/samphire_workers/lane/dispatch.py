@@ -42,6 +42,7 @@ from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.request import Request, fetch, has_refs, load
 from samphire_workers.lane.turnstile import Turnstile
+from samphire_workers.lane.unwritten import Unwritten
 from samphire_workers.triton import Endpoint, Running, Tensor
 from samphire_workers.triton_errors import EndpointDiedError, StubDiedError
 
@@ -127,6 +128,9 @@ class Dispatcher:
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
         self._turnstiles: defaultdict[str, Turnstile] = defaultdict(Turnstile)
         self._all_models = Turnstile()
+        self._suspects: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """One suspect of a model at a time stands at its gate."""
+        self._unwritten = Unwritten()
         self._alone = Alone(store, lambda: self._ending is not None)
         self._beyond_reload: set[tuple[str, str]] = set()
         """Models, by endpoint, whose process has died and that may not be reloaded from here."""
@@ -151,6 +155,10 @@ class Dispatcher:
         for asked in list(self._asked):
             asked.running.stop(self._ending)
 
+    def written(self, fields: Sequence[str]) -> None:
+        """These claims are not held any more: their ends are written, or they are back in their queues."""
+        self._unwritten.discard(fields)
+
     async def run_batch(self, model: str, batch: list[Request]) -> None:
         """Bring one micro-batch to its end; it was counted as under way by who made it."""
         began = time.monotonic()
@@ -160,7 +168,7 @@ class Dispatcher:
         try:
             async with self._budget.hold(nbytes):
                 loaded = await self._load(batch)
-                if self._store.some_tried:
+                if self._store.some_tried or not all(request.claim.is_first for request in loaded):
                     await self._run_carefully(model, loaded)
                 else:
                     await self._run(model, loaded)
@@ -182,7 +190,7 @@ class Dispatcher:
         now = time.time()
         for request in batch:
             request.started_at = now
-        starting = asyncio.create_task(self._start(batch, wait=False))
+        starting = asyncio.create_task(self._start(batch))
         try:
             answers = await self._ask(model, batch)
         except SamphireError as error:
@@ -213,7 +221,7 @@ class Dispatcher:
             for request, before in zip(batch, tried, strict=True):
                 most = policy_for(request.infer, self._settings).max_attempts
                 if before.attempts >= most:
-                    again.append(request)  # it has had them all, and is not run
+                    self._exhausted(request, before)
                 elif before.losses >= LOSSES_MAX:
                     group.create_task(self._run_alone(model, request, all_models=True, among_workers=True))
                 elif is_suspect(before, most):
@@ -230,23 +238,42 @@ class Dispatcher:
     ) -> None:
         whom = "" if all_models else model
         while self._ending is None:
-            # Who has passed the gates does not wait there until another worker is alone no more: that one may wait for
-            # what stands at these gates.
-            async with (
-                self._alone.hold(whom) if among_workers else nullcontext(),
-                self._all_models.through(alone=all_models),
-                self._turnstiles[model].through(alone=True),
-            ):
-                self._give_up_late([request])
-                if request.over:
-                    return
-                if not among_workers or await self._alone.others_end(whom, self._settings.triton_timeout_s):
-                    started = await self._try_start([request])
-                    if started is not None:
-                        await self._infer(model, started, alone=True)
+            # Who waits until another worker is alone no more does not stand at the gates meanwhile, and at most one
+            # does at a time: that worker may wait for what these would hold up.
+            async with self._suspects[model]:
+                if not among_workers:
+                    await self._alone.until_nobody_else(whom)
+                async with (
+                    self._alone.hold(whom) if among_workers else nullcontext(),
+                    self._all_models.through(alone=all_models),
+                    self._turnstiles[model].through(alone=True),
+                ):
+                    if await self._run_inside(model, request, whom, among_workers):
                         return
             await asyncio.sleep(LOOK_S)
         await self._release([request])
+
+    async def _run_inside(self, model: str, request: Request, whom: str, among_workers: bool) -> bool:
+        """Run a suspect that is alone in this worker; False if another worker must come to its end first."""
+        await self._unwritten.none_of(whom)  # what has been answered is not to be taken for the cause
+        self._give_up_late([request])
+        if request.over:
+            return True
+        if among_workers and not await self._alone.others_end(whom, self._settings.triton_timeout_s):
+            return False
+        started = await self._try_start([request])
+        if started is None:
+            return False
+        await self._infer(model, started, alone=True)
+        await self._unwritten.none_of(whom)  # the next one may take the worker down, and with it what is not written
+        return True
+
+    def _exhausted(self, request: Request, before: Tried) -> None:
+        """Fail a task that has had all its attempts; this one is not made."""
+        request.attempts, request.crashes, request.losses, _ = before
+        request.started_at = None
+        message = f"{request.crashes} of {request.attempts} attempts took a worker, the model or Triton down"
+        self._endings.fail(request, WorkerCrashError(message))
 
     async def _load(self, batch: Sequence[Request]) -> list[Request]:
         loaded: list[Request] = []
@@ -262,9 +289,9 @@ class Dispatcher:
                 loaded.append(request)
         return loaded
 
-    async def _start(self, batch: Sequence[Request], *, wait: bool = True) -> list[Request]:
+    async def _start(self, batch: Sequence[Request]) -> list[Request]:
         look_s = LOOK_S
-        while (started := await self._try_start(batch, wait=wait)) is None:
+        while (started := await self._try_start(batch)) is None:
             await asyncio.sleep(look_s)
             look_s = min(2 * look_s, LOOK_LEAST_S)
             self._give_up_late(batch)
@@ -282,12 +309,12 @@ class Dispatcher:
             if request.times.deadline <= now and not request.over:
                 self._endings.give_up(request)
 
-    async def _try_start(self, batch: Sequence[Request], *, wait: bool = True) -> list[Request] | None:
+    async def _try_start(self, batch: Sequence[Request]) -> list[Request] | None:
         """Start what may be started; None: another worker is alone with the model."""
         if not batch:
             return []
         marks = [(request.claim.field, request.task_id) for request in batch]
-        verdicts = await persist(lambda: self._store.start(marks, self._info, wait=wait))
+        verdicts = await persist(lambda: self._store.start(marks, self._info))
         if NOT_YET in verdicts:
             return None
         started: list[Request] = []
@@ -301,11 +328,7 @@ class Dispatcher:
             if isinstance(verdict, Tried):
                 request.attempts, request.crashes, request.losses, _ = verdict
                 if request.attempts >= policy_for(request.infer, self._settings).max_attempts:
-                    request.started_at = None  # this attempt is not made
-                    message = (
-                        f"{request.crashes} of {request.attempts} attempts took a worker, the model or Triton down"
-                    )
-                    self._endings.fail(request, WorkerCrashError(message))
+                    self._exhausted(request, verdict)
                     continue
             elif verdict < 0:
                 # Not ours any more, or a duplicate of a task that has ended: there is nothing to write.
@@ -377,6 +400,8 @@ class Dispatcher:
         parameters = {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH}
         endpoint = batch[0].endpoint or self._endpoints.pick(model)
         asked, asked_at, timeout_s = Asked(batch), time.monotonic(), 0.0
+        fields = [request.claim.field for request in batch]
+        self._unwritten.discard(fields)  # halves of a micro-batch that has failed are asked again
         self._asked.add(asked)  # before the turnstile: who waits there can be cancelled, and expires
         self._watch_deadlines(asked)
         try:
@@ -386,6 +411,7 @@ class Dispatcher:
                 if asked.running.why is not None:
                     raise asked.running.why
                 asked_at, timeout_s = time.monotonic(), self._timeout_s(batch)
+                self._unwritten.add(model, fields)
                 outputs = await endpoint.infer(
                     model,
                     batch[0].version,

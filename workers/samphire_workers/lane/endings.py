@@ -6,11 +6,12 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal
 
+from samphire import keys
 from samphire.contract import CanvasStart, ChordPart, InferResponse, Ref
-from samphire.errors import EndpointTimeoutError, InternalError, SamphireError
+from samphire.errors import EndpointTimeoutError, InternalError, InvalidInputError, SamphireError
 from samphire_broker.retry import DeadLetter, Retry, decide, policy_for, reason_of
 from samphire_broker.settings import Settings
-from samphire_broker.store import Settlement, Store
+from samphire_broker.store import OtherEnd, Settlement, Store
 from samphire_workers.lane import outcome
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.events import TaskEvents
@@ -143,7 +144,7 @@ class Endings:
         done = Settlement(request.claim.field, "", "succeeded", "", "")
         try:
             if isinstance(errand, ChordPart):
-                await persist(lambda: self._canvas.return_part(errand))
+                await persist(lambda: self._canvas.return_part(errand, self._end_other))
             elif await persist(lambda: self._store.is_cancelled(request.task_id)):
                 self.revoke(request, "cancelled")
                 return
@@ -153,6 +154,24 @@ class Endings:
             self.fail(request, error)
         else:
             self._settler.add(done)
+
+    def not_pushed(self, request: Request, settlement: Settlement) -> None:
+        """End a task whose next steps cannot be pushed: as in Celery it has failed, and without these steps."""
+        queues = ", ".join(sorted({name for name, _ in settlement.pushes}))
+        error = InvalidInputError(
+            f"its next steps cannot be pushed to {queues}: the worker's broker user has no right to, or keys that are "
+            "no lists lie there"
+        )
+        if settlement.state == "succeeded":
+            self.fail(request, error)
+            return
+        logger.error("task %s ends without its next steps: %s", request.task_id, error, extra={"action": "not_pushed"})
+        own = tuple((name, message) for name, message in settlement.pushes if keys.known_form(name))
+        pushes = own if len(own) < len(settlement.pushes) else ()
+        self._settler.add(settlement._replace(pushes=pushes))
+
+    async def _end_other(self, end: OtherEnd) -> None:
+        await persist(lambda: self._store.end_others([end]))
 
     async def _claim_checks(self, request: Request, outputs: Sequence[Tensor]) -> dict[str, Ref]:
         above = self._settings.inline_output_bytes

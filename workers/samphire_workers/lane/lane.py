@@ -29,7 +29,17 @@ from samphire.errors import (
     UnknownModelError,
 )
 from samphire_broker.settings import Settings
-from samphire_broker.store import CANCELLED, DUE, REPLACED, Claimed, LeaseLostError, Store, WorkerInfo
+from samphire_broker.store import (
+    CANCELLED,
+    DUE,
+    REPLACED,
+    WAS_CANCELLED,
+    Claimed,
+    LeaseLostError,
+    Settlement,
+    Store,
+    WorkerInfo,
+)
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching, outcome
 from samphire_workers.lane.canvas import Canvas
@@ -44,6 +54,7 @@ from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.planner import QueuePlanner
 from samphire_workers.lane.request import Request, find_who_waits, home_of, read
+from samphire_workers.lane.seek import cancel_everywhere, requests_for
 from samphire_workers.lane.sequences import Sequences
 from samphire_workers.lane.settler import Settler
 from samphire_workers.lane.wake import QueueWatch
@@ -118,7 +129,7 @@ class Lane:
         """The same, as far as it is read."""
         self._held_bytes = 0
         self._pace = Pace(settings.inflight_max)
-        self._settler = Settler(store, self._let_go)
+        self._settler = Settler(store, self._let_go, self._not_settled)
         self._endings = Endings(
             settings, store, self._settler, canvas, events, self._spawn, self._release, info.hostname
         )
@@ -220,7 +231,16 @@ class Lane:
         running = {task_id for task_id, verdict in verdicts.items() if verdict == "running"}
         if running:
             self._dispatcher.cancel([request for request in self.requests() if request.task_id in running])
+        if again := requests_for(verdicts):
+            self._spawn(self._cancel_again(again))
         return verdicts
+
+    async def _cancel_again(self, requests: Sequence[str]) -> None:
+        meta = outcome.revoked_meta("", "revoked")
+        verdicts = await persist(lambda: cancel_everywhere(self._store, requests, meta, self._planner.queues))
+        for task_id, verdict in verdicts.items():
+            if verdict == "cancelled":
+                self._events.cancelled(task_id)
 
     def hand_back(self) -> None:
         """Claim nothing more, and give what is held back to the queues instead of finishing it."""
@@ -242,15 +262,16 @@ class Lane:
             heard, named = self._watch.clear()  # before looking, so that no wake-up is lost
             self._serve(heard)  # a queue may be new
             await self._rest_if_short()
-            if not self._endpoints.some_ready.is_set():
-                await self._watch.wait(IDLE_CHECK_S)
-                continue
             try:
                 if not self._store.clock.is_known:
                     await self._store.clock.look()
+                # Also while no endpoint is ready: what a lost reply has left here belongs back into its queue.
                 if adopt or time.monotonic() - adopted_at > ADOPT_S:
                     claimed = await self._store.adopt(set(self._held))
                     adopt, adopted_at, self._more = False, time.monotonic(), True
+                elif not self._endpoints.some_ready.is_set():
+                    await self._watch.wait(IDLE_CHECK_S)
+                    continue
                 else:
                     claimed = await self._claim(named)
             except (BrokerUnavailableError, LeaseLostError) as error:
@@ -375,7 +396,17 @@ class Lane:
         self._held_bytes += len(claim.message)
         self._pace.claimed(model)
 
+    def _not_settled(self, settlement: Settlement, verdict: int) -> None:
+        request = self._requests.get(settlement.field)
+        if request is None:  # it was settled otherwise meanwhile
+            self._let_go([settlement.field])
+        elif verdict == WAS_CANCELLED:
+            self._endings.revoke(request, "cancelled")
+        else:
+            self._endings.not_pushed(request, settlement)
+
     def _let_go(self, fields: Sequence[str]) -> None:
+        self._dispatcher.written(fields)
         for field in fields:
             if field not in self._held:
                 continue

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 
 from samphire import keys
 from samphire.direct import DirectConnection
-from samphire.errors import SamphireError, WorkerCrashError
+from samphire.errors import BrokerRightError, SamphireError, WorkerCrashError
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
 from samphire_workers.lane.outcome import attempt_text
@@ -38,39 +40,119 @@ async def keep_lease(store: Store, settings: Settings, info: WorkerInfo, registe
         await connection.close()
 
 
-async def reap_others(store: Store, settings: Settings) -> None:
-    """Return the in-flight messages of lost workers to their queues, for ever.
+class BrokerAge:
+    """How long the broker has run, as far as that is certain: by a clock of one's own since its run was first seen.
 
-    A worker is lost when its lease has lapsed, or when its named connection was missing at two looks in
-    a row and its lease has not beaten in between. Within one lease of a broker restart neither tells
-    anything: all connections are gone, and leases may have lapsed while nobody could beat.
+    What the broker says itself is believed once, at the first look, of a run that was there before this worker: its
+    clock may be set back or forward.
+
+    Args:
+        settings: of the worker.
+        clock: in s; it is never set.
     """
-    missing: dict[str, int] = {}
-    while True:
-        await asyncio.sleep(REAP_INTERVAL_S)
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._run: str | None = None
+        self._began = clock()
+        # Without the right to ask, a connection that breaks stands for a broker that may have restarted.
+        self._probe = DirectConnection(settings.broker_url)
+        self._may_ask = True
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._probe.close()
+
+    async def seconds(self, store: Store) -> float:
+        """For how long the broker has run at least; raises as `Store` does when it is away."""
+        run, told_s = await self._ask(store)
+        if run != self._run:
+            self._began = self._clock() - (max(0, told_s) if self._run is None else 0)
+            self._run = run
+        return self._clock() - self._began
+
+    async def _ask(self, store: Store) -> tuple[str, int]:
+        if self._may_ask:
+            try:
+                return await store.broker_run()
+            except BrokerRightError as error:
+                self._may_ask = False
+                logger.warning(
+                    "%s. A restart of the broker is now told from connections that break: then nobody is taken for "
+                    "lost within one lease",
+                    error,
+                    extra={"action": "right_missing"},
+                )
+        await self._probe.execute("TIME")
+        return f"connection {self._probe.opened}", 0
+
+
+class Reaper:
+    """Finds workers that are lost, and returns what they held.
+
+    A worker is lost when its lease has lapsed, or when its named connection is missing, at two looks in a row and
+    without a beat in between. Within one lease of a broker restart neither tells anything: all connections are gone,
+    and leases may have lapsed while nobody could beat. Where this user may not list connections a lapsed lease is
+    enough.
+    """
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._lease_s = settings.lease_s
+        self._age = BrokerAge(settings)
+        self._missing: dict[str, int | None] = {}
+        """Who was missed at the last look, with the counter of their lease."""
+        self._may_list = True
+
+    async def run(self) -> None:
+        """Look for ever."""
         try:
-            others = await store.others()
-            if others and await store.uptime_s() <= settings.lease_s:
-                missing = {}
-                continue
-            lapsed = [worker_id for worker_id, beat in others.items() if beat is None]
-            gone: dict[str, int] = {}
-            if len(lapsed) < len(others):
-                connected = await store.connected()
-                gone = {
-                    worker_id: beat
-                    for worker_id, beat in others.items()
-                    if beat is not None and worker_id not in connected
-                }
-            for worker_id in lapsed:
-                await _reap(store, worker_id, None)
-            for worker_id, beat in gone.items():
-                if missing.get(worker_id) == beat:
-                    await _reap(store, worker_id, beat)
-            missing = gone
-        except SamphireError as error:
-            logger.warning("reaping failed: %s", error, extra={"action": "reap_failed"})
-            missing = {}
+            while True:
+                await asyncio.sleep(REAP_INTERVAL_S)
+                try:
+                    await self.look()
+                except SamphireError as error:
+                    logger.warning("reaping failed: %s", error, extra={"action": "reap_failed"})
+                    self._missing = {}
+        finally:
+            await self._age.close()
+
+    async def look(self) -> None:
+        """Look once; raises as `Store` does."""
+        age_s = await self._age.seconds(self._store)
+        others = await self._store.others()
+        if age_s <= self._lease_s:
+            self._missing = {}
+            return
+        missing: dict[str, int | None] = {worker_id: beat for worker_id, beat in others.items() if beat is None}
+        if len(missing) < len(others):
+            connected = await self._connected()
+            if connected is not None:
+                missing |= {worker_id: beat for worker_id, beat in others.items() if worker_id not in connected}
+        for worker_id, beat in missing.items():
+            if self._missing.get(worker_id, -1) == beat:
+                await _reap(self._store, worker_id, beat)
+        self._missing = missing
+
+    async def _connected(self) -> set[str] | None:
+        if not self._may_list:
+            return None
+        try:
+            return await self._store.connected()
+        except BrokerRightError as error:
+            self._may_list = False
+            logger.warning(
+                "%s. A lost worker is now found only once its lease of %.0f s has lapsed, and not within seconds",
+                error,
+                self._lease_s,
+                extra={"action": "right_missing"},
+            )
+            return None
+
+
+async def reap_others(store: Store, settings: Settings) -> None:
+    """Return the in-flight messages of lost workers to their queues, for ever."""
+    await Reaper(store, settings).run()
 
 
 async def _reap(store: Store, worker_id: str, last_beat: int | None) -> None:

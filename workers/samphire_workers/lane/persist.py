@@ -7,13 +7,15 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from samphire.errors import BrokerMemoryFullError, BrokerUnavailableError
+from samphire.errors import BrokerMemoryFullError, BrokerRightError, BrokerUnavailableError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 RETRY_S = 0.25
+RIGHT_RETRY_S = 2.0
+"""A right that was taken away from the worker's user comes back when somebody gives it back."""
 
 
 async def persist(action: Callable[[], Awaitable[T]]) -> T:
@@ -24,3 +26,11 @@ async def persist(action: Callable[[], Awaitable[T]]) -> T:
         except (BrokerUnavailableError, BrokerMemoryFullError) as error:
             logger.warning("the broker is away: %s", error, extra={"action": "broker_away"})
             await asyncio.sleep(RETRY_S)
+        except BrokerRightError as error:  # a script has written nothing then
+            logger.error(
+                "%s. What this worker holds stays as it is, and is tried again every %.0f s",
+                error,
+                RIGHT_RETRY_S,
+                extra={"action": "right_missing"},
+            )
+            await asyncio.sleep(RIGHT_RETRY_S)

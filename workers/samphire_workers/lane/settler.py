@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from samphire_broker.store import Settlement, Store
+from samphire_broker.store import NOT_PUSHED, WAS_CANCELLED, Settlement, Store
 from samphire_workers.lane.persist import persist
 
 logger = logging.getLogger(__name__)
@@ -16,11 +16,21 @@ BATCH_BYTES = 4 * 2**20
 
 
 class Settler:
-    """Ends tasks on the store, and reports the claims that are done with."""
+    """Ends tasks on the store, and reports the claims that are done with.
 
-    def __init__(self, store: Store, let_go: Callable[[Sequence[str]], None]) -> None:
+    Args:
+        store: where.
+        let_go: called with the claims that are not held any more.
+        refused: called with a settlement that was not written, and why: `WAS_CANCELLED` or `NOT_PUSHED`. The claim
+            is still held, and has to be settled otherwise.
+    """
+
+    def __init__(
+        self, store: Store, let_go: Callable[[Sequence[str]], None], refused: Callable[[Settlement, int], None]
+    ) -> None:
         self._store = store
         self._let_go = let_go
+        self._refused = refused
         self._settlements: list[Settlement] = []
         self._some = asyncio.Event()
         self._none = asyncio.Event()
@@ -47,14 +57,19 @@ class Settler:
 
     async def _send(self, batch: Sequence[Settlement]) -> None:
         ours = await persist(lambda: self._store.settle(batch))  # fenced, so it may be repeated
-        for settlement, still_ours in zip(batch, ours, strict=True):
-            if not still_ours:
+        done: list[str] = []
+        for settlement, verdict in zip(batch, ours, strict=True):
+            if verdict in (WAS_CANCELLED, NOT_PUSHED):
+                self._refused(settlement, verdict)
+                continue
+            done.append(settlement.field)
+            if not verdict:
                 logger.warning(
                     "task %s was taken over by another worker; its outcome here is dropped",
                     settlement.task_id,
                     extra={"action": "fenced"},
                 )
-        self._let_go([settlement.field for settlement in batch])
+        self._let_go(done)
 
 
 def _take(settlements: list[Settlement]) -> list[Settlement]:

@@ -21,6 +21,7 @@ from celery import bootsteps
 from celery.exceptions import ImproperlyConfigured
 from celery.signals import worker_shutting_down
 
+from samphire.errors import BrokerRightError
 from samphire_broker.queues import refuse_queue
 from samphire_broker.settings import read_settings
 from samphire_broker.store import Store, WorkerInfo
@@ -30,6 +31,7 @@ from samphire_workers.lane.events import CeleryEvents
 from samphire_workers.lane.faults import is_shortage
 from samphire_workers.lane.lane import Lane
 from samphire_workers.lane.lease import keep_lease, reap_others
+from samphire_workers.lane.rights import check_rights
 from samphire_workers.lane.wake import QueueWatch
 
 logger = logging.getLogger(__name__)
@@ -149,6 +151,9 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._loop = runner.get_loop()
             try:
                 runner.run(self._serve())
+            except BrokerRightError as error:
+                logger.critical("%s", error, extra={"action": "right_missing"})
+                os._exit(78)  # as EX_CONFIG: who supervises it need not try again and again
             except BaseException:
                 # Nobody would notice a dead thread in a live worker: end it, so its supervisor restarts it.
                 logger.critical("the lane has ended; the worker ends too", exc_info=True)
@@ -158,6 +163,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         settings, info = self._settings, self._info
         store = Store(settings, info.id)
         try:
+            await check_rights(store, lambda: self._stopping)
             async with asyncio.TaskGroup() as group:
                 registered = self._registered = asyncio.Event()
                 vital = [

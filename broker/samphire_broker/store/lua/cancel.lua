@@ -1,35 +1,54 @@
 -- cancel: end tasks, or mark them where somebody else has to.
+-- With: ended
 -- KEYS  1 sub:cancels   2 cancelled   3 scheduled   4 scheduled:messages   5 cancelled:lately
---       6 worker:<wid>:started, of the worker that asks   7 sub:queues   8 workers
+--       6 worker:<wid>:started, of the worker that asks   7 sub:queues   8 workers   9 ended   10 ended:before
+--      11 ended:turn   12 cancelled:running
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
 --       5 lifetime of marks in s   6 most marks   7 result (JSON with an empty task id)   8 channel to wake lanes
---       9 most requests that are taken from sub:cancels   10 prefix of the answers to requests that name no task
---      11 the intake   12 prefix of worker keys   13 prefix of letters   14.. ids that a revocation names
--- A request in the list is "<stream> <task id>", of a client that names a task of its own: the task ends now, and its
--- message is dropped when it is claimed. Where little is queued it is looked for first: an id that is nowhere is no
--- task, and nothing changes. A revocation goes to all workers of all applications, and may name anybody's
--- task: a scheduled one ends now, any other is marked, and ends if it is ever claimed. A running one is marked, and ends
--- where it runs: every worker that asks is told of the marked ones that it has started.
+--       9 most requests that are taken from sub:cancels   10 prefix of the answers to requests
+--      11 the intake   12 prefix of worker keys   13 prefix of letters   14 prefix of task hashes
+--      15 how long it is remembered that a task has ended, in s   16 how many requests follow that were answered with
+--         "nowhere", and whose worker has looked for queues since   17.. these, then ids that a revocation names
+-- A request is "<stream> <task id>", of a client that names a task of its own: the task ends now, and its message is
+-- dropped when it is claimed. Where little is queued it is looked for first: an id that is nowhere is no task, and
+-- nothing changes. A revocation goes to all workers of all applications, and may name anybody's task: a scheduled
+-- one ends now, any other is marked, and ends if it is ever claimed. A running one is marked, and ends where it runs:
+-- every worker that asks is told of the marked ones that it has started. The mark of a task that has ended here has .5
+-- behind its time. A client whose task has ended, and whose result is gone, is told by an answer of its own.
 -- Returns task id, verdict, task id, verdict, …: "cancelled", "marked", the state of a task past cancelling or running
--- elsewhere, "unknown", and "running" for those that the worker that asks has started.
+-- elsewhere, "nowhere <stream>" (to be asked again once the worker has looked for queues), "unknown", and "running" for
+-- those that the worker that asks has started.
 local requests = {}
-if redis.call('TYPE', KEYS[1]).ok == 'list' then
-  requests = redis.call('LRANGE', KEYS[1], 0, ARGV[9] - 1)
+if call('TYPE', KEYS[1]).ok == 'list' then
+  requests = call('LRANGE', KEYS[1], 0, ARGV[9] - 1)
 end
--- Whatever could fail after the first write is looked at before it.
-local mark = redis.call('TYPE', KEYS[2]).ok
-mark = mark == 'zset' or mark == 'none'
-redis.call('ZCARD', KEYS[3])
-redis.call('HLEN', KEYS[4])
-redis.call('HLEN', KEYS[6])
-if #requests > 0 then
-  redis.call('LTRIM', KEYS[1], #requests, -1)
+local from_list = #requests
+local mark_kind = call('TYPE', KEYS[2]).ok
+local can_mark = mark_kind == 'zset' or mark_kind == 'none'
+local asked_again = tonumber(ARGV[16])
+if from_list > 0 or #ARGV > 16 then
+  local refusal = denied({
+    {'SETEX', ARGV[1] .. 'id', 1, ''}, {'SETEX', ARGV[10] .. 'id', 1, ''}, {'ZADD', KEYS[2], 0, 'member'},
+    {'SET', KEYS[5], ''}, {'RPUSH', ARGV[11], ''}, {'ZREM', KEYS[3], 'member'}, {'HDEL', KEYS[4], 'field'},
+    {'LTRIM', KEYS[1], 0, -1}})
+  if refusal then
+    return refusal
+  end
 end
-local time = redis.call('TIME')
-local reply = {}
-local looks, bytes = 4000, 16 * 2 ^ 20 -- what is searched in one call, for all ids together; beyond it an id is believed
+call('ZCARD', KEYS[3]) -- these fail before the first write if a key is of another type
+call('HLEN', KEYS[4])
+call('HLEN', KEYS[6])
+local time = call('TIME')
+local reply, ends = {}, {}
+
+-- ---- where messages are
+-- What is searched in one call, for all ids together; beyond it an id is believed.
+local looks, bytes = 4000, 16 * 2 ^ 20
 local places, too_many
 local function add_place(found)
+  if found.err then
+    return
+  end
   places[#places + 1] = found
   for _, message in ipairs(found) do
     bytes = bytes - #message
@@ -38,12 +57,13 @@ local function add_place(found)
 end
 local function find_places()
   places = {}
-  local queues = redis.call('SMEMBERS', KEYS[7])
+  local queues = try('SMEMBERS', KEYS[7])
+  queues = queues.err and {} or queues
   queues[#queues + 1] = ARGV[11]
   for _, queue in ipairs(queues) do
     for _, suffix in ipairs({'', '\6\0223', '\6\0226', '\6\0229'}) do
       for first = 0, looks, 32 do -- a page at a time: a few large messages are not to fill the server's memory
-        local found = redis.pcall('LRANGE', queue .. suffix, first, first + 31)
+        local found = try('LRANGE', queue .. suffix, first, first + 31)
         if found.err or #found == 0 then
           break
         end
@@ -54,108 +74,164 @@ local function find_places()
       end
     end
   end
-  for _, worker in ipairs(redis.call('SMEMBERS', KEYS[8])) do
-    local found = redis.pcall('HVALS', ARGV[12] .. worker .. ':inflight')
-    if not found.err then
-      add_place(found)
-      if too_many then
-        return
-      end
+  local members = try('SMEMBERS', KEYS[8])
+  for _, worker in ipairs(members.err and {} or members) do
+    add_place(try('HVALS', ARGV[12] .. worker .. ':inflight'))
+    if too_many then
+      return
     end
   end
+  add_place(call('HVALS', KEYS[4]))
 end
 local function is_coded(message) -- Celery's own steps of a canvas: the ids of those to come cannot be seen in them
   return string.find(message, '"body_encoding": ?"base64"')
 end
-local function is_known(id)
-  if redis.call('EXISTS', ARGV[13] .. id) == 1 then
-    return true
-  end
+local function each_message(look) -- until it returns true; nothing is said where there is too much
   if not places then
     find_places()
   end
-  if too_many then
-    return true
-  end
-  for _, messages in ipairs(places) do
+  for _, messages in ipairs(too_many and {} or places) do
     for _, message in ipairs(messages) do
       looks = looks - 1
-      if looks <= 0 or string.find(message, id, 1, true) or is_coded(message) then
+      if looks > 0 and look(message) then
         return true
       end
     end
   end
   return false
 end
-local function cancel(id, stream, named)
-  local key = ARGV[1] .. id
-  local meta = redis.pcall('GET', key)
-  local state = type(meta) == 'string' and string.match(meta, '"status": ?"(%u+)"')
-  local value = redis.call('HGET', KEYS[4], id)
-  local verdict = state
-  if named and not state and not value and not is_known(id) then
-    reply[#reply + 1] = id
-    reply[#reply + 1] = 'unknown'
-    redis.call('SETEX', ARGV[10] .. id, 10, '1')
-    return
+-- Whether a message is found that is a task's, or may bring it about; where there is too much, it is believed.
+local function is_somewhere(id)
+  local found = each_message(function(message)
+    return is_coded(message) or string.find(message, id, 1, true)
+  end)
+  return found or too_many or looks <= 0
+end
+-- Whether a message of a task that has failed is found that has not: then it waits for its next run.
+local function is_sent_again(id, remembered, letter)
+  local names = {'"correlation_id":"' .. id .. '"', '"correlation_id": "' .. id .. '"'}
+  return each_message(function(message)
+    local is_its_own = string.find(message, names[1], 1, true) or string.find(message, names[2], 1, true)
+    return is_its_own and not has_failed(message, remembered, letter)
+  end)
+end
+
+-- ---- what becomes of a task
+local function answer(id, word)
+  call('SETEX', ARGV[10] .. id, 10, word)
+end
+local WORDS = {S = 'succeeded', F = 'failed', C = 'cancelled', c = 'cancelled', E = 'expired'}
+local function mark(id, ended)
+  if can_mark then
+    call('ZADD', KEYS[2], time[1] + (ended and 0.5 or 0), id)
+    call('SET', KEYS[5], '1', 'EX', 60)
   end
-  if mark and state == 'STARTED' then
-    redis.call('ZADD', KEYS[2], time[1], id)
-    redis.call('SET', KEYS[5], '1', 'EX', 60)
+end
+local function return_message(id, value) -- what it owes to others is settled by whoever claims it
+  local list, message = match(value, '^(%S+) (.*)$')
+  local where = list and push('RPUSH', list, message)
+  if where or not list then
+    call('ZREM', KEYS[3], id)
+    call('HDEL', KEYS[4], id)
+    try('PUBLISH', ARGV[8], where or '')
+  end
+end
+local function end_task(id, stream, run)
+  local key = ARGV[1] .. id
+  local result = string.gsub(ARGV[7], '"task_id":""', function() return '"task_id":' .. cjson.encode(id) end, 1)
+  call('SETEX', key, ARGV[2], result)
+  try('PUBLISH', key, result)
+  ends[#ends + 1], ends[#ends + 2] = id, 'c' .. (run > 1 and run or '')
+  if run > 1 then
+    tell(stream, ARGV[3], ARGV[4], 'cancelled', id, 'run', run)
+  else
+    tell(stream, ARGV[3], ARGV[4], 'cancelled', id)
+  end
+end
+local function cancel(id, stream, named, is_sure)
+  local stored = state_in(try('GET', ARGV[1] .. id))
+  local remembered = recall(KEYS[9], KEYS[10], {id})[1]
+  local waiting = call('HGET', KEYS[4], id)
+  local letter = ARGV[13] .. id
+  local state = stored
+  if not stored or stored == 'PENDING' then
+    state = remembered and STATES[string.sub(remembered, 1, 1)] or (call('EXISTS', letter) == 1 and 'FAILURE') or stored
+  end
+  local run = tonumber(try('HGET', ARGV[14] .. id, 'run') or nil) or 1
+  if state == 'FAILURE' then
+    local message = match(waiting or '', '^%S+ (.*)$')
+    if (message and not has_failed(message, remembered, letter)) or is_sent_again(id, remembered, letter) then
+      run = run_in(remembered or 'F' .. (try('HGET', letter, 'run') or '')) + 1
+      state = nil
+    end
+  elseif named and not state and not waiting and not is_somewhere(id) then
+    if is_sure then
+      answer(id, 'unknown')
+    end
+    return is_sure and 'unknown' or 'nowhere ' .. stream
+  end
+  if state == 'STARTED' then
+    mark(id)
+    try('SADD', KEYS[12], id)
+    try('EXPIRE', KEYS[12], ARGV[5])
+    return state
+  end
+  local how = remembered and string.sub(remembered, 1, 1)
+  if state == 'SUCCESS' or state == 'FAILURE' or (state == 'REVOKED' and (how == 'C' or how == 'c' or how == 'E')) then
+    if named and not stored then
+      answer(id, how and WORDS[how] or 'failed')
+    end
+    if how ~= 'c' then
+      return state
+    end
   end
   -- On a revocation any other worker of Celery's writes REVOKED too; the message is ours to drop all the same.
-  local revoked = state == 'REVOKED'
-  if revoked or not state or state == 'PENDING' or state == 'RETRY' then
-    verdict = revoked and state or 'marked'
-    if mark then
-      redis.call('ZADD', KEYS[2], time[1], id)
-      redis.call('SET', KEYS[5], '1', 'EX', 60)
-    end
-    if not revoked and (named or value) then
-      verdict = 'cancelled'
-      local result = string.gsub(ARGV[7], '"task_id":""', function() return '"task_id":' .. cjson.encode(id) end, 1)
-      redis.call('SETEX', key, ARGV[2], result)
-      redis.call('PUBLISH', key, result)
-    end
-    if value then -- what its message owes to others is settled by whoever claims it
-      local list, message = string.match(value, '^(%S+) (.*)$')
-      local kind = redis.call('TYPE', list).ok
-      redis.call('ZREM', KEYS[3], id)
-      redis.call('HDEL', KEYS[4], id)
-      redis.call('RPUSH', (kind == 'list' or kind == 'none') and list or list .. ':returned', message)
-      redis.call('PUBLISH', ARGV[8], list)
-    end
-    if not revoked and string.match(stream, '^events:[%w-]+$') then -- a client's stream, and no other key
-      local kind = redis.call('TYPE', stream).ok
-      if kind == 'stream' or kind == 'none' then
-        redis.call('XADD', stream, 'MAXLEN', '~', ARGV[3], '*', 'cancelled', id)
-        redis.call('EXPIRE', stream, ARGV[4])
-      end
-    end
+  local verdict = state == 'REVOKED' and state or 'marked'
+  local ends_now = verdict == 'marked' and (named or waiting)
+  mark(id, ends_now or state == 'REVOKED')
+  if ends_now then
+    verdict = 'cancelled'
+    end_task(id, stream, run)
   end
-  reply[#reply + 1] = id
-  reply[#reply + 1] = verdict
+  if waiting then
+    return_message(id, waiting)
+  end
+  return verdict
+end
+
+-- ---- all of them
+if from_list > 0 then
+  call('LTRIM', KEYS[1], 0, -1) -- a write that needs no memory lets the others through when memory is full
+end
+for i = 17, 16 + asked_again do
+  requests[#requests + 1] = ARGV[i]
 end
 for n = 1, #requests do
-  local stream, id = string.match(requests[n], '^(%S*) (.+)$')
+  local stream, id = match(requests[n], '^(%S*) (.+)$')
   if id then
-    cancel(id, stream, true)
+    reply[#reply + 1] = id
+    reply[#reply + 1] = cancel(id, stream, true, n > from_list)
   end
 end
-for i = 14, #ARGV do
-  cancel(ARGV[i], '', false)
+for i = 17 + asked_again, #ARGV do
+  reply[#reply + 1] = ARGV[i]
+  reply[#reply + 1] = cancel(ARGV[i], '', false, true)
 end
-if mark and #reply > 0 then
-  redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', time[1] - ARGV[5])
-  redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -ARGV[6] - 1)
+remember(KEYS[9], KEYS[10], KEYS[11], tonumber(ARGV[15]), ends)
+if can_mark and #reply > 0 then
+  try('ZREMRANGEBYSCORE', KEYS[2], '-inf', time[1] - ARGV[5])
+  try('ZREMRANGEBYRANK', KEYS[2], 0, -ARGV[6] - 1)
 end
-if mark and redis.call('EXISTS', KEYS[5]) == 1 then
-  local started = redis.call('HVALS', KEYS[6])
-  for first = 1, #started, 1000 do -- unpack takes at most 7,999 values
+if from_list > 0 then
+  call('LTRIM', KEYS[1], from_list, -1)
+end
+if try('EXISTS', KEYS[12]) == 1 then
+  local started = call('HVALS', KEYS[6])
+  for first = 1, #started, 1000 do
     local last = math.min(first + 999, #started)
-    local marks = redis.call('ZMSCORE', KEYS[2], unpack(started, first, last))
-    for n = first, last do
-      if marks[n - first + 1] then
+    local marks = try('SMISMEMBER', KEYS[12], unpack(started, first, last))
+    for n = first, marks.err and 0 or last do
+      if marks[n - first + 1] == 1 then
         reply[#reply + 1] = started[n]
         reply[#reply + 1] = 'running'
       end

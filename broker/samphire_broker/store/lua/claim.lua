@@ -5,31 +5,37 @@
 --       number of its group; then for each group, from 1, how many its lists give together
 -- Returns 1 if there are tasks that were tried before, plus 2 if some were cancelled lately; then field, size, message,
 -- field, size, message, …: of a message over ARGV[3] only the last 16 KB, which hold a kombu message's headers.
--- Nothing can fail between LTRIM and HSET: the hash's type is checked first, and once LTRIM, which needs no
--- memory, has written, HSET is let through though memory be full.
-if redis.call('EXISTS', KEYS[1]) == 0 then
+-- A field is "<number>:<list>", or "<number>!:<list>" where no task was tried before: then it may be started at once,
+-- and who has to be alone waits for it (`alone.lua`).
+if call('EXISTS', KEYS[1]) == 0 then
   return redis.error_reply('NOLEASE the lease of this worker has lapsed')
 end
-redis.call('HLEN', KEYS[2])
+if not (may('HSET', KEYS[2], 'field', '') and may('HDEL', KEYS[2], 'field') and may('LTRIM', KEYS[5], 0, -1)) then
+  return denied({{'HSET', KEYS[2], 'field', ''}, {'HDEL', KEYS[2], 'field'}, {'LTRIM', KEYS[5], 0, -1}})
+end
+call('HLEN', KEYS[2])
 local CHUNK = 32 -- messages read at once, so that a few large ones do not fill the server's memory
 local left, bytes_left, largest = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local number = tonumber(ARGV[4])
-local reply, n = {redis.call('EXISTS', KEYS[3]) + 2 * redis.call('EXISTS', KEYS[4])}, 1
+local some_tried = call('EXISTS', KEYS[3])
+local form = some_tried == 1 and '%d:%s' or '%d!:%s'
+local reply, n = {some_tried + 2 * call('EXISTS', KEYS[4])}, 1
 local lists = #KEYS - 4
 local empty, room = {}, {}
 for i = 5 + 2 * lists, #ARGV do
   room[#room + 1] = tonumber(ARGV[i])
 end
+begin_to_write(KEYS[2])
 local function take(key, most, group)
   while most > 0 and left > 0 and bytes_left > 0 and room[group] > 0 and not empty[key] do
     local asked = math.min(most, left, room[group], CHUNK)
-    local page = redis.pcall('LRANGE', key, -asked, -1)
+    local page = try('LRANGE', key, -asked, -1)
     local found = page.err and 0 or #page -- a key that is no list gives nothing
     empty[key] = found < asked
     local taken, fields = 0, {}
     while taken < found and bytes_left > 0 do
       local message = page[found - taken] -- the oldest stands at the right
-      local field = string.format('%d:%s', number, key)
+      local field = string.format(form, number, key)
       local size = #message
       fields[2 * taken + 1], fields[2 * taken + 2] = field, message
       if size > largest then
@@ -41,8 +47,8 @@ local function take(key, most, group)
     if taken == 0 then
       return
     end
-    redis.call('LTRIM', key, 0, -taken - 1)
-    redis.call('HSET', KEYS[2], unpack(fields))
+    call('HSET', KEYS[2], unpack(fields))
+    call('LTRIM', key, 0, -taken - 1)
     left, most, room[group] = left - taken, most - taken, room[group] - taken
   end
 end

@@ -3,24 +3,29 @@
 -- ARGV  1 prefix of result keys   2 prefix of claim checks of outputs   3 what stands in a result's place (JSON)
 --       4 most requests
 -- That the task has succeeded stays known, and as long as its result would have. Returns the number of requests.
-if redis.call('TYPE', KEYS[1]).ok ~= 'list' then
+if call('TYPE', KEYS[1]).ok ~= 'list' then
   return 0
 end
-local ids = redis.call('LRANGE', KEYS[1], 0, ARGV[4] - 1)
-redis.call('LTRIM', KEYS[1], #ids, -1)
+local refusal = denied({{'SET', ARGV[1] .. 'id', ''}, {'UNLINK', ARGV[2] .. 'id'}, {'LTRIM', KEYS[1], 0, -1}})
+if refusal then
+  return refusal
+end
+local ids = call('LRANGE', KEYS[1], 0, ARGV[4] - 1)
+call('LTRIM', KEYS[1], 0, -1) -- a write that needs no memory lets the others through when memory is full
 for n = 1, #ids do
   local key = ARGV[1] .. ids[n]
-  local meta = redis.pcall('GET', key)
-  if type(meta) == 'string' and string.match(meta, '"status": ?"(%u+)"') == 'SUCCESS' then
+  local meta = try('GET', key)
+  if state_in(meta) == 'SUCCESS' then
     local prefix = ARGV[2] .. ids[n] .. ':'
     for blob in string.gmatch(meta, '"key":"([^"]*)"') do
       if string.sub(blob, 1, #prefix) == prefix then
-        redis.call('UNLINK', blob)
+        try('UNLINK', blob)
       end
     end
     local id = cjson.encode(ids[n])
-    local rest = string.match(meta, '.*(,"traceback":.*)$') or ',"traceback":null,"children":[],"date_done":null}'
-    redis.call('SET', key, '{"status":"SUCCESS","task_id":' .. id .. ',"result":' .. ARGV[3] .. rest, 'KEEPTTL')
+    local rest = match(meta, '.*(,"traceback":.*)$') or ',"traceback":null,"children":[],"date_done":null}'
+    call('SET', key, '{"status":"SUCCESS","task_id":' .. id .. ',"result":' .. ARGV[3] .. rest, 'KEEPTTL')
   end
 end
+call('LTRIM', KEYS[1], #ids, -1)
 return #ids

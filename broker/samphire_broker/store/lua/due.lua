@@ -2,21 +2,28 @@
 -- KEYS  1 scheduled   2 scheduled:messages
 -- ARGV  1 channel to wake lanes   2 most tasks
 -- Returns the number of tasks that were returned.
-local time = redis.call('TIME')
-local ids = redis.call('ZRANGE', KEYS[1], '-inf', time[1] .. '.' .. string.format('%06d', time[2]), 'BYSCORE', 'LIMIT', 0,
-  ARGV[2])
+local time = call('TIME')
+local now = time[1] .. '.' .. string.format('%06d', time[2])
+local ids = call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, ARGV[2])
+if #ids == 0 then
+  return 0
+end
+local refusal = denied({{'RPUSH', 'inference', ''}, {'ZREM', KEYS[1], 'member'}, {'HDEL', KEYS[2], 'field'}})
+if refusal then
+  return refusal
+end
+call('HLEN', KEYS[2])
+begin_to_write(KEYS[2])
 for n = #ids, 1, -1 do -- the earliest goes back last, so it stands at the head
-  local value = redis.call('HGET', KEYS[2], ids[n])
-  redis.call('ZREM', KEYS[1], ids[n])
-  if value then
-    local list, message = string.match(value, '^(%S+) (.*)$')
-    local kind = redis.call('TYPE', list).ok
-    if kind ~= 'list' and kind ~= 'none' then -- a push to a key of another type would lose the message
-      list = list .. ':returned'
-    end
-    redis.call('HDEL', KEYS[2], ids[n])
-    redis.call('RPUSH', list, message)
-    redis.call('PUBLISH', ARGV[1], list)
+  local value = call('HGET', KEYS[2], ids[n])
+  local list, message = match(value or '', '^(%S+) (.*)$')
+  local where = list and push('RPUSH', list, message)
+  if where or not list then
+    call('HDEL', KEYS[2], ids[n])
+    call('ZREM', KEYS[1], ids[n])
+  end
+  if where then
+    try('PUBLISH', ARGV[1], where)
   end
 end
 return #ids

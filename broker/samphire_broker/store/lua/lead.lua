@@ -19,7 +19,7 @@ for _, worker in ipairs(redis.call('SMEMBERS', KEYS[2])) do
   if worker ~= ARGV[1] then
     local fields = redis.pcall('HKEYS', ARGV[4] .. worker .. ':inflight')
     for _, field in ipairs(fields.err and {} or fields) do
-      if string.match(field, '^%d+:inference%.([^@\6]*)') == ARGV[2] then
+      if model_of(field) == ARGV[2] then
         if not mine then
           redis.call('HSET', KEYS[1], ARGV[2], ARGV[1])
         end

@@ -1,51 +1,78 @@
 -- letters: redrive and purge dead letters, as clients ask for.
--- KEYS  1 sub:letters   2 dead   3 tried
+-- With: ended, attempts
+-- KEYS  1 sub:letters   2 dead   3 tried   4 ended   5 ended:before
 -- ARGV  1 prefix of letters   2 prefix of result keys   3 prefix of task hashes   4 channel to wake lanes
 --       5 most requests   6 longest event stream   7 lifetime of streams in s   8 lifetime of task hashes in s
--- A request is "redrive <letter id>" or "purge <letter id>". A redriven message returns to its list as it was sent; the
--- task's failure and its attempts are forgotten: its next run begins. Returns the number of requests.
-if redis.call('TYPE', KEYS[1]).ok ~= 'list' then
+-- A request is "redrive:<run> <letter id>" or "purge:<run> <letter id>"; without ":<run>" it means the letter of any
+-- run. A redriven message returns to its list as it was sent; the task's failure and its attempts are forgotten: its
+-- next run begins, and so does one of every task that has ended because of it. What cannot be redriven keeps its
+-- letter, which tells why: the task has been sent again and has not failed since, or its list is no list. Returns the
+-- number of requests.
+if call('TYPE', KEYS[1]).ok ~= 'list' then
   return 0
 end
-redis.call('ZCARD', KEYS[2]) -- these fail before the first write if a key is of another type
-redis.call('SCARD', KEYS[3])
-local requests = redis.call('LRANGE', KEYS[1], 0, ARGV[5] - 1)
-redis.call('LTRIM', KEYS[1], #requests, -1)
-for n = 1, #requests do
-  local verb, letter = string.match(requests[n], '^(%l+) (.+)$')
-  local key = ARGV[1] .. (letter or '')
-  if letter and redis.call('TYPE', key).ok == 'hash' then
-    local found = redis.call('HMGET', key, 'message', 'list', 'task_id', 'run', 'stream')
-    local message, list, id = found[1], found[2], found[3]
-    if verb == 'purge' then
-      redis.call('DEL', key)
-      redis.call('ZREM', KEYS[2], letter)
-    elseif verb == 'redrive' and message and list then
-      local kind = redis.call('TYPE', list).ok
-      if kind == 'list' or kind == 'none' then -- else the letter stays
-        redis.call('DEL', key, ARGV[3] .. id)
-        redis.call('ZREM', KEYS[2], letter)
-        local meta = redis.pcall('GET', ARGV[2] .. id)
-        if type(meta) == 'string' and string.match(meta, '"status": ?"(%u+)"') == 'FAILURE' then
-          redis.call('DEL', ARGV[2] .. id)
-        end
-        if id ~= '' then
-          local run = tonumber(found[4] or 1) + 1
-          redis.call('HSET', ARGV[3] .. id, 'run', run)
-          redis.call('EXPIRE', ARGV[3] .. id, ARGV[8])
-          redis.call('SADD', KEYS[3], id)
-          redis.call('EXPIRE', KEYS[3], ARGV[8])
-          local stream = found[5]
-          local kind_of_stream = stream and stream ~= '' and redis.call('TYPE', stream).ok
-          if kind_of_stream == 'stream' or kind_of_stream == 'none' then
-            redis.call('XADD', stream, 'MAXLEN', '~', ARGV[6], '*', 'redriven', id, 'run', run)
-            redis.call('EXPIRE', stream, ARGV[7])
-          end
-        end
-        redis.call('LPUSH', list, message)
-        redis.call('PUBLISH', ARGV[4], list)
+local refusal = denied({
+  {'DEL', ARGV[1] .. 'id'}, {'DEL', ARGV[2] .. 'id'}, {'HSET', ARGV[1] .. 'id', 'field', ''},
+  {'ZREM', KEYS[2], 'member'}, {'LPUSH', 'inference', ''}, {'LTRIM', KEYS[1], 0, -1}})
+if refusal then
+  return refusal
+end
+call('ZCARD', KEYS[2]) -- fails before the first write if the key is of another type
+local requests = call('LRANGE', KEYS[1], 0, ARGV[5] - 1)
+local function state_of(id)
+  local value = recall(KEYS[4], KEYS[5], {id})[1]
+  return state_in(try('GET', ARGV[2] .. id)) or (value and STATES[string.sub(value, 1, 1)]), value
+end
+local function begin_run(id, stream, run)
+  call('DEL', ARGV[2] .. id)
+  forget(KEYS[4], KEYS[5], id)
+  open_run(ARGV[3] .. id, KEYS[3], id, run, '', ARGV[8])
+  tell(stream, ARGV[6], ARGV[7], 'redriven', id, 'run', run)
+end
+local function refuse(key, why)
+  call('HSET', key, 'refused', why)
+  call('HINCRBY', key, 'refusals', 1)
+end
+local function redrive(key, letter)
+  local found = call('HMGET', key, 'message', 'list', 'task_id', 'run', 'stream', 'ended')
+  local message, list, id = found[1], found[2], found[3]
+  if not (message and list and id) then
+    return refuse(key, 'the letter is damaged: it has no message')
+  end
+  local state = id ~= '' and state_of(id)
+  if state and state ~= 'FAILURE' then
+    return refuse(key, 'task ' .. id .. ' was sent again after it had failed, and is ' .. state .. ' now')
+  end
+  local kind = call('TYPE', list).ok
+  if kind ~= 'list' and kind ~= 'none' then
+    return refuse(key, 'its queue ' .. list .. ' is a key of type ' .. kind)
+  end
+  if id ~= '' then
+    begin_run(id, found[5] or '', tonumber(found[4] or 1) + 1)
+    for _, other in ipairs(found[6] and cmsgpack.unpack(found[6]) or {}) do
+      local its_state, value = state_of(other[1])
+      if not its_state or its_state == 'FAILURE' then
+        begin_run(other[1], other[2], (value and run_in(value) or other[3]) + 1)
       end
     end
   end
+  call('LPUSH', list, message)
+  call('DEL', key)
+  call('ZREM', KEYS[2], letter)
+  try('PUBLISH', ARGV[4], list)
 end
+call('LTRIM', KEYS[1], 0, -1) -- a write that needs no memory lets the others through when memory is full
+for _, request in ipairs(requests) do
+  local verb, run, letter = match(request, '^(%l+):?(%d*) (.+)$')
+  local key = ARGV[1] .. (letter or '')
+  if letter and call('TYPE', key).ok == 'hash' and (run == '' or run == (call('HGET', key, 'run') or '1')) then
+    if verb == 'purge' then
+      call('DEL', key)
+      call('ZREM', KEYS[2], letter)
+    elseif verb == 'redrive' then
+      redrive(key, letter)
+    end
+  end
+end
+call('LTRIM', KEYS[1], #requests, -1)
 return #requests

@@ -2,18 +2,25 @@
 -- KEYS  1 worker:<wid>:inflight   2 sub:queues
 -- ARGV  1 channel to wake lanes   2.. field, queue, list, field, queue, list, …
 -- Returns the number of messages that were still ours.
+local refusal = denied({{'LPUSH', ARGV[4], ''}, {'HDEL', KEYS[1], 'field'}, {'SADD', KEYS[2], ARGV[3]}})
+if refusal then
+  return refusal
+end
+call('SCARD', KEYS[2]) -- fails before the first write if the key is of another type
+begin_to_write(KEYS[1])
 local moved = 0
 for i = 2, #ARGV, 3 do
   local field, queue, list = ARGV[i], ARGV[i + 1], ARGV[i + 2]
-  local message = redis.call('HGET', KEYS[1], field)
-  local kind = redis.call('TYPE', list).ok -- a push to a key of another type would lose the message
-  if message and (kind == 'list' or kind == 'none') then
-    redis.call('HDEL', KEYS[1], field)
-    redis.call('SADD', KEYS[2], queue)
-    if redis.call('LPUSH', list, message) == 1 then
-      redis.call('PUBLISH', ARGV[1], queue)
+  local message = call('HGET', KEYS[1], field)
+  if message then
+    call('SADD', KEYS[2], queue) -- before the message is there: a cancel looks where queues are known
+    if push('LPUSH', list, message) then
+      call('HDEL', KEYS[1], field)
+      if call('LLEN', list) == 1 then
+        try('PUBLISH', ARGV[1], queue)
+      end
+      moved = moved + 1
     end
-    moved = moved + 1
   end
 end
 return moved

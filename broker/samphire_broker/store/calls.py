@@ -1,0 +1,70 @@
+"""How the store calls its scripts: each with what stands before all of them, on a connection of its kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+from samphire import keys
+from samphire.clock import BrokerClock
+from samphire.direct import Argument, DirectConnection, Script
+from samphire_broker.settings import Settings
+
+VERBS = (
+    *("alone", "beat", "cancel", "claim", "delete", "due", "end_others", "lead", "leave", "letters", "reap", "release"),
+    *("rights", "route", "schedule", "settle", "start", "trim"),
+)
+
+
+_WITH = re.compile(r"^-- With: (.*)$", re.MULTILINE)
+"""How a script names what stands before it, beside `common.lua`."""
+
+
+@lru_cache
+def script_text(verb: str) -> str:
+    """The text of a script as it is loaded."""
+    folder = resources.files("samphire_broker.store") / "lua"
+    text = (folder / f"{verb}.lua").read_text()
+    found = _WITH.search(text)
+    parts = ["common", *(found[1].split(", ") if found else ())]
+    return "\n".join([*((folder / f"{part}.lua").read_text() for part in parts), text])
+
+
+class Calls:
+    """One worker's connections and scripts; the parts of `Store` build on it.
+
+    Every method of theirs raises `BrokerUnavailableError` when the broker is away, `BrokerRightError` when it does not
+    let this user do what it takes, and `ProtocolError` when it answers what cannot be.
+    """
+
+    def __init__(self, settings: Settings, worker_id: str) -> None:
+        # Each has calls that others must not wait for.
+        self._claims = DirectConnection(settings.broker_url)
+        self._starts = DirectConnection(settings.broker_url)
+        self._endings = DirectConnection(settings.broker_url)
+        self._blobs = DirectConnection(settings.broker_url)
+        self._rest = DirectConnection(settings.broker_url)
+        self._settings = settings
+        self.clock = BrokerClock(self._rest)
+        self.worker_id = worker_id
+        self._lease = keys.WORKER_PREFIX + worker_id
+        self._inflight = f"{self._lease}:inflight"
+        self._started = f"{self._lease}:started"
+        self._scripts = {verb: Script(script_text(verb)) for verb in VERBS}
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for connection in (self._claims, self._starts, self._endings, self._blobs, self._rest):
+            await connection.close()
+
+    async def _run(
+        self,
+        verb: str,
+        key_names: Sequence[str],
+        args: Sequence[Argument],
+        connection: DirectConnection | None = None,
+    ) -> Any:
+        return await (connection or self._rest).call(self._scripts[verb], key_names, args)

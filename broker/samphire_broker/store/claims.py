@@ -1,0 +1,201 @@
+"""A worker's claims: from the queues to their end, or back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from samphire import keys
+from samphire.connection import key_text
+from samphire.direct import Argument
+from samphire.errors import ProtocolError
+from samphire_broker.settings import Settings
+from samphire_broker.store.calls import Calls
+from samphire_broker.store.records import (
+    BATCH_MAX,
+    STREAM_MAX_LENGTH,
+    STREAM_TTL_S,
+    Claimed,
+    LeaseLostError,
+    OtherEnd,
+    Settlement,
+    Tried,
+    Turn,
+    WorkerInfo,
+)
+
+INLINE_RESULT_BYTES = 1024
+
+_pack = msgspec.msgpack.Encoder().encode
+
+
+def _packed(settlement: Settlement) -> tuple[Any, ...]:
+    """As `settle.lua` takes it: most tasks have nothing beside their result."""
+    extra = settlement[5:]
+    return (*settlement[:5], extra) if any(extra) else settlement[:5]
+
+
+class Claims(Calls):
+    """Claim, adopt, start, settle, release, route. Only `claim` must not be repeated after a lost reply: what it moved
+    is found again with `adopt`. All others are fenced by the in-flight field and may be repeated.
+    """
+
+    def __init__(self, settings: Settings, worker_id: str) -> None:
+        super().__init__(settings, worker_id)
+        self._next_number = 1
+        self.some_tried = self.some_cancelled = True
+        """Whether some task was tried before, and whether some were cancelled lately, as of the last claim."""
+
+    async def claim(
+        self, turns: Sequence[Turn], rooms: Sequence[int], max_messages: int, max_bytes: int
+    ) -> list[Claimed]:
+        """Move messages from lists into this worker's in-flight hash, and return them.
+
+        Args:
+            turns: the lists, in the order of service.
+            rooms: for each group of lists, how many messages they give together.
+            max_messages: most messages in all.
+            max_bytes: the claim stops once it has so many.
+
+        Raises:
+            LeaseLostError: this worker's lease has lapsed; beat first.
+            BrokerUnavailableError: the reply is lost, or nothing was done: `adopt` tells.
+        """
+        first = self._next_number
+        self._next_number += max_messages  # spent even if the reply is lost: a claim's number is used once
+        args: list[Argument] = [max_messages, max_bytes, self._settings.max_message_bytes, first]
+        for turn in turns:
+            args += (turn.share, turn.group + 1)  # Lua counts from 1
+        args += rooms
+        lists = [turn.list_key for turn in turns]
+        key_names = [self._lease, self._inflight, keys.TRIED, keys.CANCELLED_LATELY, *lists]
+        try:
+            reply = await self._run("claim", key_names, args, self._claims)
+        except ProtocolError as error:
+            if "NOLEASE" in str(error):
+                raise LeaseLostError(str(error)) from error
+            raise
+        values = iter(reply)
+        about = next(values)
+        self.some_tried, self.some_cancelled = bool(about & 1), bool(about & 2)
+        return [
+            Claimed(key_text(field), size, message) for field, size, message in zip(values, values, values, strict=True)
+        ]
+
+    async def adopt(self, known: set[str]) -> list[Claimed]:
+        """Return what lies in the in-flight hash and is not in `known`: claims of lost replies, or of an earlier lane.
+
+        None of it runs, whatever that lane had started.
+        """
+        self.some_tried = self.some_cancelled = True  # it is not known whether there are
+        fields = [key_text(field) for field in await self._rest.execute("HKEYS", self._inflight)]
+        lost = sorted((field for field in fields if field not in known), key=keys.claim_number)
+        found: list[Claimed] = []
+        for field in lost:
+            size = int(await self._rest.execute("HSTRLEN", self._inflight, field))
+            message = b""
+            if size <= self._settings.max_message_bytes:
+                message = await self._rest.execute("HGET", self._inflight, field) or b""
+            found.append(Claimed(field, size, message))
+        if lost:
+            await self._rest.execute("HDEL", self._started, *lost)
+        return found
+
+    async def tried(self, task_ids: Sequence[str]) -> list[Tried]:
+        """What was tried of tasks before they are started."""
+        found = [Tried(0, 0)] * len(task_ids)
+        members = await self._starts.execute("SMISMEMBER", keys.TRIED, *task_ids)
+        for n, is_member in enumerate(members):
+            if is_member:
+                counts = await self._starts.execute(
+                    "HMGET", keys.TASK_PREFIX + task_ids[n], "attempts", "crashes", "losses", "shared"
+                )
+                found[n] = Tried(*(int(count or 0) for count in counts))
+        return found
+
+    async def alone(self, model: str, for_s: float) -> int:
+        """Be the only worker that runs anything of a model, or of all (""), for so long; 0 gives it back.
+
+        Returns:
+            How many tasks other workers have under way yet; -1: another worker is alone, nothing happens.
+        """
+        args: list[Argument] = [self.worker_id, model, int(for_s * 1000), keys.WORKER_PREFIX]
+        return int(await self._run("alone", [keys.ALONE, keys.WORKERS], args))
+
+    async def lead(self, model: str, *, give_back: bool = False) -> int:
+        """Be the only worker that claims a model's tasks, or stop being so.
+
+        Returns:
+            0: another leads, or none any more; 1: this worker leads; 2: it does, and others hold some of the tasks yet.
+        """
+        args: list[Argument] = [self.worker_id, model, int(give_back), keys.WORKER_PREFIX]
+        return int(await self._run("lead", [keys.LEADERS, keys.WORKERS], args))
+
+    async def is_another_alone(self, model: str) -> bool:
+        """Whether another worker is alone with a model, or with all."""
+        raw = await self._starts.execute("GET", keys.ALONE)
+        holder, _, whom = key_text(raw or b"").partition(" ")
+        return bool(holder) and holder != self.worker_id and whom in ("", model)
+
+    async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int | Tried]:
+        """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
+        args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, keys.DEAD_PREFIX, info.hostname, info.pid]
+        args += [self.worker_id, self._settings.dead_letter_ttl_s, _pack(tasks)]
+        key_names = [self._inflight, self._started, keys.CANCELLED, keys.ALONE]
+        key_names += [keys.TRIED, keys.ENDED, keys.ENDED_BEFORE]
+        verdicts = await self._run("start", key_names, args, self._starts)
+        return [verdict if isinstance(verdict, int) else Tried(*verdict) for verdict in verdicts]
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
+        """End tasks or their attempts, at most `BATCH_MAX`.
+
+        Returns:
+            1 for each that was still ours, 0 for each that was not, and `WAS_CANCELLED` or `NOT_PUSHED`.
+        """
+        args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
+        args += [INLINE_RESULT_BYTES, keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
+        args += [keys.WAKE_CHANNEL, keys.TASK_PREFIX, self._settings.remembered_s]
+        args.append(_pack([_packed(settlement) for settlement in settlements]))
+        key_names = [self._inflight, self._started, keys.DEAD, keys.CANCELLED]
+        key_names += [keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.TRIED, keys.QUEUES]
+        key_names += [keys.ENDED, keys.ENDED_BEFORE, keys.ENDED_TURN, keys.CANCELLED_RUNNING]
+        verdicts: list[int] = await self._run("settle", key_names, args, self._endings)
+        return verdicts
+
+    async def end_others(self, ends: Sequence[OtherEnd]) -> list[int]:
+        """End tasks that nobody holds, unless they have ended: 1 for each that was not, 0 for each that was."""
+        args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
+        args += [keys.TASK_PREFIX, self._settings.remembered_s]
+        for end in ends:
+            args += (end.task_id, end.state, end.meta, end.stream)
+        key_names = [keys.ENDED, keys.ENDED_BEFORE, keys.ENDED_TURN, keys.TRIED]
+        verdicts: list[int] = await self._run("end_others", key_names, args)
+        return verdicts
+
+    async def release(self, fields: Sequence[str], *, attempt: str = "", endpoint_died: bool = False) -> int:
+        """Hand claims back to the heads of their lists; returns how many were still ours.
+
+        With an `attempt` (JSON) it counts as one of those that had started: one of them may be to blame. Where the
+        `endpoint_died` with them that is noted, and is no attempt.
+        """
+        args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, self._settings.dead_letter_ttl_s, attempt]
+        args.append(int(endpoint_died))
+        key_names = [self._inflight, self._started, keys.TRIED]
+        return int(await self._run("release", key_names, [*args, *fields]))
+
+    async def give_back(self) -> None:
+        """Hand back whatever lies in the in-flight hash, as if it had not been claimed."""
+        fields = [key_text(field) for field in await self._rest.execute("HKEYS", self._inflight)]
+        fields.sort(key=keys.claim_number)
+        while fields:  # the last claimed go back first, so the order is kept
+            last, fields = fields[-BATCH_MAX:], fields[:-BATCH_MAX]
+            await self.release(last)
+
+    async def route(self, moves: Sequence[tuple[str, str, str]]) -> int:
+        """Move claims (field, queue, list) on to other queues; returns how many were still ours."""
+        args: list[Argument] = [keys.WAKE_CHANNEL]
+        for move in moves:
+            args += move
+        return int(await self._run("route", [self._inflight, keys.QUEUES], args))

@@ -1,0 +1,76 @@
+"""Who lives: a worker's lease, what it sees of the others, and the return of what lost ones held."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from samphire import keys
+from samphire.connection import key_text
+from samphire.direct import Argument, DirectConnection
+from samphire_broker.store.calls import Calls
+from samphire_broker.store.records import Reaped, WorkerInfo
+
+_CONNECTION_NAME = re.compile(rb" name=" + keys.CONNECTION_PREFIX.encode() + rb"(\S+)")
+_RUN_ID = re.compile(rb"run_id:(\w+)")
+_UPTIME = re.compile(rb"uptime_in_seconds:(-?\d+)")
+
+
+class Liveness(Calls):
+    """All of it may be repeated after a lost reply."""
+
+    async def beat(self, info: WorkerInfo, connection: DirectConnection) -> int:
+        """Renew the lease, on the worker's named connection; 1 means that it had been lost, or is new."""
+        key_names = [self._lease, f"{self._lease}:info", keys.WORKERS]
+        args: list[Argument] = [self.worker_id, self._settings.lease_ms, msgspec.json.encode(info)]
+        return int(await self._run("beat", key_names, args, connection))
+
+    async def others(self) -> dict[str, int | None]:
+        """The other registered workers with their lease's counter; None where the lease has lapsed."""
+        members = await self._rest.execute("SMEMBERS", keys.WORKERS)
+        ids = sorted({key_text(member) for member in members} - {self.worker_id})
+        if not ids:
+            return {}
+        beats = await self._rest.execute("MGET", *(keys.WORKER_PREFIX + worker_id for worker_id in ids))
+        return {worker_id: None if beat is None else int(beat) for worker_id, beat in zip(ids, beats, strict=True)}
+
+    async def connected(self) -> set[str]:
+        """Ids of the workers whose named connection is open.
+
+        Raises:
+            BrokerRightError: this user may not ask (CLIENT LIST).
+        """
+        listing = await self._rest.execute("CLIENT", "LIST", "TYPE", "NORMAL")
+        return {name.decode() for name in _CONNECTION_NAME.findall(listing)}
+
+    async def broker_run(self) -> tuple[str, int]:
+        """Which run of the broker this is, and for how many s it says to have run: by its clock, so it may be anything.
+
+        Raises:
+            BrokerRightError: this user may not ask (INFO).
+        """
+        told = await self._rest.execute("INFO", "server")
+        run_id, uptime_s = _RUN_ID.search(told), _UPTIME.search(told)
+        return run_id[1].decode() if run_id else "", int(uptime_s[1]) if uptime_s else 0
+
+    async def hostname(self, worker_id: str) -> str:
+        """What a worker calls itself; its id where that is not known any more."""
+        raw = await self._rest.execute("GET", f"{keys.WORKER_PREFIX}{worker_id}:info")
+        return worker_id if raw is None else str(msgspec.json.decode(raw).get("hostname", worker_id))
+
+    async def reap(self, worker_id: str, last_beat: int | None, attempt: str) -> Reaped:
+        """Return a lost worker's messages to their lists, at most `BATCH_MAX` a call.
+
+        What had started is an `attempt` (JSON) of its task.
+        """
+        lease = keys.WORKER_PREFIX + worker_id
+        key_names = [lease, f"{lease}:info", f"{lease}:inflight", f"{lease}:started", keys.WORKERS]
+        key_names += [keys.TRIED, keys.ALONE]
+        args = [worker_id, "" if last_beat is None else last_beat, keys.META_PREFIX, keys.TASK_PREFIX]
+        args += [self._settings.dead_letter_ttl_s, attempt]
+        return Reaped(*await self._run("reap", key_names, args))
+
+    async def leave(self) -> None:
+        """Drop the lease of a worker that ends; if it holds nothing nobody need reap it."""
+        await self._run("leave", [self._lease, f"{self._lease}:info", self._inflight, keys.WORKERS], [self.worker_id])

@@ -1,0 +1,37 @@
+-- end_others: end tasks that no worker holds: what Celery's own code ends for others, as the body of a chord that
+-- fails.
+-- With: ended
+-- KEYS  1 ended   2 ended:before   3 ended:turn   4 tried
+-- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
+--       5 prefix of task hashes   6 how long it is remembered that a task has ended, in s
+--       7.. task id, state, result (JSON), stream ("" for none), task id, …
+-- Returns for each task 1, or 0 where it has ended already: no end is written over.
+local refusal = denied({{'SETEX', ARGV[1] .. ARGV[7], 1, ''}})
+if refusal then
+  return refusal
+end
+local reply, ends = {}, {}
+for i = 7, #ARGV, 4 do
+  local id, state, meta, stream = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+  local key = ARGV[1] .. id
+  local before = state_in(try('GET', key))
+  local has_ended = before == 'SUCCESS' or before == 'FAILURE' or before == 'REVOKED'
+  has_ended = has_ended or (not before and recall(KEYS[1], KEYS[2], {id})[1])
+  if has_ended then
+    reply[#reply + 1] = 0
+  else
+    call('SETEX', key, ARGV[2], meta)
+    try('PUBLISH', key, meta)
+    local run = try('SREM', KEYS[4], id) == 1 and tonumber(try('HGET', ARGV[5] .. id, 'run') or nil)
+    if run then
+      try('UNLINK', ARGV[5] .. id)
+      tell(stream, ARGV[3], ARGV[4], state, id, 'run', run)
+    else
+      tell(stream, ARGV[3], ARGV[4], state, id)
+    end
+    ends[#ends + 1], ends[#ends + 2] = id, LETTERS[state] .. (run or '')
+    reply[#reply + 1] = 1
+  end
+end
+remember(KEYS[1], KEYS[2], KEYS[3], tonumber(ARGV[6]), ends)
+return reply

@@ -1,0 +1,1 @@
+"""A model of the task protocol, explored state by state, with the real scripts."""

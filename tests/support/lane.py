@@ -1,0 +1,227 @@
+"""A real lane, broker and SDK in one process; only Triton is a stand-in, which speaks the same protocol over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+import numpy as np
+import redis
+from celery import Celery
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+from samphire import keys
+from samphire_broker.embedded.ports import choose_port
+from samphire_broker.settings import Settings
+from samphire_broker.store import Store, WorkerInfo
+from samphire_workers.endpoints import Endpoints
+from samphire_workers.lane.canvas import Canvas
+from samphire_workers.lane.events import CeleryEvents
+from samphire_workers.lane.lane import Lane
+from samphire_workers.lane.lease import keep_lease, reap_others
+from samphire_workers.lane.wake import QueueWatch
+
+Behaviour = Callable[[Any], Awaitable[None]]
+"""What a model does before it answers: it may wait, or abort with the context of the call."""
+
+
+def x(value: float = 1.0) -> dict[str, Any]:
+    """Inputs: one FP32 [1, 1]."""
+    return {"x": np.full((1, 1), value, np.float32)}
+
+
+def body(model: str, value: float = 1.0) -> dict[str, Any]:
+    """The same as the keyword arguments of a plain Celery producer."""
+    return {"model_name": model, "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [value]}]}
+
+
+async def broken(context: Any) -> None:
+    """A model that raises."""
+    await context.abort(grpc.StatusCode.INTERNAL, "the model raised")
+
+
+async def away(context: Any) -> None:
+    """A Triton that does not answer."""
+    await context.abort(grpc.StatusCode.UNAVAILABLE, "failed to connect")
+
+
+def sleeping(seconds: float, then: Behaviour | None = None) -> Behaviour:
+    """A model that takes so long."""
+
+    async def behave(context: Any) -> None:
+        await asyncio.sleep(seconds)
+        if then is not None:
+            await then(context)
+
+    return behave
+
+
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Models with one FP32 input x and one output y = x + 1."""
+
+    def __init__(self, *models: str) -> None:
+        self.models = set(models)
+        self.behave: dict[str, Behaviour] = {}
+        self.asked: list[str] = []
+        """Models, as often as they were asked."""
+        self.values: list[float] = []
+        """Inputs, in the order in which they came."""
+        self.address = ""
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return service_pb2.ServerReadyResponse(ready=True)
+
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
+        answer = service_pb2.RepositoryIndexResponse()
+        for name in sorted(self.models):
+            answer.models.add(name=name, version="1", state="READY")
+        return answer
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if request.name not in self.models:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "is not found")
+        return service_pb2.ModelMetadataResponse(name=request.name, versions=["1"])
+
+    async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if request.name not in self.models:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "is not found")
+        config = model_config_pb2.ModelConfig(name=request.name, max_batch_size=8)
+        config.dynamic_batching.SetInParent()
+        config.input.add(name="x", data_type=model_config_pb2.TYPE_FP32, dims=[1])
+        config.output.add(name="y", data_type=model_config_pb2.TYPE_FP32, dims=[1])
+        return service_pb2.ModelConfigResponse(config=config)
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.asked.append(request.model_name)
+        values = np.frombuffer(request.raw_input_contents[0], np.float32).reshape(list(request.inputs[0].shape))
+        self.values += values.ravel().tolist()
+        if request.model_name in self.behave:
+            await self.behave[request.model_name](context)
+        answer = service_pb2.ModelInferResponse(model_name=request.model_name, model_version="1")
+        answer.outputs.add(name="y", datatype="FP32", shape=values.shape)
+        answer.raw_output_contents.append((values + 1).tobytes())
+        return answer
+
+    async def start(self) -> None:
+        """Serve on a free port."""
+        port = choose_port(0, "")
+        self.server = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self.server)
+        self.server.add_insecure_port(f"127.0.0.1:{port}")
+        await self.server.start()
+        self.address = f"127.0.0.1:{port}"
+
+    async def stop(self) -> None:
+        """Die."""
+        await self.server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def fake_triton(*models: str) -> AsyncIterator[FakeTriton]:
+    """A stand-in that serves."""
+    triton = FakeTriton(*models)
+    await triton.start()
+    try:
+        yield triton
+    finally:
+        await triton.stop()
+
+
+class LaneWorker:
+    """What `step.py` runs, in this event loop; `down` is its death without a word."""
+
+    def __init__(self, url: str, triton: FakeTriton, **settings: Any) -> None:
+        self.settings = Settings(broker_url=url, triton_urls=(triton.address,), **settings)
+        self.info = WorkerInfo(uuid.uuid4().hex, "w@host", 1)
+        self.store = Store(self.settings, self.info.id)
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def up(self) -> None:
+        """Beat, reap others, and run the lane."""
+        registered = asyncio.Event()
+        self.tasks = [
+            asyncio.create_task(keep_lease(self.store, self.settings, self.info, registered)),
+            asyncio.create_task(reap_others(self.store, self.settings)),
+        ]
+        await registered.wait()
+        app = Celery("samphire")
+        app.conf.update(
+            broker_url=self.settings.broker_url,
+            result_backend=self.settings.broker_url,
+            task_serializer="json",
+            result_serializer="json",
+            accept_content=["json"],
+        )
+        self.watch = QueueWatch(self.settings.broker_url)
+        self.canvas = Canvas(app, self.info.hostname)
+        self.endpoints = Endpoints(self.settings.triton_urls)
+        events = CeleryEvents(app, self.info.hostname, 0)
+        self.lane = Lane(self.settings, self.store, self.endpoints, self.info, events, self.watch, self.canvas)
+        self.tasks.append(asyncio.create_task(self.lane.run()))
+
+    async def down(self) -> None:
+        """End everything at once."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        if self.tasks:
+            self.watch.close()
+            self.canvas.close()
+            await self.endpoints.close()
+        await self.store.close()
+
+
+@contextlib.asynccontextmanager
+async def lane_worker(url: str, triton: FakeTriton, **settings: Any) -> AsyncIterator[LaneWorker]:
+    """A worker that runs."""
+    worker = LaneWorker(url, triton, **settings)
+    await worker.up()
+    try:
+        yield worker
+    finally:
+        await worker.down()
+
+
+async def until(check: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
+    """The first true value of a check; fails after a while."""
+    give_up = time.monotonic() + timeout_s
+    while time.monotonic() < give_up:
+        if found := check():
+            return found
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"{what} did not come true within {timeout_s} s")
+
+
+def state(client: redis.Redis, task_id: str) -> str | None:
+    """Celery's state of a task."""
+    raw = client.get(keys.meta_key(task_id))
+    return None if raw is None else str(json.loads(raw)["status"])
+
+
+def places(client: redis.Redis, task_id: str) -> list[str]:
+    """Every key that has a message with this id in it."""
+    found = []
+    for key in client.keys("*"):
+        kind, name = client.type(key), key.decode()
+        if kind == b"list" and not name.startswith("sub:"):
+            messages = client.lrange(key, 0, -1)
+        elif kind == b"hash" and name.endswith((":inflight", keys.SCHEDULED_MESSAGES)):
+            messages = client.hvals(key)
+        else:
+            continue
+        if any(task_id.encode() in message for message in messages):
+            found.append(name)
+    return sorted(found)
+
+
+def remember(client: redis.Redis, task_id: str, **counts: int) -> None:
+    """Make a task one that was tried before."""
+    mapping: Mapping[str, Any] = {"history": "{}", **counts}
+    client.hset(keys.TASK_PREFIX + task_id, mapping=dict(mapping))
+    client.sadd(keys.TRIED, task_id)

@@ -1,0 +1,519 @@
+"""Orders of calls that a model of the protocol has found: each broke a promise once. Real scripts, real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from samphire import AsyncClient, LetterRefusedError, keys
+from samphire.ended import ended_states
+from samphire_broker.store import (
+    CANCELLED,
+    NOT_PUSHED,
+    NOT_YET,
+    WAS_CANCELLED,
+    Claimed,
+    Later,
+    Letter,
+    Settlement,
+    Turn,
+)
+from samphire_broker.store.records import OtherEnd
+from tests.stacks import Valkey, eventually
+from tests.test_store import META, QUEUE, Worker, failed, push, run, status, worker
+
+ATTEMPT = '{"at":"2026-11-22T10:00:00+00:00","worker":"w","error":"Error"}'
+STATES = {
+    "succeeded": "SUCCESS",
+    "failed": "FAILURE",
+    "cancelled": "REVOKED",
+    "expired": "REVOKED",
+    "retrying": "RETRY",
+}
+
+
+def end(claim: Claimed, task_id: str, state: str, **extra: object) -> Settlement:
+    """A settlement with a result like a worker's."""
+    meta = json.dumps({"status": STATES[state], "task_id": task_id, "result": {}}, separators=(",", ":"))
+    return Settlement(claim.field, task_id, state, meta, "events:c", **extra)  # type: ignore[arg-type]
+
+
+def letter(task_id: str, attempts: int = 1) -> Letter:
+    return Letter(task_id, "m", "model_fault", "Error", attempts, ATTEMPT)
+
+
+def fail(claim: Claimed, task_id: str, **extra: object) -> Settlement:
+    return end(claim, task_id, "failed", letter=letter(task_id), **extra)
+
+
+async def claimed(w: Worker, queue: str = QUEUE) -> Claimed:
+    (claim,) = await w.store.claim([Turn(queue, 1, 0)], [1], 1, 10**9)
+    return claim
+
+
+def told(valkey: Valkey, stream: str = "events:c") -> list[dict[bytes, bytes]]:
+    """The events of a stream, without results."""
+    return [
+        {name: value for name, value in fields.items() if name != b"result"}
+        for _, fields in valkey.client.xrange(stream)
+    ]
+
+
+def remembered(valkey: Valkey, *task_ids: str) -> dict[str, str]:
+    """What the SDK's helper says of tasks."""
+
+    async def ask() -> dict[str, str]:
+        async with AsyncClient(valkey.url) as client:
+            return dict(await ended_states(client._publisher.connection, task_ids))
+
+    return asyncio.run(ask())
+
+
+# -- letters and runs ---------------------------------------------------------------------------------
+
+
+def test_a_redrive_opens_a_run_for_all_that_ended_because_of_the_letter(valkey: Valkey) -> None:
+    """A chain's later steps had failed with its first one; run again, it goes on to its end (c01)."""
+
+    async def test() -> None:
+        push(valkey, "ta then tb")
+        async with worker(valkey) as w:
+            claim = await claimed(w)
+            await w.store.start([(claim.field, "ta")], w.info)
+            other = OtherEnd("tb", "failed", '{"status":"FAILURE","task_id":"tb"}', "events:c")
+            assert await w.store.settle([fail(claim, "ta", others=(other,))]) == [1]
+            assert (status(valkey, "ta"), status(valkey, "tb")) == ("FAILURE", "FAILURE")
+            valkey.client.rpush(keys.LETTERS, "redrive:1 ta")
+            await w.store.serve_letters()
+            assert (status(valkey, "ta"), status(valkey, "tb")) == (None, None)
+            again = await claimed(w)
+            assert await w.store.start([(again.field, "ta")], w.info) == [0]
+            await w.store.settle([end(again, "ta", "succeeded", pushes=((QUEUE, "tb"),))])
+            following = await claimed(w)
+            assert await w.store.start([(following.field, "tb")], w.info) == [0]
+            await w.store.settle([end(following, "tb", "succeeded")])
+            assert status(valkey, "tb") == "SUCCESS"
+        assert told(valkey)[-2:] == [{b"succeeded": b"ta", b"run": b"2"}, {b"succeeded": b"tb", b"run": b"2"}]
+        assert not valkey.client.exists(keys.TRIED, "task:ta", "task:tb")
+
+    run(test)
+
+
+def test_a_cancel_of_a_dead_letter_is_answered_and_changes_nothing(valkey: Valkey) -> None:
+    """Its result has expired, and even the memory of its end: the letter tells; a redrive then runs it (c04)."""
+
+    async def test() -> None:
+        push(valkey, "ta")
+        async with worker(valkey) as w:
+            claim = await claimed(w)
+            await w.store.settle([fail(claim, "ta")])
+            valkey.client.delete(keys.meta_key("ta"))
+            for forgotten in (False, True):
+                if forgotten:
+                    valkey.client.delete(keys.ENDED, keys.ENDED_BEFORE)
+                valkey.client.rpush(keys.CANCELS, "events:c ta")
+                assert await w.store.cancel(META, ["ta"]) == {"ta": "FAILURE"}
+                assert valkey.client.get(f"{keys.ANSWER_PREFIX}ta") == b"failed"
+                assert status(valkey, "ta") is None and not valkey.client.exists(keys.CANCELLED)
+            valkey.client.rpush(keys.LETTERS, "redrive:1 ta")
+            await w.store.serve_letters()
+            again = await claimed(w)
+            assert await w.store.start([(again.field, "ta")], w.info) == [0]
+
+    run(test)
+
+
+def test_the_client_is_told_that_a_dead_letter_cannot_be_cancelled(valkey: Valkey) -> None:
+    """`cancel` says False, as of all that has ended before, though no result is left that would say so (c04)."""
+
+    async def test() -> None:
+        push(valkey, "ta")
+        async with worker(valkey) as w, AsyncClient(valkey.url) as client:
+            await w.store.settle([fail(await claimed(w), "ta")])
+            valkey.client.delete(keys.meta_key("ta"))
+            asked = asyncio.create_task(client.task("ta").cancel())
+            while not valkey.client.llen(keys.CANCELS):
+                await asyncio.sleep(0.01)
+            await w.store.cancel(META)
+            assert await asked is False
+
+    run(test)
+
+
+def test_a_purge_names_the_run_of_the_letter_that_was_read(valkey: Valkey) -> None:
+    """The letter of a later run, which nobody has seen, stays (c05)."""
+
+    async def test() -> None:
+        push(valkey, "ta")
+        async with worker(valkey) as w, AsyncClient(valkey.url) as client:
+            await w.store.settle([fail(await claimed(w), "ta")])
+            go = asyncio.Event()
+            connection = client._publisher.connection
+            execute = connection.execute
+
+            async def slow(*command: object, **options: object) -> object:
+                if command[0] == "RPUSH":
+                    await go.wait()
+                return await execute(*command, **options)  # type: ignore[arg-type]
+
+            connection.execute = slow  # type: ignore[method-assign,assignment]
+            purge = asyncio.create_task(client.dead_letters.purge(["ta"]))
+            valkey.client.rpush(keys.LETTERS, "redrive ta")
+            await w.store.serve_letters()
+            await w.store.settle([fail(await claimed(w), "ta")])
+            assert valkey.client.hget("dead:ta", "run") == b"2"
+            go.set()
+            await purge
+            assert await w.store.serve_letters() == 1
+            assert valkey.client.hget("dead:ta", "run") == b"2"
+            assert await client.dead_letters.get("ta")
+
+    run(test)
+
+
+def test_a_cancelled_task_leaves_no_letter_that_could_be_redriven_into_nothing(valkey: Valkey) -> None:
+    """Its message fails its check when it is claimed: it ends as cancelled, as the client was told (c14)."""
+
+    async def test() -> None:
+        push(valkey, "ta")
+        async with worker(valkey) as w:
+            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            assert await w.store.cancel(META) == {"ta": "cancelled"}
+            claim = await claimed(w)
+            assert await w.store.settle([fail(claim, "ta")]) == [WAS_CANCELLED]
+            assert await w.store.settle([end(claim, "ta", "cancelled")]) == [1]
+        assert status(valkey, "ta") == "REVOKED"
+        assert not valkey.client.exists("dead:ta", keys.DEAD, keys.CANCELLED)
+        assert told(valkey) == [{b"cancelled": b"ta"}]
+
+    run(test)
+
+
+def test_what_cannot_be_redriven_keeps_its_letter_and_says_why(valkey: Valkey) -> None:
+    """Its task was sent again and has succeeded since; or its list is no list."""
+
+    async def test() -> None:
+        push(valkey, "ta", "tb")
+        async with worker(valkey) as w, AsyncClient(valkey.url) as client:
+            for task_id in ("ta", "tb"):
+                await w.store.settle([fail(await claimed(w), task_id)])
+            push(valkey, "ta, sent again")
+            again = await claimed(w)
+            assert await w.store.start([(again.field, "ta")], w.info) == [0]
+            await w.store.settle([end(again, "ta", "succeeded")])
+            valkey.client.set(QUEUE, "no list")
+
+            async def serve() -> None:
+                while await w.store.serve_letters() == 0:
+                    await asyncio.sleep(0.01)
+
+            for task_id, why in (("ta", "is SUCCESS now"), ("tb", "of type string")):
+                serving = asyncio.create_task(serve())
+                with pytest.raises(LetterRefusedError, match=why):
+                    await client.dead_letters.redrive([task_id])
+                await serving
+                assert (await client.dead_letters.get(task_id)).refusals == 1
+        assert status(valkey, "ta") == "SUCCESS" and status(valkey, "tb") == "FAILURE"
+
+    run(test)
+
+
+def test_what_is_sent_again_after_a_failure_runs_and_a_copy_does_not(valkey: Valkey) -> None:
+    """As with a stock worker; the new run has all its attempts, and its events say which it is."""
+
+    async def test() -> None:
+        push(valkey, "ta 1", "ta 1", "ta 2", "ta 1", "ta 2")
+        async with worker(valkey) as w:
+            one, copy, new, late, again = await w.claim()
+            await w.store.start([(one.field, "ta")], w.info)
+            await w.store.settle([fail(one, "ta")])
+            assert await w.store.start([(copy.field, "ta")], w.info) == [-2], "it is the message that has failed"
+            assert await w.store.start([(new.field, "ta")], w.info) == [0]
+            assert status(valkey, "ta") == "STARTED"
+            assert await w.store.start([(late.field, "ta")], w.info) == [-2], "also while the next run is under way"
+            await w.store.settle([end(new, "ta", "retrying", retry=Later(0, "{}"))])
+            valkey.client.delete(keys.SCHEDULED, keys.SCHEDULED_MESSAGES)
+            (tried,) = await w.store.start([(again.field, "ta")], w.info)
+            assert not isinstance(tried, int) and tried.attempts == 1
+            await w.store.settle([fail(again, "ta")])
+            assert valkey.client.hget("dead:ta", "run") == b"2"
+            assert status(valkey, "ta") == "FAILURE"
+        assert told(valkey) == [{b"failed": b"ta"}, {b"retrying": b"ta"}, {b"failed": b"ta", b"run": b"2"}]
+
+    run(test)
+
+
+@pytest.mark.parametrize("kept", ["result", "memory", "letter", "nothing"])
+def test_a_copy_of_what_has_failed_is_known_from_what_is_kept(valkey: Valkey, kept: str) -> None:
+    """Its digest for some hours, its letter for two weeks; without either it is a new message."""
+
+    async def test() -> None:
+        push(valkey, "ta", "ta")
+        async with worker(valkey) as w:
+            one, copy = await w.claim()
+            await w.store.settle([fail(one, "ta")])
+            gone = {
+                "result": [keys.ENDED, "dead:ta"],
+                "memory": [keys.meta_key("ta"), "dead:ta"],
+                "letter": [keys.ENDED],
+                "nothing": [keys.meta_key("ta"), keys.ENDED, "dead:ta"],
+            }[kept]
+            valkey.client.delete(*gone)
+            is_known = kept in ("memory", "letter")
+            assert await w.store.start([(copy.field, "ta")], w.info) == [-2 if is_known else 0]
+
+    run(test)
+
+
+def test_what_was_sent_again_and_waits_can_be_cancelled(valkey: Valkey) -> None:
+    """The failure that is stored is that of the run before."""
+
+    async def test() -> None:
+        message = '{"properties":{"correlation_id":"ta"},"tag":%d}'
+        push(valkey, message % 1)
+        async with worker(valkey) as w:
+            await w.store.settle([fail(await claimed(w), "ta")])
+            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            assert await w.store.cancel(META) == {"ta": "FAILURE"}
+            push(valkey, message % 2)
+            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            assert await w.store.cancel(META) == {"ta": "cancelled"}
+            again = await claimed(w)
+            assert await w.store.start([(again.field, "ta")], w.info) == [CANCELLED]
+            assert await w.store.settle([end(again, "ta", "cancelled")]) == [1]
+        assert status(valkey, "ta") == "REVOKED"
+        assert told(valkey) == [{b"failed": b"ta"}, {b"cancelled": b"ta", b"run": b"2"}]
+
+    run(test)
+
+
+# -- what a cancelled task owes -----------------------------------------------------------------------
+
+
+def test_a_late_success_of_a_cancelled_task_pushes_nothing(valkey: Valkey) -> None:
+    """Its message was there twice and one worker is lost: it is settled as cancelled, with what that owes (c06)."""
+
+    async def test() -> None:
+        push(valkey, "ta then tb", "ta then tb")
+        async with worker(valkey) as a, worker(valkey, "w2") as b:
+            one, two = await claimed(a), await claimed(b)
+            await a.store.start([(one.field, "ta")], a.info)
+            await b.store.start([(two.field, "ta")], b.info)
+            valkey.client.delete("worker:w2")
+            await a.store.reap("w2", None, "{}")
+            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            assert (await a.store.cancel(META))["ta"] in ("cancelled", "running")
+            assert status(valkey, "ta") == "REVOKED"
+            step = end(one, "ta", "succeeded", pushes=(("inference.n", "tb"),))
+            assert await a.store.settle([step]) == [WAS_CANCELLED]
+            assert valkey.client.llen("inference.n") == 0
+            owed = (("inference.n", "the chord's part"),)
+            other = OtherEnd("tb", "cancelled", '{"status":"REVOKED","task_id":"tb"}', "")
+            assert await a.store.settle([end(one, "ta", "cancelled", pushes=owed, others=(other,))]) == [1]
+            assert status(valkey, "tb") == "REVOKED"
+            copy = await claimed(a)
+            assert await a.store.start([(copy.field, "ta")], a.info) == [CANCELLED]
+            assert await a.store.settle([end(copy, "ta", "cancelled", pushes=owed)]) == [1]
+        assert valkey.client.lrange("inference.n", 0, -1) == [b"the chord's part"]
+
+    run(test)
+
+
+def test_what_an_end_owes_is_paid_once_however_many_messages_there_are(valkey: Valkey) -> None:
+    """One copy of it has expired, another was claimed before (c08)."""
+
+    async def test() -> None:
+        push(valkey, "ta", "ta")
+        async with worker(valkey) as w:
+            one, two = await w.claim(2)
+            owed = ((keys.INTAKE, "the chord's part"),)
+            assert await w.store.settle([end(one, "ta", "expired", pushes=owed)]) == [1]
+            assert await w.store.start([(two.field, "ta")], w.info) == [CANCELLED]
+            assert await w.store.settle([end(two, "ta", "cancelled", pushes=owed)]) == [1]
+        assert valkey.client.llen(keys.INTAKE) == 1
+
+    run(test)
+
+
+def test_a_foreign_workers_revocation_still_leaves_what_it_owes(valkey: Valkey) -> None:
+    """Celery's own workers write REVOKED too: whoever drops the message pays, and once."""
+
+    async def test() -> None:
+        push(valkey, "ta", "ta")
+        async with worker(valkey) as w:
+            valkey.client.set(keys.meta_key("ta"), '{"status": "REVOKED", "task_id": "ta"}')
+            owed = ((keys.INTAKE, "the chord's part"),)
+            for claim in await w.claim(2):
+                assert await w.store.start([(claim.field, "ta")], w.info) == [CANCELLED]
+                assert await w.store.settle([end(claim, "ta", "cancelled", pushes=owed)]) == [1]
+        assert valkey.client.llen(keys.INTAKE) == 1
+
+    run(test)
+
+
+# -- memory -------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_a_cancelled_task_does_not_wait_for_its_eta(valkey: Valkey) -> None:
+    """The first copy has taken the mark along, and the result has expired (c11)."""
+
+    async def test() -> None:
+        push(valkey, "ta", "ta")
+        async with worker(valkey) as w:
+            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            await w.store.cancel(META)
+            one, two = await w.claim(2)
+            eta = time.time() + 60
+            assert await w.store.schedule([(one.field, "ta", eta)]) == [CANCELLED]
+            assert await w.store.settle([end(one, "ta", "cancelled")]) == [1]
+            valkey.client.delete(keys.meta_key("ta"))
+            assert await w.store.schedule([(two.field, "ta", eta)]) == [CANCELLED]
+            assert await w.store.start([(two.field, "ta")], w.info) == [CANCELLED]
+            assert await w.store.settle([end(two, "ta", "cancelled")]) == [1]
+        assert told(valkey) == [{b"cancelled": b"ta"}]
+
+    run(test)
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_cancelled_task_ends_once_although_its_result_has_expired(valkey: Valkey, forgotten: bool) -> None:
+    """Its message has waited for longer; the mark remembers when all else is forgotten (c16)."""
+
+    async def test() -> None:
+        push(valkey, "ta")
+        async with worker(valkey) as w:
+            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            await w.store.cancel(META)
+            valkey.client.delete(keys.meta_key("ta"), *([keys.ENDED] if forgotten else []))
+            claim = await claimed(w)
+            assert await w.store.start([(claim.field, "ta")], w.info) == [CANCELLED]
+            owed = ((keys.INTAKE, "the chord's part"),)
+            assert await w.store.settle([end(claim, "ta", "cancelled", pushes=owed)]) == [1]
+        assert told(valkey) == [{b"cancelled": b"ta"}]
+        assert status(valkey, "ta") is None
+        assert valkey.client.llen(keys.INTAKE) == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("state", ["succeeded", "cancelled", "expired"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_that_a_task_has_ended_is_remembered_longer_than_its_result(valkey: Valkey, state: str, kept: bool) -> None:
+    """Also of one whose result is not kept: a copy that comes later does not run."""
+
+    async def test() -> None:
+        push(valkey, "ta", "ta", "tb")
+        async with worker(valkey, result_ttl_s=1) as w:
+            one, copy, other = await w.claim()
+            ended = end(one, "ta", state)
+            await w.store.settle([ended if kept else ended._replace(meta="")])
+            eventually(lambda: not valkey.client.exists(keys.meta_key("ta")), 5, "the result's end")
+            verdicts = await w.store.start([(copy.field, "ta"), (other.field, "tb")], w.info)
+            assert verdicts == [-2 if state == "succeeded" else CANCELLED, 0]
+
+    run(test)
+    assert remembered(valkey, "ta", "tb", "tc") == {"ta": state}
+
+
+def test_memory_is_kept_for_one_to_two_lifetimes(valkey: Valkey) -> None:
+    """In two hashes: the older goes when the newer is old enough; all of it goes when nothing ends any more."""
+
+    async def test() -> None:
+        async with worker(valkey, result_ttl_s=1, remember_s=1) as w:
+            for task_id in ("ta", "tb", "tc"):
+                push(valkey, task_id)
+                await w.store.settle([end(await claimed(w), task_id, "succeeded")])
+                assert valkey.client.hget(keys.ENDED, task_id) == b"S"
+                eventually(lambda: not valkey.client.exists(keys.ENDED_TURN), 5, "the next turn")
+        assert valkey.client.hkeys(keys.ENDED) == [b"tc"]
+        assert valkey.client.hkeys(keys.ENDED_BEFORE) in ([b"tb"], [])
+        assert 0 < valkey.client.pttl(keys.ENDED) <= 2000
+        eventually(lambda: not valkey.client.exists(keys.ENDED, keys.ENDED_BEFORE), 5, "the end of memory")
+
+    run(test)
+
+
+def test_a_running_task_is_told_of_its_cancellation_however_late_its_worker_asks(valkey: Valkey) -> None:
+    """A broker that was away for a minute, a worker that stood still: the mark of what runs does not lapse (c12)."""
+
+    async def test() -> None:
+        push(valkey, "ta")
+        async with worker(valkey) as a, worker(valkey, "w2") as b:
+            claim = await claimed(a)
+            await a.store.start([(claim.field, "ta")], a.info)
+            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            assert await b.store.cancel(META) == {"ta": "STARTED"}
+            valkey.client.delete(keys.CANCELLED_LATELY)
+            assert await a.store.cancel(META) == {"ta": "running"}
+            assert await a.store.settle([end(claim, "ta", "cancelled")]) == [1]
+            assert await a.store.cancel(META) == {}
+        assert not valkey.client.exists(keys.CANCELLED, keys.CANCELLED_RUNNING)
+
+    run(test)
+
+
+# -- who is alone, who leaves -------------------------------------------------------------------------
+
+
+def test_what_was_claimed_before_anything_was_tried_is_waited_for(valkey: Valkey) -> None:
+    """It starts without being asked, so who has to be alone counts it as under way from its claim on (c19)."""
+
+    async def test() -> None:
+        push(valkey, "calm", "calm too")
+        async with worker(valkey) as a, worker(valkey, "w2") as b:
+            calm, too = await b.claim(2)
+            assert calm.is_first and not b.store.some_tried
+            push(valkey, "suspect", "later")
+            valkey.client.sadd(keys.TRIED, "suspect")
+            suspect, later = await claimed(a), await claimed(b)
+            assert not later.is_first
+            assert await a.store.alone("m", 20) == 2
+            assert await b.store.start([(calm.field, "calm")], b.info) == [0]
+            assert await b.store.start([(later.field, "later")], b.info) == [NOT_YET]
+            assert await a.store.alone("m", 20) == 2
+            await b.store.settle([end(calm, "calm", "succeeded")])
+            await b.store.release([too.field])
+            assert await a.store.alone("m", 20) == 0
+            assert await a.store.start([(suspect.field, "suspect")], a.info) == [0]
+            assert not (await claimed(b)).is_first
+
+    run(test)
+
+
+def test_a_worker_that_leaves_cannot_claim_into_a_hash_that_nobody_reaps(valkey: Valkey) -> None:
+    """Lease and membership go in one step; a claim before it keeps it a member, one after it has no lease (c09)."""
+
+    async def test() -> None:
+        push(valkey, "ta", "tb")
+        async with worker(valkey, "w1") as w, worker(valkey, "w2") as other:
+            await claimed(w)
+            await w.store.leave()
+            assert await other.store.others() == {"w1": None}
+            assert (await other.store.reap("w1", None, "{}")).moved == 1
+            assert await other.store.others() == {}
+        async with worker(valkey, "w3") as w, worker(valkey, "w2") as other:
+            await w.store.leave()
+            assert await other.store.others() == {}
+            assert valkey.client.llen(QUEUE) == 2
+
+    run(test)
+
+
+def test_next_steps_that_cannot_be_pushed_are_told_of_before_anything_is_written(valkey: Valkey) -> None:
+    """Keys of other types lie where they belong, and beside it."""
+
+    async def test() -> None:
+        push(valkey, "ta", "tb")
+        valkey.client.set("other", "x")
+        valkey.client.set("other:returned", "x")
+        async with worker(valkey) as w:
+            ta, tb = await w.claim()
+            ends = [end(ta, "ta", "succeeded", pushes=(("other", "next"),)), end(tb, "tb", "succeeded")]
+            assert await w.store.settle(ends) == [NOT_PUSHED, 1]
+            assert (status(valkey, "ta"), status(valkey, "tb")) == (None, "SUCCESS")
+            assert await w.store.settle([failed(ta, "ta")]) == [1]
+
+    run(test)
