@@ -17,14 +17,15 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import redis
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-from samphire import Client, InvalidInputError, SamphireError, UnknownModelError, keys
+from samphire import BrokerRightError, Client, InvalidInputError, SamphireError, UnknownModelError, keys
 from samphire.connection import key_text, redact
 from samphire_broker.overview import Overview, broker_connection, look
 from samphire_broker.settings import Settings, read_settings
+from samphire_broker.store import missing_rights
 
 State = Literal["ok", "warning", "error", "skipped"]
 
@@ -63,11 +64,14 @@ def examine(broker_url: str | None = None) -> Iterator[Finding]:
         with broker_connection(settings.broker_url) as client:
             client.ping()
             yield Finding("broker", "ok", f"{redact(settings.broker_url)} answers")
+            yield from check_rights(client)
             yield from check_broker(client)
             seen = look(client)
             yield from check_work(client, seen)
     except SamphireError as error:
         remedy = "start it (`samphire up` runs one), or set SAMPHIRE_BROKER_URL; check its password and network"
+        if isinstance(error, BrokerRightError):
+            remedy = "grant its user this right (ACL SETUSER), or set SAMPHIRE_BROKER_URL to another user"
         yield Finding("broker", "error", str(error), remedy)
     ready = []
     for url in settings.triton_urls:
@@ -111,9 +115,34 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
+def check_rights(client: redis.Redis) -> Iterator[Finding]:
+    """What the user of the broker's URL may not run and a worker has to."""
+    try:
+        missing = missing_rights(client)
+    except ResponseError as error:
+        found = f"this user may not run scripts: {error}; no worker can do anything"
+        yield Finding("rights", "error", found, "ACL SETUSER <user> +evalsha +eval +script|load")
+        return
+    if not missing:
+        yield Finding("rights", "ok", "this user may run all that a worker runs")
+    for right in missing:
+        effect = (
+            "a worker does not start without it" if right.vital else f"without it a worker lacks {right.needed_for}"
+        )
+        remedy = f"ACL SETUSER <user> +{right.granted()}"
+        yield Finding(
+            "rights", "error" if right.vital else "warning", f"this user may not run {right}: {effect}", remedy
+        )
+
+
 def check_broker(client: redis.Redis) -> Iterator[Finding]:
     """What the store relies on: one server, durable, nothing evicted, memory to spare."""
-    info: dict[str, Any] = client.info()
+    try:
+        info: dict[str, Any] = client.info()
+    except NoPermissionError:
+        found = "this user may not run INFO: version, durability, eviction and memory of the broker are not to be seen"
+        yield Finding("broker version", "warning", found, "ACL SETUSER <user> +info, or look with another user")
+        return
     name = "valkey" if "valkey_version" in info else "redis"
     version = str(info.get(f"{name}_version"))
     if _numbers(version) < OLDEST_BROKER:

@@ -22,6 +22,15 @@ class Right(NamedTuple):
     needed_for: str
     vital: bool = True
 
+    def granted(self) -> str:
+        """How ACL SETUSER names it, with its key or channel."""
+        name, *rest = self.command
+        if name == "CLIENT":
+            return f"{name.lower()}|{rest[0].lower()}"
+        pattern = f" ~{rest[0]}" if rest and name not in ("SCAN", "PUBLISH", "SUBSCRIBE") else ""
+        channel = f" &{rest[0]}" if name in ("PUBLISH", "SUBSCRIBE") else ""
+        return f"{name.lower()}{pattern}{channel}"
+
     def __str__(self) -> str:
         return f"{' '.join(part for part in self.command if part)} ({self.needed_for})"
 

@@ -39,7 +39,23 @@ if ARGV[3] == '1' then
     end
   end
 end
--- SADD comes first: out of memory, it is refused before anything is written.
+-- A script is not all or nothing: whatever can fail is tried before the first write.
+local may = redis.acl_check_cmd or function() -- Redis before version 7 cannot be asked
+  return true
+end
+local needs = {{'SADD', KEYS[6], ARGV[1]}, {'SETEX', KEYS[7], 1, ''}, {'LPUSH', KEYS[1], ''}}
+if KEYS[8] then
+  needs[#needs + 1] = {'SETEX', KEYS[8], 1, ''}
+end
+if blobs > 0 then
+  needs[#needs + 1] = {'SET', ARGV[11], ''}
+end
+for _, command in ipairs(needs) do
+  if not may(unpack(command)) then
+    return redis.error_reply('NOPERM this user may not run ' .. command[1] .. ' on ' .. command[2])
+  end
+end
+-- SADD comes first: out of memory, or on a key of another type, it is refused before anything is written.
 redis.call('SADD', KEYS[6], ARGV[1])
 redis.call('SETEX', KEYS[7], ARGV[6], '1')
 if KEYS[8] then
@@ -52,6 +68,6 @@ for i = first, #ARGV, 1000 do -- unpack takes at most 7,999 values
   redis.call('LPUSH', KEYS[1], unpack(ARGV, i, math.min(i + 999, #ARGV)))
 end
 if length == 0 then
-  redis.call('PUBLISH', ARGV[4], ARGV[1])
+  redis.pcall('PUBLISH', ARGV[4], ARGV[1]) -- without the right to it lanes look for themselves
 end
 return {'ok', length + count}

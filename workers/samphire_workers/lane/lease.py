@@ -54,7 +54,7 @@ class BrokerAge:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._run: str | None = None
-        self._began = clock()
+        self._began = 0.0
         # Without the right to ask, a connection that breaks stands for a broker that may have restarted.
         self._probe = DirectConnection(settings.broker_url)
         self._may_ask = True
@@ -66,10 +66,11 @@ class BrokerAge:
     async def seconds(self, store: Store) -> float:
         """For how long the broker has run at least; raises as `Store` does when it is away."""
         run, told_s = await self._ask(store)
+        now = self._clock()
         if run != self._run:
-            self._began = self._clock() - (max(0, told_s) if self._run is None else 0)
+            self._began = now - (max(0, told_s) if self._run is None else 0)
             self._run = run
-        return self._clock() - self._began
+        return now - self._began
 
     async def _ask(self, store: Store) -> tuple[str, int]:
         if self._may_ask:

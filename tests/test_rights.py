@@ -1,0 +1,384 @@
+"""Users of the broker that lack a right: nothing is lost, and what is missing is named. Real ACLs, real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+
+import pytest
+from redis.exceptions import ResponseError
+
+from samphire import BrokerRightError, keys
+from samphire.publisher import Publisher
+from samphire_broker.settings import Settings
+from samphire_broker.store import Claimed, Later, Letter, Settlement, Store
+from samphire_workers.lane import lease
+from samphire_workers.lane.lease import BrokerAge, Reaper
+from samphire_workers.lane.rights import check_rights
+from tests.stacks import Valkey, clean_environment, eventually
+from tests.test_doctor import examine
+from tests.test_store import ATTEMPT, META, QUEUE, Worker, everywhere, push, run, status
+from tests.test_store_orders import end
+
+PASSWORD = "secret"
+EVERYTHING = ("on", f">{PASSWORD}", "~*", "&*", "+@all")
+
+
+def user_of(valkey: Valkey, name: str, *rules: str) -> str:
+    """Make a user, and return the URL for it."""
+    valkey.client.execute_command("ACL", "SETUSER", name, "reset", *rules)
+    return valkey.url.replace("redis://", f"redis://{name}:{PASSWORD}@")
+
+
+def letter(task_id: str) -> Letter:
+    return Letter(task_id, "m", "r", "e", 1, ATTEMPT)
+
+
+async def settle_all(w: Worker, claims: dict[str, Claimed]) -> object:
+    ends = [
+        end(claims["a"], "a", "succeeded", pushes=((QUEUE, "next"),)),
+        end(claims["b"], "b", "failed", letter=letter("b")),
+        end(claims["c"], "c", "retrying", retry=Later(60, ATTEMPT)),
+        end(claims["d"], "d", "cancelled"),
+    ]
+    return await w.store.settle(ends)
+
+
+async def schedule_all(w: Worker, claims: dict[str, Claimed]) -> object:
+    return await w.store.schedule([(claim.field, task_id, 4e9) for task_id, claim in claims.items()])
+
+
+async def release_all(w: Worker, claims: dict[str, Claimed]) -> object:
+    return await w.store.release([claim.field for claim in claims.values()], attempt=ATTEMPT, endpoint_died=True)
+
+
+async def route_all(w: Worker, claims: dict[str, Claimed]) -> object:
+    return await w.store.route([(claim.field, QUEUE, QUEUE) for claim in claims.values()])
+
+
+async def start_all(w: Worker, claims: dict[str, Claimed]) -> object:
+    return await w.start(list(claims.values()))
+
+
+async def claim_more(w: Worker, _claims: dict[str, Claimed]) -> object:
+    return await w.claim()
+
+
+async def reap_other(w: Worker, _claims: dict[str, Claimed]) -> object:
+    return await w.store.reap("w2", None, ATTEMPT)
+
+
+async def return_due(w: Worker, _claims: dict[str, Claimed]) -> object:
+    return await w.store.return_due()
+
+
+async def cancel_some(w: Worker, _claims: dict[str, Claimed]) -> object:
+    return await w.store.cancel(META, ["later"])
+
+
+async def serve_letters(w: Worker, _claims: dict[str, Claimed]) -> object:
+    return await w.store.serve_letters()
+
+
+CALLS: dict[Callable[[Worker, dict[str, Claimed]], Awaitable[object]], str] = {
+    settle_all: "del hset hdel setex set publish lpush zadd zrem sadd srem hincrby expire xadd unlink rename",
+    schedule_all: "hset hdel zadd hlen",
+    release_all: "rpush hdel hset hincrby sadd expire del hget get",
+    route_all: "lpush hdel sadd publish hget",
+    start_all: "mset hset hdel hmget exists",
+    claim_more: "hset hdel ltrim lrange exists",
+    reap_other: "rpush hdel del srem sadd hset hincrby expire hkeys",
+    return_due: "rpush zrem hdel publish hget",
+    cancel_some: "setex zadd set rpush zrem hdel publish ltrim xadd hvals",
+    serve_letters: "del hset hincrby zrem lpush ltrim publish sadd xadd",
+}
+"""What each of them runs, as one right after the other is taken away."""
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_no_missing_right_loses_a_task(valkey: Valkey, call: Callable[..., Awaitable[object]]) -> None:
+    """A call is refused before it writes anything, or does without; with the right given back it goes on."""
+
+    async def test(command: str) -> None:
+        valkey.client.flushdb()
+        url = user_of(valkey, "limited", *EVERYTHING)
+        w, other = Worker(url, "w1"), Worker(valkey.url, "w2")
+        await w.beat()
+        await other.beat()
+        push(valkey, "lost")
+        await other.start(await other.claim())
+        valkey.client.delete("worker:w2")
+        push(valkey, "later", "dead")
+        later, dead = await other_claims(valkey, "w3")
+        await later[1].store.schedule([(later[0].field, "later", 4e9)])
+        await dead[1].store.settle([end(dead[0], "dead", "failed", letter=letter("dead"))])
+        valkey.client.zadd(keys.SCHEDULED, {"later": 1})
+        valkey.client.rpush(keys.LETTERS, "redrive:1 dead")
+        valkey.client.rpush(keys.CANCELS, "events:c later")
+        push(valkey, "a", "b", "c", "d")
+        claims = {claim.message.decode(): claim for claim in await w.claim()}
+        push(valkey, "more")
+        before = set(everywhere(valkey))
+        valkey.client.execute_command("ACL", "SETUSER", "limited", f"-{command}")
+        for _ in range(2):  # again and again, as lanes do
+            try:
+                await call(w, claims)
+            except BrokerRightError as error:
+                assert command in str(error).lower()
+            found = set(everywhere(valkey))
+            ended = {task_id for task_id in before if status(valkey, task_id) in ("SUCCESS", "REVOKED", "FAILURE")}
+            assert before <= found | ended, f"without {command}: {before - found - ended} lost"
+        valkey.client.execute_command("ACL", "SETUSER", "limited", "+@all")
+        await call(w, claims)
+        found = set(everywhere(valkey))
+        ended = {task_id for task_id in before if status(valkey, task_id) in ("SUCCESS", "REVOKED", "FAILURE")}
+        assert before <= found | ended
+        for worker in (w, other, later[1]):
+            await worker.named.close()
+            await worker.store.close()
+
+    for command in CALLS[call].split(" "):
+        run(lambda command=command: test(command))  # type: ignore[misc]
+
+
+async def other_claims(valkey: Valkey, name: str) -> list[tuple[Claimed, Worker]]:
+    worker = Worker(valkey.url, name)
+    await worker.beat()
+    return [(claim, worker) for claim in await worker.claim()]
+
+
+def test_results_are_stored_without_the_right_to_publish_them(valkey: Valkey) -> None:
+    """Once a whole batch of claims was deleted before PUBLISH was refused (F2)."""
+
+    async def test() -> None:
+        url = user_of(valkey, "quiet", "on", f">{PASSWORD}", "~*", "resetchannels", "&sub:wake", "+@all")
+        w = Worker(url, "w1")
+        await w.beat()
+        push(valkey, *(str(n) for n in range(40)))
+        claims = await w.claim()
+        await w.start(claims)
+        settlements = [end(claim, claim.message.decode(), "succeeded") for claim in claims]
+        assert await w.store.settle(settlements) == [1] * 40
+        assert {status(valkey, str(n)) for n in range(40)} == {"SUCCESS"}
+        assert not valkey.client.exists("worker:w1:inflight", "worker:w1:started")
+        with pytest.raises(BrokerRightError, match=r"PUBLISH celery-task-meta-id x \(results\)"):
+            await check_rights(w.store, lambda: False)
+        await w.named.close()
+        await w.store.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("stream", ["scheduled", "dead", "sub:queues", "events:c d", "events:c"])
+def test_a_settlement_appends_to_clients_streams_and_to_no_other_key(valkey: Valkey, stream: str) -> None:
+    """Producers name them, and a step of a chain its own (F2)."""
+
+    async def test() -> None:
+        w = Worker(valkey.url, "w1")
+        await w.beat()
+        valkey.client.lpush(QUEUE, "a")
+        (claim,) = await w.claim()
+        ended = Settlement(claim.field, "a", "succeeded", '{"status":"SUCCESS"}', stream)
+        assert await w.store.settle([ended]) == [1]
+        assert bool(valkey.client.exists(stream)) == (stream == "events:c")
+        await w.named.close()
+        await w.store.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("command", ["sadd", "setex", "lpush", "set", "publish", "info"])
+def test_a_submit_without_a_right_queues_all_or_nothing(valkey: Valkey, command: str) -> None:
+    """With a claim check and an idempotency key; waking lanes and asking for the memory may be done without."""
+
+    async def test() -> None:
+        url = user_of(valkey, "producer", *EVERYTHING, f"-{command}")
+        publisher = Publisher(url, queue_limit=0, blob_ttl_s=60)
+        if command in ("publish", "info"):
+            await publisher.publish(QUEUE, 0, [b"a"], [("sub:blob:a:0", b"data")])
+            assert valkey.client.lrange(QUEUE, 0, -1) == [b"a"]
+        else:
+            with pytest.raises(BrokerRightError, match=command.upper()):
+                await publisher.publish(QUEUE, 0, [b"a"], [("sub:blob:a:0", b"data")])
+            assert valkey.client.keys("*") == []
+        await publisher.close()
+
+    run(test)
+
+
+def test_a_worker_that_lacks_a_right_does_not_start_and_names_it(valkey: Valkey) -> None:
+    """Instead of claiming tasks that it cannot end."""
+    url = user_of(valkey, "limited", *EVERYTHING, "-setex")
+    ended = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "samphire_workers.app", "worker", "--loglevel", "INFO"],
+        env={**clean_environment(), "SAMPHIRE_BROKER_URL": url, "SAMPHIRE_TRITON_URLS": "127.0.0.1:1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == os.EX_CONFIG
+    assert "lacks rights on the broker: SETEX celery-task-meta-id 1 x (results)" in ended.stderr
+    assert "Traceback" not in ended.stderr and PASSWORD not in ended.stderr
+
+
+def test_a_worker_goes_on_once_a_right_is_given_back(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    """What it holds stays as it is meanwhile, and the log says what is missing."""
+    from samphire_workers.lane import persist as module
+
+    async def test() -> None:
+        url = user_of(valkey, "limited", *EVERYTHING)
+        w = Worker(url, "w1")
+        await w.beat()
+        push(valkey, "a")
+        (claim,) = await w.claim()
+        valkey.client.execute_command("ACL", "SETUSER", "limited", "-setex")
+        settling = asyncio.create_task(module.persist(lambda: w.settle(claim)))
+        while "SETEX" not in caplog.text:
+            await asyncio.sleep(0.01)
+        assert everywhere(valkey) == ["a"]
+        valkey.client.execute_command("ACL", "SETUSER", "limited", "+setex")
+        assert await settling == 1
+        await w.named.close()
+        await w.store.close()
+
+    run(test)
+
+
+# -- who lives ----------------------------------------------------------------------------------------
+
+
+def test_a_lost_worker_is_reaped_without_the_right_to_look_at_connections(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lapsed lease is enough; what is missing is said once, with its effect (F3)."""
+    monkeypatch.setattr(lease, "REAP_INTERVAL_S", 0.05)
+
+    async def test() -> None:
+        url = user_of(valkey, "limited", *EVERYTHING, "-info", "-client|list")
+        lost, w, living = Worker(url, "w1", lease_s=1), Worker(url, "w2", lease_s=1), Worker(url, "w3")
+        for worker in (lost, w, living):
+            await worker.beat()
+        push(valkey, "a")
+        await lost.claim()
+        await lost.named.close()
+        reaping = asyncio.create_task(lease.reap_others(w.store, w.settings))
+        while not valkey.client.llen(QUEUE):
+            await asyncio.sleep(0.02)
+        reaping.cancel()
+        await asyncio.gather(reaping, return_exceptions=True)
+        assert await w.store.others() == {"w3": 1}
+        await check_rights(w.store, lambda: False)  # it starts all the same
+        for worker in (lost, w, living):
+            await worker.named.close()
+            await worker.store.close()
+
+    with caplog.at_level(logging.WARNING):
+        run(test)
+    warned = [record.getMessage() for record in caplog.records if record.name == lease.logger.name]
+    assert len([line for line in warned if "found only once its lease of 1 s has lapsed" in line]) == 1
+    assert len([line for line in warned if "told from connections that break" in line]) == 1
+
+
+class Broker(Store):
+    """A broker that says of itself what the test wants."""
+
+    def __init__(self, *told: tuple[str, int]) -> None:
+        self.told = list(told)
+
+    async def broker_run(self) -> tuple[str, int]:
+        return self.told.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("told", "ages"),
+    [
+        ([("a", 500), ("a", 500)], [500, 510]),  # it was there before this worker
+        ([("a", 3), ("a", -7000), ("a", -6990)], [3, 13, 23]),  # its clock was set back past its start (F4)
+        ([("a", -7000), ("a", -6990)], [0, 10]),
+        ([("a", 3), ("a", 99999)], [3, 13]),  # and forward
+        ([("a", 500), ("b", 0), ("b", 10)], [500, 0, 10]),  # it was started again
+        ([("a", 500), ("b", 99999), ("b", 99999)], [500, 0, 10]),
+    ],
+)
+def test_how_long_the_broker_has_run_is_told_by_a_clock_of_ones_own(
+    told: list[tuple[str, int]], ages: list[float]
+) -> None:
+    """Its own clock may be set; within one lease of its start nobody is taken for lost, after it somebody is (F4)."""
+    now = itertools.count(1000, 10)
+
+    async def test() -> None:
+        age = BrokerAge(Settings(), clock=lambda: float(next(now)))
+        broker = Broker(*told)
+        assert [await age.seconds(broker) for _ in ages] == ages
+
+    run(test)
+
+
+def test_a_lease_that_lapses_for_a_moment_is_no_loss(valkey: Valkey) -> None:
+    """As when the broker's clock is set forward: the worker beats again before the second look (F4)."""
+
+    async def test() -> None:
+        living, w = Worker(valkey.url, "w1"), Worker(valkey.url, "w2", lease_s=1)
+        await living.beat()
+        push(valkey, "a")
+        await living.claim()
+        reaper = Reaper(w.store, Settings(broker_url=valkey.url, lease_s=1))
+        while await reaper._age.seconds(w.store) <= 1:
+            await asyncio.sleep(0.1)
+        valkey.client.delete("worker:w1")
+        await reaper.look()
+        await living.beat()
+        await reaper.look()
+        assert valkey.client.hlen("worker:w1:inflight") == 1
+        valkey.client.delete("worker:w1")
+        await reaper.look()
+        await reaper.look()
+        assert valkey.client.llen(QUEUE) == 1
+        await reaper._age.close()
+        for worker in (living, w):
+            await worker.named.close()
+            await worker.store.close()
+
+    run(test)
+
+
+def test_doctor_names_the_right_that_is_missing(valkey: Valkey) -> None:
+    """And not the password (F3)."""
+    url = user_of(valkey, "limited", *EVERYTHING, "-info", "-client|list", "-setex")
+    _, found = examine(url)
+    assert found["broker"]["state"] == "ok"
+    assert found["broker version"]["state"] == "warning" and "may not run INFO" in found["broker version"]["found"]
+    lines = examine_rights(url)
+    assert {line["state"] for line in lines} == {"error", "warning"}
+    assert any("SETEX celery-task-meta-id" in line["found"] and "+setex" in line["remedy"] for line in lines)
+    assert any("CLIENT LIST" in line["found"] and "+client|list" in line["remedy"] for line in lines)
+    no_scripts = user_of(valkey, "limited", *EVERYTHING, "-@scripting")
+    (line,) = examine_rights(no_scripts)
+    assert "may not run scripts" in line["found"]
+    eventually(lambda: valkey.client.ping(), 5, "the broker")
+
+
+def examine_rights(url: str) -> list[dict[str, str]]:
+    from samphire_broker.doctor import check_rights as look
+    from samphire_broker.overview import broker_connection
+
+    with broker_connection(url) as client:
+        return [vars(finding) for finding in look(client) if finding.state != "ok"]
+
+
+def test_the_rights_are_those_of_the_scripts(valkey: Valkey) -> None:
+    """A user that has each of them by name, and no more, can do all that a worker does."""
+    from samphire_broker.store.rights import RIGHTS
+
+    commands = {right.command for right in RIGHTS}
+    for command in commands:
+        try:
+            valkey.client.execute_command("ACL", "DRYRUN", "default", *command)
+        except ResponseError as error:
+            raise AssertionError(f"{command}: {error}") from error
