@@ -33,7 +33,8 @@ from samphire import (
 from samphire.aio import AsyncTask
 from samphire.dead_letters import AsyncDeadLetters
 from samphire.direct import Script
-from samphire_broker.store import CANCELLED, Claimed, Settlement, Store, Tried
+from samphire_broker.store import CANCELLED, Claimed, OtherEnd, Settlement, Store, Tried
+from samphire_broker.store.calls import VERBS, script_text
 from tests.faults.ends import Ends, nothing_is_left
 from tests.proxy import Proxy, Where, cutting_proxy
 from tests.stacks import Up, Valkey, eventually, running_valkey
@@ -59,13 +60,12 @@ async def again(call: Callable[[], Awaitable[T]]) -> T:
 
 def public_methods(kind: type) -> set[str]:
     """Names of what can be called, but for closing."""
-    return {name for name in vars(kind) if not name.startswith("_")} - {"close"}
+    return {name for name in dir(kind) if not name.startswith("_")} - {"close"}
 
 
 def scripts() -> dict[str, str]:
     """Names of the store's scripts by SHA-1."""
-    folder = resources.files("samphire_broker.store") / "lua"
-    found = {file.name.removesuffix(".lua"): file.read_text() for file in folder.iterdir()}
+    found = {verb: script_text(verb) for verb in VERBS}
     found["submit"] = (resources.files("samphire") / "submit.lua").read_text()
     return {Script(text).sha: name for name, text in found.items()}
 
@@ -310,9 +310,30 @@ async def hostname(s: Setting) -> None:
     assert await again(lambda: s.worker.store.hostname("w2")) == "w2@host"
 
 
-async def uptime_s(s: Setting) -> None:
+async def broker_run(s: Setting) -> None:
     s.arm()
-    assert await again(s.worker.store.uptime_s) >= 0
+    run, uptime_s = await again(s.worker.store.broker_run)
+    assert run == s.valkey.client.info("server")["run_id"] and uptime_s >= 0
+
+
+async def missing_rights(s: Setting) -> None:
+    s.arm()
+    assert await again(s.worker.store.missing_rights) == []
+
+
+async def is_another_alone(s: Setting) -> None:
+    await s.other.store.alone("m", 60)
+    s.arm()
+    assert await again(lambda: s.worker.store.is_another_alone("m")) is True
+
+
+async def end_others(s: Setting) -> None:
+    """An end that Celery writes for another task is written once."""
+    end = OtherEnd("x", "failed", '{"status":"FAILURE","task_id":"x","result":{}}', "events:c")
+    s.arm()
+    await again(lambda: s.worker.store.end_others([end]))
+    assert b'"FAILURE"' in s.valkey.client.get(keys.meta_key("x"))
+    assert s.valkey.client.xlen("events:c") == 1
 
 
 async def reap(s: Setting) -> None:
@@ -362,9 +383,9 @@ STORE_CASES: dict[str, Callable[[Setting], Awaitable[None]]] = {
     case.__name__: case
     for case in (
         *(beat, claim, adopt, start, settle, release, route, schedule, return_due, cancel, is_cancelled),
-        *(delete_results, serve_letters, publish_catalogue, others, connected, hostname, uptime_s, reap, leave),
+        *(delete_results, serve_letters, publish_catalogue, others, connected, hostname, reap, leave),
         *(known_queues, name_queues, find_queues, read_blob, write_blob, tried, trim_letters, alone),
-        *(lead, give_back, scheduled),
+        *(lead, give_back, scheduled, broker_run, missing_rights, is_another_alone, end_others),
     )
 }
 

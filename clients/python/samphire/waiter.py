@@ -239,11 +239,11 @@ class Waiter:
     async def _tell_expired(self, task_ids: Sequence[str], *, certain: bool = False) -> None:
         """Those who wait for tasks without a result get an error if these have ended; `certain`: they have."""
         states = await self._remembered(task_ids) if task_ids else {}
-        for task_id in task_ids:
-            future = self._futures.get(task_id)
-            if future is not None and not future.done() and (certain or task_id in states):
-                ended = states.get(task_id, "ended")
-                self._finish(task_id, ResultExpiredError(f"task {task_id} has {ended}, and its result has expired"))
+        ended = [task_id for task_id in task_ids if certain or task_id in states]
+        for task_id in await self._fetch(ended):  # it may have ended since its result was looked for
+            if task_id in self._futures:
+                how = states.get(task_id, "ended")
+                self._finish(task_id, ResultExpiredError(f"task {task_id} has {how}, and its result has expired"))
 
     async def _fetch(self, task_ids: Collection[str]) -> list[str]:
         """Resolve what has a stored result; returns what has none."""
