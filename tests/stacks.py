@@ -157,6 +157,14 @@ class Up:
         """Every process of the stack but `up` itself."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def commands(self) -> dict[psutil.Process, str]:
+        """The command line of each; one that has ended since is left out."""
+        found = {}
+        for process in self.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[process] = " ".join(process.cmdline())
+        return found
+
     def worker_log(self) -> str:
         return (self.data_dir / "logs" / "worker1.log").read_text()
 

@@ -150,8 +150,7 @@ def run_stream(stack: Up, text: str | bytes, delay_ms: int | None = None) -> lis
 
 def streaming_threads(stack: Up) -> int:
     """How many threads the model's process has: one a stream, beside its own."""
-    for process in stack.children():
-        command = " ".join(process.cmdline())
+    for process, command in stack.commands().items():
         if "triton_python_backend_stub" in command and "/token_stream/" in command:
             return process.num_threads()
     raise AssertionError("the process of token_stream is not there")
