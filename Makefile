@@ -6,11 +6,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Commands that tests need beside Python, each with the Debian package that has it.
-SYSTEM_COMMANDS := chromium:chromium curl:curl docker-compose:docker-compose g++:g++ redis-cli:redis-tools strace:strace
+SYSTEM_COMMANDS := chromium:chromium curl:curl docker-compose:docker-compose faketime:faketime g++:g++ \
+  redis-cli:redis-tools strace:strace
 # And headers: files, with the package that has them.
 SYSTEM_FILES := /usr/include/lua5.1/lua.h:liblua5.1-0-dev
 
-.PHONY: help demo up test check bench faults model digits screenshots system-packages clean
+# Tests wait more than they compute: on two cores this many processes at once are done soonest.
+TEST_PROCESSES ?= 4
+
+.PHONY: help demo up test check bench faults model digits images screenshots system-packages clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -21,8 +25,8 @@ demo: $(VENV)/.embedded  ## set up, then classify real digits with a stack of it
 up: $(VENV)/.embedded  ## run the stack on this machine until Ctrl-C
 	$(BIN)/samphire up $(ARGS)
 
-test: $(VENV)/.dev system-packages  ## run the tests, against real servers (ARGS="-k lane")
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev system-packages  ## run the tests, against real servers (ARGS="-k lane", ARGS="-n0 tests/test_store.py")
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev  ## formatting, lints, types, import rules
 	$(BIN)/ruff format --check .
@@ -41,6 +45,9 @@ model: $(VENV)/.dev system-packages  ## explore the task protocol state by state
 
 digits: $(VENV)/.dev  ## train the shipped digits model again
 	$(BIN)/python -m samphire_workers.training.digits model_repository
+
+images: $(VENV)/.dev system-packages  ## install what each Docker image installs, and run it (one of them is part of the tests)
+	SAMPHIRE_IMAGES=all $(BIN)/python -m pytest tests/test_compose.py -k image
 
 screenshots: $(VENV)/.dev system-packages  ## take the pictures of Flower in docs/ again
 	SAMPHIRE_SCREENSHOTS=docs $(BIN)/python -m pytest tests/test_flower.py -k browser

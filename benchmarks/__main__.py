@@ -6,103 +6,21 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
-from benchmarks.stack import bench_stack
+from benchmarks import turns
+from benchmarks.measure import READ_TIMEOUT_S, READS
+from benchmarks.parts import PARTS, RATIOS, measured, parts_of, run
+from benchmarks.spread import Spread, spread
 
 RESULTS = Path(__file__).parent / "results"
-
-TARGETS = {
-    "drain_vs_direct": (">=", 1.2),
-    "drain_always_vs_direct": (">=", None),
-    "drain_vs_celery": (">=", 25),
-    "end_to_end_vs_celery": (">=", 15),
-    "p50_over_direct_ms": ("<=", 1.2),
-    "p99_over_direct_ms": ("<=", 5),
-    "publish_vs_send_task": (">=", 12),
-    "queued_bytes_over_payload": ("<=", 1536),
-    "worker_memory_mb": ("<=", 300),
-    "claim_cost_1m_vs_1k": ("<=", 1.2),
-}
+QUICK_SCALE = 0.05
+Found = dict[str, float | None]
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Measure everything; figures by name."""
-    scale = 0.05 if quick else 1.0
-    figures: dict[str, Any] = {}
-
-    def note(name: str, value: float) -> None:
-        figures[name] = round(value, 4)
-        print(f"  {name:<34} {value:>12,.2f}", flush=True)
-
-    for fsync in ("everysec", "always"):
-        print(f"appendfsync {fsync}", flush=True)
-        with bench_stack(fsync) as stack:
-            if fsync == "everysec":
-                for name, value in measure.direct(stack, scale).items():
-                    note(name, value)
-                for name, value in measure.latency(stack, scale).items():
-                    note(name, value)
-                for name, value in measure.plain_celery(stack, scale).items():
-                    note(name, value)
-                for name, value in measure.large_tensors(stack, scale).items():
-                    note(name, value)
-            for name, value in measure.samphire(stack, scale).items():
-                note(name if fsync == "everysec" else f"{name}_always", value)
-            if fsync == "always":  # as the stack runs by default
-                for name, value in measure.fairness(stack, scale).items():
-                    note(name, value)
-            if fsync == "everysec":
-                for name, value in measure.claim_cost(stack, 1_000_000 if not quick else 20_000).items():
-                    note(name, value)
-    return figures
-
-
-def ratios(figures: dict[str, Any]) -> dict[str, float]:
-    """What the figures say beside each other."""
-    celery = max(figures["celery_threads_per_s"], figures["celery_prefork_per_s"])
-    celery_end_to_end = max(figures["celery_threads_end_to_end_per_s"], figures["celery_prefork_end_to_end_per_s"])
-    direct = figures["direct_per_s"]
-    found = {
-        "drain_vs_direct": figures["drain_per_s"] / direct,
-        "drain_always_vs_direct": figures["drain_per_s_always"] / direct,
-        "drain_always_vs_everysec": figures["drain_per_s_always"] / figures["drain_per_s"],
-        "drain_vs_celery": figures["drain_per_s"] / celery,
-        "end_to_end_vs_celery": figures["end_to_end_per_s"] / celery_end_to_end,
-        "p50_over_direct_ms": figures["samphire_p50_ms"] - figures["direct_p50_ms"],
-        "p99_over_direct_ms": figures["samphire_p99_ms"] - figures["direct_p99_ms"],
-        "publish_per_s": figures["publish_per_s"],
-        "publish_vs_send_task": figures["publish_per_s"] / figures["send_task_per_s"],
-        "queued_bytes_over_payload": figures["queued_bytes_over_payload"],
-        "worker_memory_mb": figures["worker_memory_mb"],
-        **fairness_ratios(figures),
-        "claim_cost_1m_vs_1k": figures["claim_us_1m"] / figures["claim_us_1k"],
-        "claim_cost_100k_vs_1k": figures["claim_us_100k"] / figures["claim_us_1k"],
-    }
-    return {name: round(value, 3) for name, value in found.items()}
-
-
-def fairness_ratios(figures: dict[str, Any]) -> dict[str, float]:
-    """What a neighbour's backlog costs a tenant's first task."""
-    alone, beside = figures["first_task_alone_p50_ms"], figures["first_task_beside_backlog_p50_ms"]
-    return {
-        "first_task_beside_vs_alone": round(beside / alone, 3),
-        "first_task_delay_p50_ms": round(beside - alone, 3),
-        "first_task_delay_max_ms": round(figures["first_task_beside_backlog_max_ms"] - alone, 3),
-    }
-
-
-def only_fairness(quick: bool) -> None:
-    """That part alone; nothing is written."""
-    with bench_stack("always") as stack:
-        figures = measure.fairness(stack, 0.05 if quick else 1.0)
-    for name, value in (figures | fairness_ratios(figures)).items():
-        print(f"  {name:<34} {value:>12,.2f}", flush=True)
-
-
-def plot(figures: dict[str, Any], path: Path) -> None:
+def plot(figures: Mapping[str, Any], path: Path) -> None:
     """Requests a second, side by side."""
     import matplotlib
 
@@ -124,37 +42,119 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    """Run, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a twentieth of the work: it runs, however fast")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for latest.json and latest.png")
-    parser.add_argument("--only", choices=["fairness"], help="measure this part alone, and write nothing")
-    arguments = parser.parse_args()
-    if arguments.only:
-        only_fairness(arguments.quick)
-        return
+def show(name: str, value: float) -> None:
+    """A figure, as soon as it is known."""
+    print(f"  {name:<34} {value:>12,.2f}", flush=True)
+
+
+def print_ratios(found: Found) -> None:
+    """The table of a run."""
+    print(f"\n{'ratio':<30}{'reached':>14}{'to reach':>14}")
+    for name, ratio in RATIOS.items():
+        if name not in found:
+            continue
+        value = found[name]
+        wanted = "" if ratio.target is None else f"{ratio.sign} {ratio.target:g}"
+        shown = "-" if value is None else f"{value:,.2f}"
+        print(f"{name:<30}{shown:>14}{wanted:>14}{'' if ratio.met(value) else '   not reached'}")
+
+
+def print_spreads(spreads: Mapping[str, Spread], runs: int) -> None:
+    """The table of several runs."""
+    print(f"\n{f'of {runs} runs':<36}{'median':>14}{'least':>14}{'most':>14}  95 % interval of the median")
+    for name, one in spreads.items():
+        interval = "" if one.low is None or one.high is None else f"{one.low:,.2f} to {one.high:,.2f}"
+        print(f"{name:<36}{one.median:>14,.2f}{one.least:>14,.2f}{one.most:>14,.2f}  {interval}")
+
+
+def repeat(parts: Sequence[str], options: argparse.Namespace) -> list[Found]:
+    """Measure these parts as often as asked for."""
+    own = {"read-one-by-one": {"reads": options.reads, "timeout_s": options.read_timeout_s}}
+    found = []
+    for number in range(options.runs):
+        if options.runs > 1:
+            print(f"run {number + 1} of {options.runs}", flush=True)
+        found.append(measured(run(parts, options.scale, show, own), parts))
+    return found
+
+
+def spreads_of(runs: Sequence[Found]) -> dict[str, Spread]:
+    """Of each figure that every run has reached."""
+    reached = {name for name in runs[0] if all(one.get(name) is not None for one in runs)}
+    return {name: spread([one[name] for one in runs]) for name in runs[0] if name in reached}  # type: ignore[misc]
+
+
+def single(options: argparse.Namespace) -> None:
+    """This version alone."""
     began = time.time()
-    figures = run(arguments.quick)
-    found = ratios(figures)
-    print(f"\n{'ratio':<28}{'reached':>12}{'to reach':>14}")
-    for name, value in found.items():
-        sign, target = TARGETS.get(name, ("", None))
-        wanted = "" if target is None else f"{sign} {target:g}"
-        met = target is None or (value >= target if sign == ">=" else value <= target)
-        print(f"{name:<28}{value:>12,.2f}{wanted:>14}{'' if met else '   not reached'}")
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    parts = parts_of(options.only)
+    runs = repeat(parts, options)
+    spreads = spreads_of(runs)
+    found = {name: spreads[name].median if name in spreads else None for name in runs[0]}
     report = {
         "ratios": found,
-        "figures": figures,
-        "quick": arguments.quick,
+        "spread": {name: vars(one) for name, one in spreads.items()} if len(runs) > 1 else {},
+        "runs": len(runs),
+        "scale": options.scale,
         "machine": "2 shared cores",
         "python": platform.python_version(),
         "seconds": round(time.time() - began),
     }
-    (arguments.results / "latest.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(figures, arguments.results / "latest.png")
-    print(f"\nwritten: {arguments.results}/latest.json and latest.png, after {report['seconds']} s")
+    if len(runs) > 1:
+        print_spreads(spreads, len(runs))
+    print_ratios(found)
+    name = "latest" if not options.only else "-".join(options.only)
+    write(report, options.results / f"{name}.json")
+    if options.only:
+        print(json.dumps(report))
+    else:
+        plot(found, options.results / "latest.png")
+
+
+def compared(options: argparse.Namespace) -> None:
+    """This version and another by turns."""
+    parts = options.only or turns.PARTS
+    with turns.checkout(options.base) as base:
+        found = turns.take_turns(
+            base,
+            turns.ROOT,
+            options.pairs,
+            lambda version: turns.measure(version, parts, options.scale),
+            lambda line: print(line, flush=True),
+        )
+    comparisons = turns.compare(found)
+    print(f"\n{turns.table(comparisons, options.base, options.pairs)}")
+    write(turns.report(comparisons, found, options.base), options.results / "turns.json")
+
+
+def write(report: Mapping[str, Any], path: Path) -> None:
+    """Keep a report."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\nwritten: {path}")
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a twentieth of the work: it runs, however fast")
+    parser.add_argument("--scale", type=float, help="share of the work; 1 by default, with --base a fifth")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the reports")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", choices=[*PARTS, *RATIOS], help="measure this alone"
+    )
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="so many times: medians and ranges")
+    parser.add_argument("--base", metavar="COMMIT", help="by turns with the version of this commit")
+    parser.add_argument("--pairs", type=int, default=turns.PAIRS, metavar="N", help="turns with --base")
+    parser.add_argument("--reads", type=int, default=READS, metavar="N", help="results of read-one-by-one")
+    parser.add_argument("--read-timeout-s", type=float, default=READ_TIMEOUT_S, help="for all of them together")
+    options = parser.parse_args()
+    if options.scale is None:
+        options.scale = QUICK_SCALE if options.quick else turns.SCALE if options.base else 1.0
+    if options.base:
+        compared(options)
+    else:
+        single(options)
 
 
 if __name__ == "__main__":

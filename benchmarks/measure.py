@@ -1,173 +1,57 @@
-"""The measurements. Each returns figures by name; rates are a second, times are in the unit of the name."""
+"""The measurements of Samphire. Each returns figures by name; rates are a second, times are in the unit of the name."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-import os
-import signal
 import statistics
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import psutil
 import redis
-from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient
 
-from benchmarks.stack import BenchStack
-from samphire import AsyncClient, keys
-from samphire_broker.settings import Settings
-from samphire_broker.store import Store
-from samphire_workers.lane.planner import QueuePlanner
+from benchmarks.answers import (
+    META_PREFIX,
+    NORMAL,
+    QUEUE,
+    Ends,
+    FloatArray,
+    check_backlog,
+    check_equal,
+    check_once,
+    queued,
+    rows,
+    stream_of,
+)
+from benchmarks.rivals import infer, rate
+from benchmarks.stack import BenchStack, Figures, Memory
+from samphire import AsyncClient
 
-ROW = np.random.default_rng(0).random((1, 16), dtype=np.float32)
-QUEUE = keys.queue_name("identity")
-CONCURRENCIES = (32, 64, 128, 256)
-Figures = dict[str, float]
+TASKS = 100_000
+END_TO_END = 60_000
+READS = 10_000
+READ_TIMEOUT_S = 60.0
+"""For all of them together."""
+BETWEEN_S = 0.002
 
 
-def percentile(values: list[float], share: float) -> float:
+def percentile(values: Sequence[float], share: float) -> float:
     """The value that `share` of the values are below."""
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-# -- the straight client ----------------------------------------------------------------------------
-
-
-async def _infer(client: InferenceServerClient, rows: np.ndarray) -> None:
-    tensor = InferInput("input_fp32", list(rows.shape), "FP32")
-    tensor.set_data_from_numpy(rows)
-    answer = (await client.infer("identity", [tensor])).as_numpy("output_fp32")
-    assert answer is not None and answer.shape == rows.shape
-
-
-async def _rate(client: InferenceServerClient, rows: np.ndarray, concurrency: int, requests: int) -> float:
-    left = requests
-
-    async def worker() -> None:
-        nonlocal left
-        while left > 0:
-            left -= 1
-            await _infer(client, rows)
-
-    began = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(concurrency)))
-    return requests / (time.perf_counter() - began)
-
-
-def direct(stack: BenchStack, scale: float) -> Figures:
-    """`tritonclient.grpc.aio` straight to Triton, at the concurrency that is best for it."""
-
-    async def run() -> Figures:
-        async with InferenceServerClient(stack.triton_grpc) as client:
-            await _rate(client, ROW, 64, int(1000 * scale) + 64)  # warm
-            requests = int(16_000 * scale)
-            single = [await _rate(client, ROW, concurrency, requests) for concurrency in CONCURRENCIES]
-            batch = np.repeat(ROW, 64, axis=0)
-            batched = [await _rate(client, batch, concurrency, requests // 4) for concurrency in (4, 16)]
-        return {"direct_per_s": max(single), "direct_batched_64_rows_per_s": 64 * max(batched)}
-
-    return asyncio.run(run())
-
-
-# -- plain Celery -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _celery_worker(pool: list[str], environment: dict[str, str]) -> Iterator[None]:
-    command = [sys.executable, "-m", "celery", "-A", "benchmarks.plain_celery", "worker", "--loglevel", "WARNING"]
-    root = str(Path(__file__).parents[1])
-    process = subprocess.Popen(
-        [*command, *pool],
-        cwd=root,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def plain_celery(stack: BenchStack, scale: float) -> Figures:
-    """A plain Celery worker that forwards to Triton; drain of a backlog, and end to end."""
-    broker_url = stack.broker_url.removesuffix("/0") + "/1"
-    environment = {**os.environ, "BENCH_BROKER_URL": broker_url, "BENCH_TRITON_URL": stack.triton_grpc}
-    os.environ.update(environment)
-    from benchmarks.plain_celery import app, infer
-
-    values, figures = ROW.tolist(), Figures()
-    count = max(200, int(4000 * scale))
-    with app:
-        for name, pool in {"threads": ["-P", "threads", "-c", "32"], "prefork": ["-P", "prefork", "-c", "2"]}.items():
-            began = time.perf_counter()
-            results = [infer.delay(values) for _ in range(count)]
-            figures["send_task_per_s"] = max(figures.get("send_task_per_s", 0), count / (time.perf_counter() - began))
-            with _celery_worker(pool, environment):
-                first = count // 10
-                results[first - 1].get(timeout=120)
-                began = time.perf_counter()
-                for result in results:
-                    result.get(timeout=120)
-                figures[f"celery_{name}_per_s"] = (count - first) / (time.perf_counter() - began)
-                began = time.perf_counter()
-                results = [infer.delay(values) for _ in range(count // 2)]
-                for result in results:
-                    result.get(timeout=120)
-                figures[f"celery_{name}_end_to_end_per_s"] = (count // 2) / (time.perf_counter() - began)
-    return figures
-
-
-# -- Samphire ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _worker_stopped(stack: BenchStack) -> Iterator[None]:
-    os.kill(stack.worker_pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(stack.worker_pid, signal.SIGCONT)
-
-
-class _Memory:
-    """The most that a process has held, while it runs as a context."""
-
-    def __init__(self, pid: int) -> None:
-        self._process = psutil.Process(pid)
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self.most_mb = 0.0
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.1):
-            self.most_mb = max(self.most_mb, self._process.memory_info().rss / 2**20)
-
-    def __enter__(self) -> _Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-
-async def _publish(client: AsyncClient, server: redis.Redis, count: int, queue: str = QUEUE) -> float:
+async def publish(client: AsyncClient, server: redis.Redis, questions: Sequence[FloatArray], queue: str) -> float:
     """Publish through `map`, and return the seconds until the broker has all of it."""
-    results = client.map("identity", ({"input_fp32": ROW} for _ in range(count)), window=count, window_bytes=2**40)
+    inputs = [{"input_fp32": question} for question in questions]
+    results = client.map("identity", inputs, window=len(inputs), window_bytes=2**40)
     began = time.perf_counter()
     first = asyncio.ensure_future(anext(results))
-    while server.llen(keys.queue_list(queue, keys.PRIORITIES["normal"])) < count:
+    while server.llen(queue + NORMAL) < len(inputs):
         await asyncio.sleep(0.01)
     elapsed = time.perf_counter() - began
     first.cancel()
@@ -177,86 +61,101 @@ async def _publish(client: AsyncClient, server: redis.Redis, count: int, queue: 
     return elapsed
 
 
-def _ended(server: redis.Redis) -> int:
-    """Tasks whose result is stored; none of them may have failed."""
-    assert not server.zcard(keys.DEAD)
-    return sum(1 for _ in server.scan_iter(f"{keys.META_PREFIX}*", count=10_000))
-
-
-def _unsettled(server: redis.Redis) -> int:
+def unsettled(server: redis.Redis) -> int:
     """Tasks that are queued or in flight."""
-    inflight = sum(server.hlen(f"worker:{worker.decode()}:inflight") for worker in server.smembers(keys.WORKERS))
-    return server.llen(keys.queue_list(QUEUE, keys.PRIORITIES["normal"])) + inflight
+    workers: Any = server.smembers("workers")
+    inflight = sum(int(server.hlen(f"worker:{worker.decode()}:inflight")) for worker in workers)
+    return int(server.llen(QUEUE + NORMAL)) + inflight
 
 
-def samphire(stack: BenchStack, scale: float) -> Figures:
+def ended(server: redis.Redis) -> int:
+    """Tasks whose result is stored."""
+    return sum(1 for _ in server.scan_iter(f"{META_PREFIX}*", count=10_000))
+
+
+@contextlib.contextmanager
+def ends_of(stack: BenchStack, messages: Sequence[bytes]) -> Iterator[Counter[str]]:
+    """How often each task of these messages ends, known once the context has ended."""
+    counted = Counter[str]()
+    with Ends(stack.broker_url, stream_of(messages[0])) as ends:
+        yield counted
+    counted.update(ends.counted())
+
+
+def drain(stack: BenchStack, scale: float) -> Figures:
     """Publication, memory of a backlog, its drain, and submit to result in one client."""
-    backlog = int(100_000 * scale)
     figures = Figures()
+    questions = rows(max(500, int(TASKS * scale)))
     with stack.redis() as server:
-
-        async def publish() -> None:
-            before = server.info("memory")["used_memory"]
-            async with AsyncClient(stack.broker_url) as client:
-                figures["publish_per_s"] = backlog / await _publish(client, server, backlog)
-            used = server.info("memory")["used_memory"] - before
-            payload = len(ROW.tobytes())
-            figures["queued_bytes_over_payload"] = used / backlog - payload
-
-        already = _ended(server)
-        # The lease outlives the publication; nothing is claimed meanwhile.
-        with _worker_stopped(stack):
-            asyncio.run(publish())
-        with _Memory(stack.worker_pid) as memory:
-            while (left := _unsettled(server)) > backlog * 0.95:
-                time.sleep(0.02)
-            began = time.perf_counter()
-            while _unsettled(server):
-                time.sleep(0.02)
-            figures["drain_per_s"] = left / (time.perf_counter() - began)
-            assert _ended(server) - already == backlog
-
-            async def end_to_end() -> float:
-                async with AsyncClient(stack.broker_url) as client:
-                    count = int(60_000 * scale)
-                    began = time.perf_counter()
-                    seen = 0
-                    async for result in client.map("identity", ({"input_fp32": ROW} for _ in range(count))):
-                        assert result.outputs["output_fp32"].shape == ROW.shape
-                        seen += 1
-                    assert seen == count
-                    return count / (time.perf_counter() - began)
-
-            figures["end_to_end_per_s"] = asyncio.run(end_to_end())
+        with stack.worker_stopped():  # the lease outlives the publication; nothing is claimed meanwhile
+            figures |= asyncio.run(_backlog(stack, server, questions))
+            messages = queued(server)
+        already = ended(server)
+        with Memory(stack.worker_pid) as memory:
+            with ends_of(stack, messages) as ends:
+                while (left := unsettled(server)) > len(questions) * 0.95:
+                    time.sleep(0.02)
+                began = time.perf_counter()
+                while unsettled(server):
+                    time.sleep(0.02)
+                figures["drain_per_s"] = left / (time.perf_counter() - began)
+            assert ended(server) - already == len(questions)
+            check_backlog(server, messages, ends)
+            figures["end_to_end_per_s"] = asyncio.run(_end_to_end(stack, rows(max(300, int(END_TO_END * scale)))))
         figures["worker_memory_mb"] = memory.most_mb
         figures["broker_memory_mb"] = psutil.Process(stack.broker_pid).memory_info().rss / 2**20
     return figures
 
 
+async def _backlog(stack: BenchStack, server: redis.Redis, questions: Sequence[FloatArray]) -> Figures:
+    before = server.info("memory")["used_memory"]
+    async with AsyncClient(stack.broker_url) as client:
+        rate_per_s = len(questions) / await publish(client, server, questions, QUEUE)
+    used = server.info("memory")["used_memory"] - before
+    return {
+        "publish_per_s": rate_per_s,
+        "queued_bytes_over_payload": used / len(questions) - questions[0].nbytes,
+    }
+
+
+async def _end_to_end(stack: BenchStack, questions: Sequence[FloatArray]) -> float:
+    inputs = [{"input_fp32": question} for question in questions]
+    async with AsyncClient(stack.broker_url) as client:
+        began = time.perf_counter()
+        results = [result async for result in client.map("identity", inputs)]
+        elapsed = time.perf_counter() - began
+    check_equal("end to end", questions, [result.outputs["output_fp32"] for result in results])
+    check_once("end to end", (result.task_id for result in results))
+    return len(questions) / elapsed
+
+
 def latency(stack: BenchStack, scale: float) -> Figures:
     """One request at a time, in blocks that take turns: straight to Triton, and through Samphire."""
+    warm, blocks, requests = 20, 10, int(500 * scale) + 20
+    questions = rows(requests)
 
     async def run() -> Figures:
-        straight: list[float] = []
-        queued: list[float] = []
+        straight, through = list[float](), list[float]()
         async with InferenceServerClient(stack.triton_grpc) as triton, AsyncClient(stack.broker_url) as client:
 
-            async def through_samphire() -> None:
-                task = await client.submit("identity", {"input_fp32": ROW})
-                await task.result(timeout_s=30)
+            async def through_samphire(question: FloatArray) -> FloatArray:
+                task = await client.submit("identity", {"input_fp32": question})
+                return (await task.result(timeout_s=30)).outputs["output_fp32"]
 
-            for _ in range(10):
-                for times, request in ((straight, lambda: _infer(triton, ROW)), (queued, through_samphire)):
-                    for i in range(int(500 * scale) + 20):
-                        began = time.perf_counter()
-                        await request()
-                        if i >= 20:
-                            times.append((time.perf_counter() - began) * 1000)
+            ways = ((straight, lambda question: infer(triton, question)), (through, through_samphire))
+            for _, (times, request) in itertools.product(range(blocks), ways):
+                answers = []
+                for number, question in enumerate(questions):
+                    began = time.perf_counter()
+                    answers.append(await request(question))
+                    if number >= warm or requests <= warm:
+                        times.append((time.perf_counter() - began) * 1000)
+                check_equal("one at a time", questions, answers)
         return {
             "direct_p50_ms": statistics.median(straight),
             "direct_p99_ms": percentile(straight, 0.99),
-            "samphire_p50_ms": statistics.median(queued),
-            "samphire_p99_ms": percentile(queued, 0.99),
+            "samphire_p50_ms": statistics.median(through),
+            "samphire_p99_ms": percentile(through, 0.99),
         }
 
     return asyncio.run(run())
@@ -264,53 +163,65 @@ def latency(stack: BenchStack, scale: float) -> Figures:
 
 def large_tensors(stack: BenchStack, scale: float) -> Figures:
     """FP32 [1, 150000], 600 KB each way."""
+    tensors = rows(8, 150_000)
 
     async def run() -> Figures:
-        tensor = np.random.default_rng(1).random((1, 150_000), dtype=np.float32)
-        count = int(600 * scale)
+        count = max(8, int(600 * scale))
+        asked = [tensors[number % len(tensors)] for number in range(count)]
         async with InferenceServerClient(stack.triton_grpc) as triton, AsyncClient(stack.broker_url) as client:
-            rates = [await _rate(triton, tensor, concurrency, count) for concurrency in (4, 16)]
+            rates = [await rate(triton, tensors, concurrency, count) for concurrency in (4, 16)]
             began = time.perf_counter()
-            async for result in client.map("identity", ({"input_fp32": tensor} for _ in range(count)), window=64):
-                assert result.outputs["output_fp32"].shape == tensor.shape
+            results = [
+                result async for result in client.map("identity", ({"input_fp32": one} for one in asked), window=64)
+            ]
             elapsed = time.perf_counter() - began
+        check_equal("600 KB tensors", asked, [result.outputs["output_fp32"] for result in results])
+        check_once("600 KB tensors", (result.task_id for result in results))
         return {"direct_600kb_per_s": max(rates), "samphire_600kb_per_s": count / elapsed}
 
-    with _Memory(stack.worker_pid) as memory:
+    with Memory(stack.worker_pid) as memory:
         figures = asyncio.run(run())
     return figures | {"worker_memory_600kb_mb": memory.most_mb}
 
 
 def fairness(stack: BenchStack, scale: float) -> Figures:
     """How long a tenant waits for its first task: alone, and beside one that has 100,000 tasks queued on the model."""
-    backlog, rounds, trials = int(100_000 * scale), 3, 10
-    neighbour = keys.queue_name("identity", "neighbour")
-    waiting = keys.queue_list(neighbour, keys.PRIORITIES["normal"])
+    rounds, trials = 3, 10
+    questions = rows(max(500, int(TASKS * scale)))
+    neighbour = f"{QUEUE}@neighbour"
     newcomers = (f"newcomer{number}" for number in itertools.count())
 
     async def first_task() -> float:
         async with AsyncClient(stack.broker_url, tenant=next(newcomers)) as client:
             await client.signature("identity")  # it is connected, and nothing more
             began = time.perf_counter()
-            await (await client.submit("identity", {"input_fp32": ROW})).result(timeout_s=60)
-            return (time.perf_counter() - began) * 1000
+            result = await (await client.submit("identity", {"input_fp32": questions[1]})).result(timeout_s=60)
+            taken = (time.perf_counter() - began) * 1000
+        check_equal("a tenant's first task", questions[1:2], [result.outputs["output_fp32"]])
+        return taken
+
+    async def beside_backlog(server: redis.Redis) -> list[float]:
+        with stack.worker_stopped():
+            async with AsyncClient(stack.broker_url, tenant="neighbour") as client:
+                await publish(client, server, questions, neighbour)
+            messages, times = queued(server, neighbour), list[float]()
+        with ends_of(stack, messages) as ends:
+            while server.llen(neighbour + NORMAL) > len(questions) * 0.98:  # the worker is awake again
+                await asyncio.sleep(0.01)
+            for _ in range(trials):
+                taken = await first_task()
+                if not server.llen(neighbour + NORMAL):
+                    break  # the neighbour has nothing left: this was no trial
+                times.append(taken)
+            while server.llen(neighbour + NORMAL) or unsettled(server):
+                await asyncio.sleep(0.02)
+        check_backlog(server, messages, ends)
+        return times
 
     async def run() -> Figures:
-        alone, beside = [await first_task() for _ in range(rounds * trials)], list[float]()
+        alone = [await first_task() for _ in range(rounds * trials)]
         with stack.redis() as server:
-            for _ in range(rounds):
-                with _worker_stopped(stack):
-                    async with AsyncClient(stack.broker_url, tenant="neighbour") as client:
-                        await _publish(client, server, backlog, neighbour)
-                while server.llen(waiting) > backlog * 0.98:  # the worker is awake again
-                    await asyncio.sleep(0.01)
-                for _ in range(trials):
-                    taken = await first_task()
-                    if not server.llen(waiting):
-                        break  # the neighbour has nothing left: this was no trial
-                    beside.append(taken)
-                while server.llen(waiting) or _unsettled(server):
-                    await asyncio.sleep(0.02)
+            beside = [taken for _ in range(rounds) for taken in await beside_backlog(server)]
         assert beside, "the neighbour's backlog was gone before the first trial ended"
         return {
             "first_task_alone_p50_ms": statistics.median(alone),
@@ -323,8 +234,13 @@ def fairness(stack: BenchStack, scale: float) -> Figures:
     return asyncio.run(run())
 
 
-def claim_cost(stack: BenchStack, most: int) -> Figures:
+def claim_cost(stack: BenchStack, scale: float) -> Figures:
     """A claim of 64 with few and with many queued, in interleaved pairs; medians."""
+    from samphire_broker.settings import Settings  # of the version that is measured
+    from samphire_broker.store import Store
+    from samphire_workers.lane.planner import QueuePlanner
+
+    most = max(20_000, int(1_000_000 * scale))
     sizes = {"1k": 1000, "100k": most // 10, "1m": most}
     message = b"x" * 700
 
@@ -349,12 +265,61 @@ def claim_cost(stack: BenchStack, most: int) -> Figures:
                     began = time.perf_counter()
                     claimed = await store.claim(turns, [64], 64, 10**9)
                     times[name].append(time.perf_counter() - began)
-                    assert len(claimed) == 64
+                    assert [claim.message for claim in claimed] == [message] * 64
+                    assert len({claim.field for claim in claimed}) == 64
                     await store.release([claim.field for claim in claimed])
-            for name in sizes:
+            for name, size in sizes.items():
+                assert server.llen(f"bench-claims-{name}") == size, "a claim was lost, or returned twice"
                 server.unlink(f"bench-claims-{name}")
             server.delete(lease, inflight)
         await store.close()
         return {f"claim_us_{name}": statistics.median(values) * 1e6 for name, values in times.items()}
 
     return asyncio.run(run())
+
+
+def read_one_by_one(stack: BenchStack, scale: float, reads: int = READS, timeout_s: float = READ_TIMEOUT_S) -> Figures:
+    """Results that are there already, each settled alone, read one after the other by the client that submitted them.
+
+    Where they are not all read after `timeout_s`, the figures say how many were, and no more.
+    """
+    return asyncio.run(_read_one_by_one(stack, max(50, int(reads * scale)), timeout_s))
+
+
+async def _read_one_by_one(stack: BenchStack, count: int, timeout_s: float) -> Figures:
+    questions, times, answers = rows(count), list[float](), list[FloatArray | None]()
+    async with AsyncClient(stack.broker_url) as client:
+        tasks = []
+        for question in questions:
+            tasks.append(await client.submit("identity", {"input_fp32": question}))
+            await asyncio.sleep(BETWEEN_S)  # so that each is settled alone
+        with stack.redis() as server:
+            while unsettled(server):
+                await asyncio.sleep(0.02)
+            until = time.perf_counter() + timeout_s
+            with stack.worker_stopped():  # so that the broker's commands are the client's
+                before = _commands(server)
+                for task in tasks:
+                    began = time.perf_counter()
+                    try:
+                        async with asyncio.timeout(max(0.0, until - began)):
+                            answers.append((await task.result()).outputs["output_fp32"])
+                    except TimeoutError:
+                        break
+                    times.append((time.perf_counter() - began) * 1000)
+                commands = _commands(server) - before
+    check_equal("one by one", questions[: len(answers)], answers)
+    if len(answers) < count:
+        return {"read_one_by_one_done": len(answers)}
+    return {
+        "read_one_by_one_done": count,
+        "read_one_by_one_p50_ms": statistics.median(times),
+        "read_one_by_one_p99_ms": percentile(times, 0.99),
+        "read_one_by_one_round_trips": commands / count,
+    }
+
+
+def _commands(server: redis.Redis) -> int:
+    """Commands that the broker has carried out, but for the asking."""
+    stats = server.info("commandstats")
+    return sum(int(found["calls"]) for name, found in stats.items() if name != "cmdstat_info")

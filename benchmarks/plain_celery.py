@@ -33,7 +33,7 @@ def _client() -> InferenceServerClient:
     return _local.client
 
 
-@app.task(name="plain.infer")
+@app.task(name="plain.infer")  # type: ignore[untyped-decorator]
 def infer(values: list[list[float]]) -> Any:
     """Send FP32 [1,16] to `identity` and return what comes back, as JSON lists."""
     array = np.array(values, dtype=np.float32)

@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+import psutil
 import redis
 
 START_TIMEOUT_S = 120
+SAMPHIRE = str(Path(sys.executable).parent / "samphire")
+PORT_FLAGS = ("--broker-port", "--triton-grpc-port", "--triton-http-port", "--triton-metrics-port", "--flower-port")
+
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -31,23 +39,28 @@ class BenchStack:
         """A client of the broker."""
         return redis.Redis.from_url(self.broker_url, socket_timeout=60)
 
+    @contextlib.contextmanager
+    def worker_stopped(self) -> Iterator[None]:
+        """The worker stands still meanwhile."""
+        os.kill(self.worker_pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.worker_pid, signal.SIGCONT)
+
 
 @contextlib.contextmanager
 def bench_stack(fsync: str) -> Iterator[BenchStack]:
     """Run `samphire up` with one worker; stopped at the end."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SAMPHIRE_")}
+    known = subprocess.run([SAMPHIRE, "up", "--help"], capture_output=True, text=True, env=environment, check=True)
     with tempfile.TemporaryDirectory(prefix="samphire-bench-") as folder:
         ready_file = Path(folder) / "ready.json"
-        command = [str(Path(sys.executable).parent / "samphire"), "up", "--data-dir", f"{folder}/data"]
+        command = ["setpriv", "--pdeathsig", "TERM", SAMPHIRE, "up", "--data-dir", f"{folder}/data"]
         command += ["--ready-file", str(ready_file), "--broker-fsync", fsync, "--broker-memory", "8gb"]
-        for flag in (
-            "--broker-port",
-            "--triton-grpc-port",
-            "--triton-http-port",
-            "--triton-metrics-port",
-            "--flower-port",
-        ):
-            command += [flag, "0"]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("SAMPHIRE_")}
+        for flag in PORT_FLAGS:
+            if flag in known.stdout:  # a version that is compared with may have no Flower
+                command += [flag, "0"]
         with (Path(folder) / "output").open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
@@ -62,3 +75,25 @@ def bench_stack(fsync: str) -> Iterator[BenchStack]:
         finally:
             process.terminate()
             process.wait()
+
+
+class Memory:
+    """The most that a process has held, while it runs as a context."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self.most_mb = 0.0
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.1):
+            self.most_mb = max(self.most_mb, self._process.memory_info().rss / 2**20)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,20 +9,35 @@ import pytest
 from hypothesis import settings
 
 from samphire import Client, keys
-from tests.stacks import Up, Valkey, eventually, model_repository, running_stack, running_valkey
+from tests.stacks import Up, Valkey, eventually, model_repository, need_servers, running_stack, running_valkey
 
 settings.register_profile("samphire", deadline=None, derandomize=True)  # a slow machine is no failure
 settings.load_profile("samphire")
 
 
-def need_servers() -> None:
-    """Skip for a person, fail in CI, where the embedded servers cannot run."""
-    if platform.system() == "Linux" and platform.machine() == "x86_64":
-        return
-    message = "the embedded servers need Linux on x86-64"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
+SHARED = ("stack", "stand", "own_stack", "up", "services", "wheel", "server", "hands")
+"""Fixtures that live longer than one test."""
+
+
+def group_of(item: pytest.Item) -> str:
+    """The tests of a file that share servers are a group; any other test is alone."""
+    shares = any(name in SHARED for name in getattr(item, "fixturenames", ()))
+    return item.path.stem if shares else ""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A group runs in one process, one test after the other; groups first, since they take longest."""
+    for item in items:
+        if group := group_of(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not group_of(item))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups that are not heeded would start servers for every test, unnoticed but for the time."""
+    if getattr(session.config.option, "loadgroup", False):
+        assert all("@" in item.nodeid for item in session.items if group_of(item)), "pytest-xdist does not group tests"
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import redis
 
 from samphire_broker.embedded.ports import choose_port
@@ -26,6 +28,30 @@ SAMPHIRE = str(Path(sys.executable).parent / "samphire")
 TEST_MODELS = Path(__file__).parent / "models"
 PORT_FLAGS = ("--broker-port", "--triton-grpc-port", "--triton-http-port", "--triton-metrics-port", "--flower-port")
 
+JOINED = {
+    "SAMPHIRE_MICRO_BATCH": json.dumps(dict.fromkeys(("deadly", "flaky", "picky", "slow", "versions"), True)),
+}
+"""The test models that are joined although their configs do not say so: Triton itself is to join nothing of theirs."""
+
+
+PATIENCE = 4.0
+"""How many times longer than on an idle machine to wait: other tests, and other people's work, run beside."""
+
+
+def need_servers() -> None:
+    """Skip for a person, fail in CI, where the embedded servers cannot run."""
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        return
+    message = "the embedded servers need Linux on x86-64"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def bound(command: list[str]) -> list[str]:
+    """The command as one that ends with this process, whatever ends it: a killed test run leaves no server behind."""
+    return ["setpriv", "--pdeathsig", "TERM", *command]
+
 
 def clean_environment() -> dict[str, str]:
     """The environment without what would redirect a stack."""
@@ -33,13 +59,14 @@ def clean_environment() -> dict[str, str]:
 
 
 def eventually(check: Callable[[], Any], timeout_s: float = 30.0, what: str = "the condition") -> Any:
-    """Return the first true value of `check`; fail after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+    """Return the first true value of `check`; give up when it is not true after `timeout_s` times `PATIENCE`."""
+    deadline = time.monotonic() + timeout_s * PATIENCE
+    while True:
         if value := check():
             return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come true within {timeout_s * PATIENCE:.0f} s")
         time.sleep(0.02)
-    raise AssertionError(f"{what} did not come true within {timeout_s} s")
 
 
 def samphire(broker_url: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -69,12 +96,13 @@ class Valkey:
 @contextlib.contextmanager
 def running_valkey(folder: Path, *options: str, port: int = 0) -> Iterator[Valkey]:
     """A Valkey of its own, append-only like the stack's."""
+    need_servers()
     folder.mkdir(parents=True, exist_ok=True)
     port = choose_port(port, "")
     command = [server_binary(), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
     command += ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction", *options]
     with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(bound(command), stdout=log, stderr=log, start_new_session=True)
     client = redis.Redis(port=port, socket_timeout=10)
     try:
         eventually(lambda: _answers(client), 10, "the broker's answer")
@@ -129,8 +157,28 @@ class Up:
         """Every process of the stack but `up` itself."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def commands(self) -> dict[psutil.Process, str]:
+        """The command line of each; one that has ended since is left out."""
+        found = {}
+        for process in self.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[process] = " ".join(process.cmdline())
+        return found
+
     def worker_log(self) -> str:
         return (self.data_dir / "logs" / "worker1.log").read_text()
+
+
+@contextlib.contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    """A process that does nothing meanwhile, and goes on afterwards."""
+    process = psutil.Process(pid)
+    process.suspend()
+    try:
+        eventually(lambda: process.status() == psutil.STATUS_STOPPED, 5, "the stop")
+        yield
+    finally:
+        process.resume()
 
 
 def model_repository(folder: Path) -> Path:
@@ -140,8 +188,17 @@ def model_repository(folder: Path) -> Path:
     return folder
 
 
+def only(folder: Path, *models: str) -> tuple[str, str]:
+    """The option of `samphire up` that serves these models alone: a start takes about a second a model."""
+    for name in models:
+        source = shipped_model_repository() / name
+        shutil.copytree(source if source.is_dir() else TEST_MODELS / name, folder / "only" / name)
+    return "--model-repository", str(folder / "only")
+
+
 def start_up(folder: Path, *options: str, data_dir: Path | None = None, env: dict[str, str] | None = None) -> Up:
     """Start `samphire up` on free ports, without waiting."""
+    need_servers()
     folder.mkdir(parents=True, exist_ok=True)
     ready_file, output = folder / "ready.json", folder / "output"
     data_dir = data_dir or folder / "data"
@@ -151,10 +208,10 @@ def start_up(folder: Path, *options: str, data_dir: Path | None = None, env: dic
             command += [flag, "0"]
     with output.open("wb") as out:
         process = subprocess.Popen(
-            [*command, *options],
+            bound([*command, *options]),
             stdout=out,
             stderr=out,
-            env={**clean_environment(), **(env or {})},
+            env={**clean_environment(), **JOINED, **(env or {})},
             start_new_session=True,
         )
     return Up(process, ready_file, data_dir, output)

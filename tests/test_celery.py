@@ -18,7 +18,7 @@ from celery.exceptions import ChordError, TaskRevokedError, TimeLimitExceeded
 from celery.result import AsyncResult
 
 from samphire import keys
-from tests.stacks import Up, clean_environment, eventually
+from tests.stacks import Up, bound, clean_environment, eventually, standing_still
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
@@ -101,7 +101,9 @@ def foreign(stack: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     command += ["--without-gossip", "--without-mingle", "--hostname", "foreign@%h", "--loglevel", "WARNING"]
     environment = clean_environment() | {"BROKER": stack.broker_url, "QUEUE": queue, "PYTHONWARNINGS": "ignore"}
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            bound(command), cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         with plain_app(stack.broker_url) as probe:
             eventually(lambda: probe.control.ping(["foreign@" + _host()], timeout=0.5), 30, "the foreign worker")
@@ -341,12 +343,14 @@ def test_an_inference_as_errback(infer: Infer, app: Celery) -> None:
 
 def test_a_chord_whose_last_part_met_a_lost_worker(infer: Infer, app: Celery, stack: Up) -> None:
     """It had taken the body on, and died: the body is sent all the same, once its claim has lapsed."""
-    later = infer(tensor(2)).set(countdown=1.5)
-    sent = chord([infer(tensor(1)), later], infer(*FROM_PARENT)).apply_async()
-    group_id = sent.parent.id
     with stack.redis() as client:
-        eventually(lambda: client.exists(f"celery-taskset-meta-{group_id}.j"), 10, "the first part")
-        client.set(f"celery-taskset-meta-{group_id}.c", "the lost worker's", ex=4)
+        with standing_still(stack.ready["pids"]["worker"][0]):
+            sent = chord([infer(tensor(1)), infer(tensor(2))], infer(*FROM_PARENT)).apply_async()
+            group_id = sent.parent.id
+            client.set(f"celery-taskset-meta-{group_id}.c", "the lost worker's")
+        eventually(lambda: client.zcard(f"celery-taskset-meta-{group_id}.j") == 2, 10, "both parts")
+        assert not sent.ready()
+        client.expire(f"celery-taskset-meta-{group_id}.c", 1)
         assert values(sent.get(timeout=TIMEOUT_S)) == [1, 2]
         assert client.get(f"celery-taskset-meta-{group_id}.c") == b"done"
 
@@ -392,16 +396,21 @@ def test_expired_tasks_are_not_run(infer: Infer, stack: Up) -> None:
 
 
 @pytest.mark.parametrize("how", ["countdown", "eta"])
-def test_delayed_tasks_wait_in_the_store(infer: Infer, stack: Up, how: str) -> None:
+def test_delayed_tasks_wait_in_the_store(infer: Infer, app: Celery, stack: Up, how: str) -> None:
     """Not before their time, and meanwhile in nobody's memory."""
-    at = time.time() + 1.5
-    when: dict[str, Any] = {"countdown": 1.5} if how == "countdown" else {"eta": datetime.fromtimestamp(at, UTC)}
-    sent = infer(tensor(1)).apply_async(**when)
+
+    def send(seconds: float) -> Any:
+        eta = datetime.fromtimestamp(time.time() + seconds, UTC)
+        return infer(tensor(1)).apply_async(**({"countdown": seconds} if how == "countdown" else {"eta": eta}))
+
+    waits = send(600)
     with stack.redis() as client:
-        eventually(lambda: client.zscore(keys.SCHEDULED, sent.id), 5, "the schedule")
-        assert client.hlen(keys.SCHEDULED_MESSAGES) >= 1
-    assert sent.state == "PENDING"
-    assert values(sent.get(timeout=TIMEOUT_S)) == [1]
+        eventually(lambda: client.zscore(keys.SCHEDULED, waits.id), 5, "the schedule")
+        assert client.hexists(keys.SCHEDULED_MESSAGES, waits.id)
+    assert waits.state == "PENDING"
+    app.control.revoke(waits.id)
+    at = time.time() + 1
+    assert values(send(1).get(timeout=TIMEOUT_S)) == [1]
     assert time.time() >= at - 0.1
 
 
@@ -464,7 +473,7 @@ app.conf.beat_schedule = {{"often": {{
     command = [sys.executable, "-m", "celery", "-A", "beaten", "beat", "--schedule", str(tmp_path / "schedule")]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=tmp_path, env=clean_environment(), stdout=log, stderr=log, start_new_session=True
+            bound(command), cwd=tmp_path, env=clean_environment(), stdout=log, stderr=log, start_new_session=True
         )
     try:
         with plain_app(stack.broker_url) as reader:
@@ -480,7 +489,7 @@ app.conf.beat_schedule = {{"often": {{
 
 def test_inspect(infer: Infer, app: Celery, stack: Up) -> None:
     """Ping, active, reserved, registered, stats and query_task tell the truth."""
-    seconds = {"name": "seconds", "datatype": "FP32", "shape": [1, 1], "data": [3]}
+    seconds = {"name": "seconds", "datatype": "FP32", "shape": [1, 1], "data": [55]}
     # The model works on one request at a time, and these may not share a micro-batch.
     running = [infer(seconds, model="slow", parameters={"micro_batch": False}).apply_async() for _ in range(2)]
     inspect = app.control.inspect(timeout=1)
@@ -499,8 +508,10 @@ def test_inspect(infer: Infer, app: Celery, stack: Up) -> None:
     assert len(names) == 1
     assert inspect.registered()[names[0]] == [INFER]
     assert inspect.stats()[names[0]]["total"][INFER] > 0
+    app.control.revoke(list(ids))
     for task in running:
-        task.get(timeout=TIMEOUT_S)
+        with pytest.raises(TaskRevokedError):
+            task.get(timeout=TIMEOUT_S)
     assert all(task["id"] not in ids for node in inspect.active().values() for task in node)
 
 
@@ -532,12 +543,14 @@ def test_revoke_a_queued_task(infer: Infer, app: Celery, stack: Up) -> None:
         eventually(lambda: client.zscore(keys.CANCELLED, sent.parent.id) is None, 10, "the end of its message")
 
 
-def test_a_revoked_part_fails_its_chord(infer: Infer, app: Celery) -> None:
+def test_a_revoked_part_fails_its_chord(infer: Infer, app: Celery, stack: Up) -> None:
     """Nobody waits for ever."""
-    later = infer(tensor(1)).set(countdown=60, task_id=f"part-{time.time()}")
+    part = f"part-{time.time()}"
+    later = infer(tensor(1)).set(countdown=60, task_id=part)
     sent = chord([infer(tensor(1)), later], infer(*FROM_PARENT)).apply_async()
-    time.sleep(0.5)  # the revocation is to meet it scheduled
-    app.control.revoke(later.options["task_id"])
+    with stack.redis() as client:
+        eventually(lambda: client.zscore(keys.SCHEDULED, part), 10, "the schedule")
+    app.control.revoke(part)
     with pytest.raises((ChordError, TaskRevokedError)):
         sent.get(timeout=TIMEOUT_S)
 
@@ -617,3 +630,58 @@ def test_a_chord_waits_for_a_retry_and_is_told_of_a_dead_letter(app: Celery, inf
     assert sorted(asked) == [1, 2]
     with pytest.raises(Exception, match="not yet"):
         chord([flaky(0), flaky(9)])(body).get(timeout=TIMEOUT_S)
+
+
+# -- control commands that a lane cannot carry out ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "reason"),
+    [
+        ("rate_limit", {"task_name": INFER, "rate_limit": "1/m"}, "has no rate limits"),
+        ("time_limit", {"task_name": INFER, "soft": 1, "hard": 2}, "time_limit, soft_time_limit of apply_async"),
+        ("cancel_consumer", {"queue": "inference"}, "belongs to the lanes"),
+        ("cancel_consumer", {"queue": "inference.identity"}, "belongs to the lanes"),
+        ("revoke_by_stamped_headers", {"headers": {"batch": "7"}}, "revoke them by their ids"),
+        ("pool_grow", {"n": 2}, "has no pool"),
+        ("pool_shrink", {"n": 1}, "has no pool"),
+        ("autoscale", {"max": 4, "min": 1}, "has no pool"),
+    ],
+)
+def test_a_command_that_would_do_nothing_is_refused(
+    app: Celery, stack: Up, command: str, arguments: dict[str, Any], reason: str
+) -> None:
+    """With the reason, and what to do instead; never "ok"."""
+    mine = [name for name in app.control.inspect(timeout=2).ping() if name.startswith("worker1@")]
+    replies = app.control.broadcast(command, arguments=arguments, reply=True, timeout=5, limit=1, destination=mine)
+    assert len(replies) == 1
+    (answer,) = replies[0].values()
+    assert "ok" not in answer and reason in answer["error"]
+
+
+def test_inspect_scheduled_and_active_queues(app: Celery, infer: Infer) -> None:
+    """What waits for its time, and the queues that lanes serve."""
+    sent = infer(tensor(1)).apply_async(countdown=60)
+    mine = [name for name in app.control.inspect(timeout=2).ping() if name.startswith("worker1@")]
+    inspect = app.control.inspect(mine, timeout=3)
+
+    def shown() -> Any:
+        (tasks,) = (inspect.scheduled() or {"": []}).values()
+        return next((task for task in tasks if task["request"]["id"] == sent.id), None)
+
+    task = eventually(shown, 20, "the scheduled task")
+    assert task["request"]["name"] == INFER and "identity: input_fp32 FP32[1, 1]" in task["request"]["kwargs"]
+    assert 0 < (datetime.fromisoformat(task["eta"]) - datetime.now(UTC)).total_seconds() <= 60
+    (queues,) = inspect.active_queues().values()
+    assert {"samphire.control", "inference", "inference.identity"} <= {queue["name"] for queue in queues}
+    sent.revoke()
+    eventually(lambda: shown() is None, 20, "the end of the scheduled task")
+
+
+def test_terminate_reaches_the_lane(app: Celery, infer: Infer) -> None:
+    """As revoke does."""
+    sent = infer(tensor(1)).apply_async(countdown=60)
+    eventually(lambda: app.control.inspect(timeout=3).scheduled(), 20, "an answer")
+    app.control.terminate(sent.id)
+    with pytest.raises(TaskRevokedError):
+        sent.get(timeout=TIMEOUT_S)

@@ -24,7 +24,7 @@ from samphire import (
 )
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store
-from tests.stacks import Up, Valkey, eventually, running_stack, samphire
+from tests.stacks import Up, Valkey, eventually, only, running_stack, samphire
 
 TIMEOUT_S = 30
 
@@ -72,8 +72,7 @@ def test_a_redriven_task_is_run_again(client: Client, stack: Up) -> None:
         assert (again.attempts, again.run) == (3, 2)
         # One that succeeds: the message of a good task, made a letter by hand.
         good = client.submit("picky", {"x": np.array([[1]], np.float32)}, delay_s=60)
-        while not redis.hexists(keys.SCHEDULED_MESSAGES, good.id):
-            time.sleep(0.02)
+        eventually(lambda: redis.hexists(keys.SCHEDULED_MESSAGES, good.id), TIMEOUT_S, "the schedule")
         held = redis.hget(keys.SCHEDULED_MESSAGES, good.id)
         list_key, _, message = held.partition(b" ")
         message = message.replace(b'"eta":"', b'"was":"')
@@ -176,7 +175,8 @@ def test_the_command(client: Client, stack: Up, tmp_path: Any) -> None:
 def test_the_oldest_letters_go_when_there_are_too_many(tmp_path: Path) -> None:
     """Not before a warning; the newest stay."""
     env = {"SAMPHIRE_DEAD_LETTERS_MAX": "10"}
-    with running_stack(tmp_path, env=env) as up, Client(up.broker_url, validate=False) as client:
+    models = only(tmp_path, "identity")
+    with running_stack(tmp_path, *models, env=env) as up, Client(up.broker_url, validate=False) as client:
 
         def fail_some(count: int) -> list[str]:
             tasks = [client.submit("nope", {"x": np.zeros(1)}) for _ in range(count)]

@@ -10,7 +10,7 @@ import redis.exceptions
 
 from samphire import errors
 from samphire.connection import redact, translate
-from samphire_workers import triton
+from samphire_workers import triton_errors
 
 
 def all_errors() -> list[type[errors.SamphireError]]:
@@ -42,15 +42,42 @@ def test_losing_the_broker_is_transient() -> None:
 def test_every_grpc_status_is_translated() -> None:
     """Walks gRPC's own list."""
     for code in grpc.StatusCode:
-        assert isinstance(triton.translate(code, "x"), errors.SamphireError), code
+        assert isinstance(triton_errors.translate(code, "x"), errors.SamphireError), code
 
 
 @pytest.mark.parametrize(
     ("code", "details", "expected"),
     [
         (grpc.StatusCode.UNAVAILABLE, "Request timeout expired", errors.EndpointTimeoutError),
-        (grpc.StatusCode.UNAVAILABLE, "failed to connect", errors.EndpointUnavailableError),
-        (grpc.StatusCode.INTERNAL, "Stub process 'x' is not healthy.", triton.StubDiedError),
+        (grpc.StatusCode.UNAVAILABLE, "[request id: 7] Request timeout expired", errors.EndpointTimeoutError),
+        (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size", errors.QueueFullError),
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Connection refused",
+            errors.EndpointUnavailableError,
+        ),
+        (grpc.StatusCode.UNAVAILABLE, "recvmsg:Connection reset by peer", triton_errors.EndpointDiedError),
+        (grpc.StatusCode.UNAVAILABLE, "Socket closed", triton_errors.EndpointDiedError),
+        (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2", triton_errors.EndpointDiedError),
+        (grpc.StatusCode.UNKNOWN, "Stream removed", triton_errors.EndpointDiedError),
+        (grpc.StatusCode.INTERNAL, "Stub process 'x_0_0' is not healthy.", triton_errors.StubDiedError),
+        (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'x' is not found", errors.UnknownModelError),
+        (grpc.StatusCode.CANCELLED, "CANCELLED", errors.EndpointUnavailableError),
+        # What a model says in its own words is the model's.
+        (grpc.StatusCode.INTERNAL, "the service 'x' is not healthy", errors.ModelFaultError),
+        (grpc.StatusCode.INTERNAL, "message: Stub process 'x_0_0' is not healthy.\n\nAt: x", errors.ModelFaultError),
+        (grpc.StatusCode.INTERNAL, "OSError: [Errno 104] Connection reset by peer", errors.ModelFaultError),
+        (grpc.StatusCode.INTERNAL, "Connection reset by peer", errors.ModelFaultError),
+        (grpc.StatusCode.INTERNAL, "the Socket closed", errors.ModelFaultError),
+        (grpc.StatusCode.UNAVAILABLE, "my timeout expired", triton_errors.UnclearUnavailableError),
+        (grpc.StatusCode.UNAVAILABLE, "[Errno 104] Connection reset by peer", triton_errors.UnclearUnavailableError),
+        (grpc.StatusCode.CANCELLED, "I have given up", triton_errors.UnclearUnavailableError),
+        (grpc.StatusCode.NOT_FOUND, "no such word", errors.ModelFaultError),
+        (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "Stream removed (received metadata size exceeds hard limit (value length 20000 vs. 16384))",
+            errors.ModelFaultError,
+        ),
         (grpc.StatusCode.INTERNAL, "division by zero", errors.ModelFaultError),
         (grpc.StatusCode.INVALID_ARGUMENT, "wrong shape", errors.InvalidInputError),
     ],
@@ -59,7 +86,7 @@ def test_tritons_messages_decide_where_its_status_does_not(
     code: grpc.StatusCode, details: str, expected: type[errors.SamphireError]
 ) -> None:
     """UNAVAILABLE and INTERNAL mean several things."""
-    assert type(triton.translate(code, details)) is expected
+    assert type(triton_errors.translate(code, details)) is expected
 
 
 def test_errors_come_back_by_name_with_their_message() -> None:

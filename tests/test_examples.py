@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from celery import Celery
 from samphire import Client, keys
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.ports import choose_port
-from tests.stacks import Up, clean_environment, eventually, running_valkey
+from tests.stacks import Up, bound, clean_environment, eventually, running_valkey
 
 EXAMPLES = Path(__file__).parents[1] / "clients" / "python" / "examples"
 GUNICORN = ("gunicorn", "--preload", "--workers", "2", "--no-control-socket", "--bind", "127.0.0.1:{port}")
@@ -33,8 +34,15 @@ SERVERS = {
     "flask": (*GUNICORN, "flask_app:app"),
     "django": (*GUNICORN, "django_app:application"),
 }
-IMAGES, LABELS = load_split().held_out_images[:100], load_split().held_out_labels[:100]
 TIMEOUT_S = 30
+
+
+@functools.cache
+def hundred() -> tuple[np.ndarray, np.ndarray]:
+    """Held-out images and their labels."""
+    digits = load_split()
+    return digits.held_out_images[:100], digits.held_out_labels[:100]
+
 
 open_url = build_opener(ProxyHandler({})).open
 
@@ -46,7 +54,7 @@ def running(folder: Path, broker_url: str, *command: str) -> Iterator[subprocess
     output = folder / "output"
     with output.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command],
+            bound([sys.executable, "-m", *command]),
             cwd=EXAMPLES,
             env=environment,
             stdout=out,
@@ -154,12 +162,12 @@ def test_a_hundred_images_in_ten_threads(server: Server, client: Client) -> None
         return answer.json["digit"], answer.json["probability"]
 
     with ThreadPoolExecutor(10) as pool:
-        digits, probabilities = zip(*pool.map(recognize, IMAGES), strict=True)
-    results = client.map("digits", ({"image": image[np.newaxis]} for image in IMAGES))
+        digits, probabilities = zip(*pool.map(recognize, hundred()[0]), strict=True)
+    results = client.map("digits", ({"image": image[np.newaxis]} for image in hundred()[0]))
     expected = np.concatenate([result.outputs["probabilities"] for result in results])
     np.testing.assert_array_equal(digits, expected.argmax(axis=1))
     np.testing.assert_allclose(probabilities, expected.max(axis=1), rtol=1e-4)
-    assert np.mean(digits == LABELS) >= 0.97
+    assert np.mean(digits == hundred()[1]) >= 0.97
 
 
 @pytest.mark.parametrize(
@@ -213,7 +221,7 @@ def test_a_failed_task_says_why(server: Server, stack: Up) -> None:
 def test_while_the_broker_is_away(framework: str, tmp_path: Path) -> None:
     """503 with a time to come back after; the same process serves once the broker is there."""
     port = choose_port(0, "")
-    image = IMAGES[0].tolist()
+    image = hundred()[0][0].tolist()
     with serving(framework, tmp_path, f"redis://127.0.0.1:{port}/0") as server:
         for answer in (server.post_image(image), server.get(f"/digits/{uuid4()}")):
             assert answer.status == 503, answer.body
@@ -240,7 +248,7 @@ def test_a_plain_celery_application(stack: Up, tmp_path: Path) -> None:
     )
     printed = subprocess.run(
         [sys.executable, "-c", code],
-        input=json.dumps(IMAGES[0].ravel().tolist()),
+        input=json.dumps(hundred()[0][0].ravel().tolist()),
         cwd=EXAMPLES,
         env={**clean_environment(), "SAMPHIRE_BROKER_URL": stack.broker_url},
         capture_output=True,
@@ -252,7 +260,7 @@ def test_a_plain_celery_application(stack: Up, tmp_path: Path) -> None:
     assert not sdk_loaded
     assert (single["model_name"], copied["model_name"]) == ("digits", "identity")
     assert single["outputs"][0]["name"] == "probabilities"
-    assert np.argmax(single["outputs"][0]["data"]) == LABELS[0]
+    assert np.argmax(single["outputs"][0]["data"]) == hundred()[1][0]
     assert copied["outputs"][0]["name"] == "output_fp32"
     assert copied["outputs"][0]["data"] == pytest.approx(single["outputs"][0]["data"], rel=1e-4)
 
@@ -264,11 +272,12 @@ def test_a_celery_task_as_producer(stack: Up, client: Client, tmp_path: Path) ->
     producers = Celery("caller", broker=stack.broker_url, backend=stack.broker_url, set_as_current=False)
     with producers, running(tmp_path, stack.broker_url, *worker, "--queues", "examples"):
         sent = [
-            producers.send_task("celery_producer.recognize", [image.tolist()], queue="examples") for image in IMAGES
+            producers.send_task("celery_producer.recognize", [image.tolist()], queue="examples")
+            for image in hundred()[0]
         ]
         tasks = [client.task(one.get(timeout=TIMEOUT_S)) for one in sent]
         pool = producers.control.inspect([name], timeout=10).stats()[name]["pool"]
     digits = [task.result(TIMEOUT_S).outputs["probabilities"].argmax() for task in tasks]
-    assert np.mean(digits == LABELS) >= 0.97
+    assert np.mean(digits == hundred()[1]) >= 0.97
     written = [int(count) for count in pool["writes"]["raw"].split(", ")]
     assert len(written) == 2 and min(written) > 0, "both children worked"

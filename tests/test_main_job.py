@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,10 +27,12 @@ from samphire import (
     PayloadTooLargeError,
     ResultTimeoutError,
     SamphireError,
+    Task,
     keys,
 )
+from samphire.keys import Priority
 from samphire_broker.digits import load_split
-from tests.stacks import Up, eventually
+from tests.stacks import Up, eventually, standing_still
 
 TIMEOUT_S = 30
 MOST_CONNECTIONS = 3
@@ -187,28 +188,33 @@ def test_one_bad_row_does_not_fail_its_neighbours(client: Client) -> None:
 
 def test_a_task_is_seen_running_and_done(client: Client) -> None:
     """`status` follows it, and `result` can be asked again and again."""
-    task = client.submit("slow", {"seconds": array(1.0)})
+    task = client.submit("slow", {"seconds": array(55.0)})
     eventually(lambda: task.status() == "running", 10, "running")
     with pytest.raises(ResultTimeoutError, match="it goes on"):
         task.result(timeout_s=0.05)
-    assert task.result(TIMEOUT_S).outputs["slept"].tolist() == [[1.0]]
+    assert task.cancel() is True
+    task = client.submit("slow", {"seconds": array(0.1)})
+    assert task.result(TIMEOUT_S).outputs["slept"].tolist() == array(0.1).tolist()
     assert task.status() == "succeeded"
     for _ in range(3):
         assert task.result(timeout_s=2).task_id == task.id
 
 
-def test_priorities_overtake(client: Client) -> None:
+def test_priorities_overtake(client: Client, stack: Up) -> None:
     """With the model busy, a high task submitted last is answered before the low ones."""
-    blockers = [client.submit("slow", {"seconds": array(0.2)}, parameters={"micro_batch": False}) for _ in range(4)]
-    low = [
-        client.submit("slow", {"seconds": array(0.1)}, priority="low", parameters={"micro_batch": False})
-        for _ in range(20)
-    ]
-    high = client.submit("slow", {"seconds": array(0.1)}, priority="high", parameters={"micro_batch": False})
-    high.result(TIMEOUT_S)
-    assert sum(task.status() == "queued" for task in low) >= 5
-    for task in [*blockers, *low]:
+
+    def submit(priority: Priority) -> Task:
+        return client.submit("slow", {"seconds": array(0.1)}, priority=priority, parameters={"micro_batch": False})
+
+    blockers = [submit("normal") for _ in range(4)]
+    with standing_still(stack.ready["pids"]["worker"][0]):
+        low = [submit("low") for _ in range(20)]
+        high = submit("high")
+    for task in [*blockers, *low, high]:
         task.result(TIMEOUT_S)
+    with stack.redis() as redis:
+        done = {task.id: json.loads(redis.get(keys.meta_key(task.id)))["date_done"] for task in (*low, high)}
+    assert sum(done[task.id] > done[high.id] for task in low) >= 5
 
 
 def test_tenants_have_queues_of_their_own(stack: Up) -> None:
@@ -290,6 +296,12 @@ def test_map_raises_the_first_error_unless_told_otherwise(client: Client) -> Non
         next(client.map("picky", inputs, window=0))
 
 
+def listening(stack: Up) -> int:
+    """Clients that wait at their event streams."""
+    with stack.redis() as redis:
+        return sum(other["cmd"] == "xread" for other in redis.client_list())
+
+
 def test_a_client_that_is_closed_leaves_nobody_waiting(stack: Up) -> None:
     """Another thread that waits for a result is told."""
     client = Client(stack.broker_url)
@@ -302,8 +314,9 @@ def test_a_client_that_is_closed_leaves_nobody_waiting(stack: Up) -> None:
             errors.append(error)
 
     waiting = threading.Thread(target=wait)
+    before = listening(stack)
     waiting.start()
-    time.sleep(0.3)
+    eventually(lambda: listening(stack) > before, 10, "a client that waits")
     client.close()
     waiting.join(10)
     assert not waiting.is_alive()
@@ -346,10 +359,10 @@ def test_a_plain_producer_may_send_bytes_and_name_the_models_queue(plain: Celery
 
 def test_celery_still_answers(plain: Celery) -> None:
     """The worker is a real Celery worker: ping, registered tasks, queues."""
-    (answer,) = plain.control.ping(timeout=5)
-    (name,) = answer
-    assert plain.control.inspect(timeout=5).registered()[name] == ["samphire.infer"]
-    assert [queue["name"] for queue in plain.control.inspect(timeout=5).active_queues()[name]] == ["samphire.control"]
+    inspect = plain.control.inspect(timeout=TIMEOUT_S, limit=1)  # one answer: there is one worker
+    (name,) = inspect.ping()
+    assert inspect.registered()[name] == ["samphire.infer"]
+    assert [queue["name"] for queue in inspect.active_queues()[name]] == ["samphire.control"]
 
 
 def test_task_events_reach_a_monitor(plain: Celery, client: Client) -> None:
@@ -504,6 +517,7 @@ def message(task_id: str = "", task: str = "samphire.infer", body: str = "", **h
         (message(eta="tomorrow"), b"expected eta as a time in ISO 8601"),
         (message(expires="2030-13-01T00:00:00"), b"expected expires as a time in ISO 8601"),
     ],
+    ids=["bytes", "nested", "other task", "nested body", "eta", "expires"],
 )
 def test_what_cannot_be_served_becomes_a_dead_letter(
     stack: Up, client: Client, queue: str, raw: bytes, error: bytes
@@ -535,6 +549,7 @@ HUGE = "9" * 4000
         '"data": {"a": 1}, "shape": [1, 1]',
         '"data": null, "shape": [1, 1]',
     ],
+    ids=["endless", "huge", "nested", "huge dimension", "huge shape", "huge ref", "object", "null"],
 )
 def test_no_message_wedges_the_lane(stack: Up, client: Client, tensor: str) -> None:
     """Numbers and nestings that make Python itself stumble fail their own task, and no other."""
@@ -561,7 +576,12 @@ def test_hostile_names_and_wake_ups_harm_nothing(stack: Up, client: Client) -> N
         redis.lpush(b"inference.m\x06\x16x", "x")
         for payload in (b"\xff", b"celery", b"inference.m\x06\x16x", b"", b"inference.nosuch"):
             redis.publish(keys.WAKE_CHANNEL, payload)
-        time.sleep(2.5)  # more than one look at the names
+        for look in range(2):  # a queue of which the worker hears by its name alone
+            queue, task_id = f"inference.identity@look{look}", os.urandom(8).hex()
+            redis.lpush(queue, message(task_id))
+            redis.sadd(keys.QUEUES, queue)
+            with pytest.raises(InvalidInputError):
+                client.task(task_id).result(TIMEOUT_S)
         client.submit("identity", {"input_fp32": array(1.0)}).result(TIMEOUT_S)
         assert redis.lrange("celery", 0, -1) == [b"somebody else's"]
         redis.delete("celery", b"inference.m\x06\x16x")

@@ -150,8 +150,7 @@ def run_stream(stack: Up, text: str | bytes, delay_ms: int | None = None) -> lis
 
 def streaming_threads(stack: Up) -> int:
     """How many threads the model's process has: one a stream, beside its own."""
-    for process in stack.children():
-        command = " ".join(process.cmdline())
+    for process, command in stack.commands().items():
         if "triton_python_backend_stub" in command and "/token_stream/" in command:
             return process.num_threads()
     raise AssertionError("the process of token_stream is not there")
@@ -175,7 +174,7 @@ def test_a_stream_gives_the_tokens_and_then_ends(stack: Up, text: str, tokens: l
 
 
 def test_two_hundred_streams_run_side_by_side(stack: Up) -> None:
-    """Each takes a second by itself; all together take seconds, not minutes, and none gets another's tokens."""
+    """Each takes a second by itself; all together do not take the sum of it, and none gets another's tokens."""
 
     async def run_all() -> list[list[Response]]:
         async with grpc.aio.insecure_channel(stack.triton_grpc) as channel:
@@ -191,7 +190,7 @@ def test_two_hundred_streams_run_side_by_side(stack: Up) -> None:
         assert [response.index for response in responses] == [0, 1, 2, 3, 4, 5, None]
         assert [response.final for response in responses] == [False] * 6 + [True]
     print(f"{STREAMS} streams of 0.9 s took {took_s:.1f} s")
-    assert 0.9 <= took_s < 20
+    assert 0.9 <= took_s < STREAMS * 0.9 / 2
 
 
 def test_a_cancelled_stream_stops(stack: Up) -> None:

@@ -169,10 +169,10 @@ def test_a_task_that_fails_twice_succeeds_at_its_third_attempt(client: Client, s
 
 def test_between_attempts_a_task_waits_on_the_broker(client: Client, stack: Up) -> None:
     """In nobody's memory; its state says so; it can be cancelled there."""
-    task = client.submit("flaky", flaky(1), backoff=Backoff(base_s=60, jitter=0))
+    task = client.submit("flaky", flaky(1), backoff=Backoff(base_s=600, cap_s=600, jitter=0))
     eventually(lambda: task.status() == "retrying", TIMEOUT_S, "the retry")
     with stack.redis() as server:
-        assert server.zscore(keys.SCHEDULED, task.id) - time.time() > 50
+        assert server.zscore(keys.SCHEDULED, task.id) - time.time() > 300
         meta = json.loads(server.get(keys.meta_key(task.id)))
         assert (meta["status"], meta["result"]["exc_type"]) == ("RETRY", "ModelFaultError")
         assert server.hget(keys.TASK_PREFIX + task.id, "attempts") == b"1"
@@ -203,11 +203,9 @@ def test_a_budget_of_one_is_one_attempt(client: Client) -> None:
 
 def test_no_retry_beyond_the_deadline(client: Client) -> None:
     """The error comes at once, not when the deadline has passed."""
-    began = time.monotonic()
-    task = client.submit("flaky", flaky(1), deadline_s=20, backoff=Backoff(base_s=60, jitter=0))
+    task = client.submit("flaky", flaky(1), deadline_s=300, backoff=Backoff(base_s=600, cap_s=600, jitter=0))
     with pytest.raises(ModelFaultError):
         task.result(TIMEOUT_S)
-    assert time.monotonic() - began < 15
 
 
 def test_a_redriven_task_begins_a_new_run(client: Client, stack: Up) -> None:

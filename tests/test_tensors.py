@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -138,3 +140,58 @@ def test_an_unknown_dtype_is_named() -> None:
     """Complex numbers have no counterpart in the protocol."""
     with pytest.raises(InvalidInputError, match="given complex128"):
         array_to_bytes("x", np.array([1j]))
+
+
+@pytest.mark.parametrize(
+    ("value", "elements"),
+    [
+        ([[b"ab\0\0"]], [b"ab\0\0"]),
+        ([b"\0", "ä\0"], [b"\0", "ä\0".encode()]),
+        ([["a", b"b"], ["c", ""]], [b"a", b"b", b"c", b""]),
+        ((np.str_("a"), np.bytes_(b"b\0")), [b"a", b"b\0"]),
+        ([np.array([b"a\0", "b"], np.object_)], [b"a\0", b"b"]),
+    ],
+)
+def test_strings_in_lists_are_encoded_as_they_are(value: Any, elements: list[bytes]) -> None:
+    """numpy would cut zeros off their ends."""
+    datatype, shape, data = array_to_bytes("x", value)
+    assert (datatype, list(split_elements("x", data))) == ("BYTES", elements)
+    assert shape == list(np.asarray(value, np.object_).shape)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["a", 1],
+        [1, "a"],
+        [b"a", None],
+        ["a", 1.5],
+        [True, 2],
+        [2.5, False],
+        [2**53 + 1, 0.5],
+        [-1, 2**63],
+        [[1], ["a"]],
+    ],
+)
+def test_lists_of_several_kinds_are_refused_by_name(value: Any) -> None:
+    """numpy would change a value to make them one."""
+    with pytest.raises(InvalidInputError, match=r"tensor 'x': expected .*(elements|integers)"):
+        array_to_bytes("x", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "datatype"),
+    [
+        ([1, 2], "INT64"),
+        ([1, 2.5], "FP64"),
+        ([float("nan"), 1], "FP64"),
+        ([True, False], "BOOL"),
+        ([2**63], "UINT64"),
+        ([np.float32(0.1), np.float32(2)], "FP32"),
+        ([np.ones(2, np.float32), np.zeros(2, np.float32)], "FP32"),
+        ([[]], "FP64"),
+        (3, "INT64"),
+    ],
+)
+def test_lists_that_numpy_takes_as_they_are(value: Any, datatype: str) -> None:
+    assert array_to_bytes("x", value)[0] == datatype

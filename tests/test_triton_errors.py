@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from math import inf
 from pathlib import Path
@@ -20,6 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from samphire import (
     Backoff,
+    Client,
     EndpointTimeoutError,
     EndpointUnavailableError,
     InvalidInputError,
@@ -30,8 +30,8 @@ from samphire import (
     UnknownModelError,
 )
 from samphire_broker.retry import Retry, RetryPolicy, decide
-from samphire_workers.triton import EndpointDiedError, StubDiedError, translate
-from tests.stacks import Up, running_stack
+from samphire_workers.triton_errors import EndpointDiedError, StubDiedError, translate
+from tests.stacks import Up, eventually, only, running_stack
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
 POLICY = RetryPolicy(3, Backoff())
@@ -39,9 +39,10 @@ Stub = service_pb2_grpc.GRPCInferenceServiceStub
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterator[Up]:
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """A stack that may be broken; in the order of the tests, the server dies last."""
-    with running_stack(tmp_path_factory.mktemp("errors"), "--model-repository", str(repository)) as stack:
+    folder = tmp_path_factory.mktemp("errors")
+    with running_stack(folder, *only(folder, "identity", "slow", "queued", "picky", "deadly", "misbehaving")) as stack:
         yield stack
 
 
@@ -108,12 +109,25 @@ def test_requests_that_fail(stub: Stub, what: str, message: service_pb2.ModelInf
     assert_documented(what, *provoke(lambda: stub.ModelInfer(message, timeout=20)), kind)
 
 
+def wait_until_busy(stub: Stub, model: str) -> None:
+    """Return when the model, which does one thing at a time, has begun something that takes it a while."""
+
+    def is_busy() -> bool:
+        try:
+            stub.ModelInfer(slow(0, model), timeout=1)
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        return False
+
+    eventually(is_busy, 10, "a busy model")
+
+
 def test_deadline_and_cancellation(stub: Stub) -> None:
     """The client's own, which also end the work at the server."""
     code, details = provoke(lambda: stub.ModelInfer(slow(20), timeout=0.3))
     assert_documented("deadline", code, details, EndpointTimeoutError)
     call = stub.ModelInfer.future(slow(20), timeout=60)
-    time.sleep(0.3)
+    wait_until_busy(stub, "slow")
     call.cancel()
     assert call.code() is grpc.StatusCode.CANCELLED
     assert_documented("cancelled by somebody else", grpc.StatusCode.CANCELLED, call.details(), EndpointUnavailableError)
@@ -126,8 +140,8 @@ def test_queues(stub: Stub) -> None:
     endings = [call.exception() for call in calls]
     full = next(ending for ending in endings if ending is not None)
     assert_documented("queue full", full.code(), full.details(), QueueFullError)
-    blocker = stub.ModelInfer.future(slow(1.5, "queued"), timeout=20)
-    time.sleep(0.3)
+    blocker = stub.ModelInfer.future(slow(3, "queued"), timeout=60)
+    wait_until_busy(stub, "queued")
     code, details = provoke(lambda: stub.ModelInfer(slow(0, "queued", timeout=200_000), timeout=20))
     assert_documented("Triton's timeout passed in its queue", code, details, EndpointTimeoutError)
     blocker.result()
@@ -135,8 +149,8 @@ def test_queues(stub: Stub) -> None:
 
 def test_models_that_come_and_go(stub: Stub) -> None:
     """What is under way is finished; what comes too early or too late is told that there is no such model."""
-    under_way = stub.ModelInfer.future(slow(1), timeout=20)
-    time.sleep(0.3)
+    under_way = stub.ModelInfer.future(slow(3), timeout=60)
+    wait_until_busy(stub, "slow")
     stub.RepositoryModelUnload(service_pb2.RepositoryModelUnloadRequest(model_name="slow"), timeout=30)
     assert_documented("unloaded", *provoke(lambda: stub.ModelInfer(slow(0), timeout=20)), UnknownModelError)
     assert under_way.result()
@@ -147,12 +161,14 @@ def test_models_that_come_and_go(stub: Stub) -> None:
         "max_batch_size": 8,
         "input": [{"name": "seconds", "data_type": "TYPE_FP32", "dims": [1]}],
         "output": [{"name": "slept", "data_type": "TYPE_FP32", "dims": [1]}],
-        "parameters": {"load_s": {"string_value": "2"}},
+        "parameters": {"load_s": {"string_value": "5"}},
     }
     load.parameters["config"].string_param = json.dumps(config)
     loading = threading.Thread(target=lambda: stub.RepositoryModelLoad(load, timeout=30))
     loading.start()
-    time.sleep(0.7)
+    index = service_pb2.RepositoryIndexRequest()
+    states = [("slow", "LOADING")]
+    eventually(lambda: states[0] in [(m.name, m.state) for m in stub.RepositoryIndex(index).models], 10, "the load")
     assert_documented("loading", *provoke(lambda: stub.ModelInfer(slow(0), timeout=20)), UnknownModelError)
     loading.join()
     assert stub.ModelInfer(slow(0), timeout=20)
@@ -170,22 +186,56 @@ def test_messages_over_a_limit(up: Up) -> None:
         assert_documented(what, code, details, PayloadTooLargeError)
 
 
+def says(how: str, model: str = "misbehaving") -> service_pb2.ModelInferRequest:
+    message = service_pb2.ModelInferRequest(model_name=model)
+    message.inputs.add(name="how", datatype="BYTES", shape=[1, 1])
+    message.raw_input_contents.append(len(how).to_bytes(4, "little") + how.encode())
+    return message
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "raise:Connection reset by peer",
+        "internal:Connection reset by peer",
+        "internal:Stub process is not healthy",
+        "not_found:my own model is not found",
+        "large:100000",
+    ],
+)
+def test_a_models_own_words_are_the_models_fault(stub: Stub, how: str) -> None:
+    """Whatever they resemble."""
+    code, details = provoke(lambda: stub.ModelInfer(says(how), timeout=20))
+    assert type(translate(code, details)) is ModelFaultError, (code, details[:200])
+
+
+def test_a_status_of_the_models_own_choice(client: Client, stack: Up) -> None:
+    """The server and the model are ready: it is the model that says so, which costs an attempt each time."""
+    for how in ("unavailable:my database is away", "cancelled:I give up", "not_found:x", "large:100000"):
+        inputs = {"how": np.array([[how.encode()]], np.object_)}
+        with pytest.raises(ModelFaultError) as caught:
+            client.submit("misbehaving", inputs, max_attempts=2, backoff=Backoff(0.01)).result(30)
+        assert (
+            "x" * 1000 in str(caught.value) if how.startswith("large") else how.partition(":")[2] in str(caught.value)
+        )
+    log = stack.worker_log()
+    assert "misbehaving is away" not in log and "misbehaving was reloaded" not in log
+
+
 def test_the_server_hangs_and_dies(up: Up, stub: Stub) -> None:
     """With a request under way, and with none."""
     under_way = stub.ModelInfer.future(slow(20), timeout=60)
-    time.sleep(0.3)
+    wait_until_busy(stub, "slow")
     server = psutil.Process(up.ready["pids"]["triton"])
     server.suspend()
     assert_documented("server hangs", *provoke(lambda: stub.ModelInfer(slow(0), timeout=1)), EndpointTimeoutError)
     os.kill(server.pid, signal.SIGKILL)
     ending = under_way.exception()
     assert_documented("server killed", ending.code(), ending.details(), EndpointDiedError)
-    code, details = provoke(lambda: stub.ModelInfer(slow(0), timeout=5))
-    assert_documented("server away", code, details, EndpointUnavailableError)
 
+    def refusal() -> tuple[grpc.StatusCode, str] | None:
+        """What a call gets once it is no longer sent on the broken connection."""
+        code, details = provoke(lambda: stub.ModelInfer(slow(0), timeout=5))
+        return None if type(translate(code, details)) is EndpointDiedError else (code, details)
 
-@pytest.mark.parametrize("details", ["Received RST_STREAM with error code 2", "Stream removed", "Connection reset"])
-def test_a_broken_connection_is_no_models_fault(details: str) -> None:
-    """Whatever status gRPC gives it."""
-    for code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
-        assert type(translate(code, details)) is EndpointDiedError
+    assert_documented("server away", *eventually(refusal, 10, "a refusal"), EndpointUnavailableError)

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 
 class Digits(NamedTuple):
@@ -21,6 +19,9 @@ class Digits(NamedTuple):
 
 def load_split() -> Digits:
     """The split that training and the demo share: a quarter is held out, never trained on."""
+    from sklearn.datasets import load_digits  # it takes two seconds to load
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     images = (bunch.images / 16.0).astype(np.float32)
     labels = bunch.target.astype(np.int64)

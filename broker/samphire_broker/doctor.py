@@ -165,7 +165,10 @@ def check_broker(client: redis.Redis) -> Iterator[Finding]:
     skew_s = abs(seconds + microseconds / 1e6 - time.time())
     if skew_s > CLOCK_SKEW_S:
         found = f"the broker's clock and this one's differ by {skew_s:.1f} s"
-        yield Finding("clock", "warning", found, "synchronise them: deadlines and scheduled tasks go by the clock")
+        remedy = (
+            "synchronise them: SDK and workers go by the broker's, the eta and expires of plain producers by theirs"
+        )
+        yield Finding("clock", "warning", found, remedy)
     else:
         yield Finding("clock", "ok", f"within {CLOCK_SKEW_S:.0f} s of the broker's")
 

@@ -12,17 +12,17 @@ TRAINING = "training"
 
 def control() -> Queue:
     """The stock consumer's own queue; nothing but Celery's control commands needs it."""
-    return _named(CONTROL_QUEUE)
+    return declared(CONTROL_QUEUE)
 
 
 def inference_queue(model: str, tenant: str = "") -> Queue:
     """The queue of one model, or of one tenant's tasks for it."""
-    return _named(keys.queue_name(model, tenant))
+    return declared(keys.queue_name(model, tenant))
 
 
 def intake() -> Queue:
     """The queue for producers that do not know models: lanes move its tasks on to the model's queue."""
-    return _named(keys.INTAKE)
+    return declared(keys.INTAKE)
 
 
 def refuse_queue(queue: str) -> str | None:
@@ -35,6 +35,7 @@ def refuse_queue(queue: str) -> str | None:
     return None
 
 
-def _named(name: str) -> Queue:
+def declared(name: str) -> Queue:
+    """A queue of this name, as kombu declares it."""
     exchange = Exchange(name, type="direct")  # type: ignore[no-untyped-call]
     return Queue(name, exchange, routing_key=name)  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from msgspec import UNSET
 from samphire.contract import Backoff, InferRequest
 from samphire.errors import (
     EndpointTimeoutError,
+    InternalError,
     InvalidInputError,
     ModelFaultError,
     SamphireError,
@@ -53,6 +54,8 @@ def policy_for(request: InferRequest | None, settings: Settings) -> RetryPolicy:
         max_attempts = request.max_attempts
     if request is not None and request.backoff is not UNSET:
         backoff = request.backoff
+    if request is not None and "sequence_id" in request.parameters and not request.parameters.get("sequence_start"):
+        max_attempts = 1  # a model that has seen it once has another state than the one that it was sent for
     return RetryPolicy(max_attempts, backoff)
 
 
@@ -75,7 +78,9 @@ def decide(
         now: the time, in s since 1970.
         chance: a number from 0 to 1, by which the wait is spread.
     """
-    may_pass = isinstance(error, ModelFaultError) or (isinstance(error, TransientError) and error.retryable)
+    may_pass = isinstance(error, ModelFaultError | InternalError) or (
+        isinstance(error, TransientError) and error.retryable
+    )
     if not may_pass or attempt >= policy.max_attempts:
         return DeadLetter(reason_of(error))
     at = (time.time() if now is None else now) + wait_s(
@@ -91,7 +96,7 @@ def wait_s(attempt: int, backoff: Backoff, retry_after_s: float | None, chance: 
     return max(spread, retry_after_s if retry_after_s is not None and retry_after_s < inf else 0.0)
 
 
-REASONS = ("invalid_input", "model_fault", "timeout", "transient", "worker_crash")
+REASONS = ("invalid_input", "model_fault", "timeout", "transient", "worker_crash", "internal")
 """What `reason_of` says."""
 
 
@@ -99,6 +104,8 @@ def reason_of(error: SamphireError) -> str:
     """The class of an error, as dead letters are filtered by it."""
     if isinstance(error, InvalidInputError):
         return "invalid_input"
+    if isinstance(error, InternalError):
+        return "internal"
     if isinstance(error, WorkerCrashError):
         return "worker_crash"
     if isinstance(error, EndpointTimeoutError):

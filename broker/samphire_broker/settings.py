@@ -107,6 +107,13 @@ class Settings(BaseSettings):
     inline_output_bytes: int = Field(default=8 * 2**10, ge=0)
     """Outputs over this size go to SDK clients as claim checks."""
 
+    micro_batch: dict[str, bool] = Field(default_factory=dict)
+    """JSON object of model name to whether its requests are joined into micro-batches; without an entry they are where
+    the model's config has `dynamic_batching`."""
+
+    separate_tenants: bool = False
+    """Whether micro-batches never hold requests of two tenants."""
+
     events_per_s: int = Field(default=600, ge=0)
     """Cap of the Celery task events that a worker sends; events of failures are always sent."""
 

@@ -3,9 +3,10 @@
 It keeps so many tasks under way, each place resting so long between two, and writes down, a line each, what it knows:
 
     S <event stream>          it has begun
-    A <task id> <number>      a submit of this number has returned
+    A <task id> <number> <s>  a submit of this number has returned, at this time of the monotonic clock
     U <error>                 a submit has raised: the task may or may not be queued
     E <task id> <verdict>     a result was read: `right`, `wrong`, or the name of the error
+    R -                       it was told to rest, and no submit is under way any more
 
 SIGUSR1: submit no more, read the results that are left. SIGUSR2: go on.
 """
@@ -17,6 +18,7 @@ import itertools
 import os
 import signal
 import sys
+import time
 
 import numpy as np
 
@@ -46,8 +48,18 @@ async def produce(broker_url: str, journal: Journal, outstanding: int, first: in
     numbers = itertools.count(first)
     working = asyncio.Event()
     working.set()
+    submitting = set[int]()
+
+    def tell_rest() -> None:
+        if not working.is_set() and not submitting:
+            journal.write("R", "-")
+
+    def rest() -> None:
+        working.clear()
+        tell_rest()
+
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGUSR1, working.clear)
+    loop.add_signal_handler(signal.SIGUSR1, rest)
     loop.add_signal_handler(signal.SIGUSR2, working.set)
     async with AsyncClient(broker_url) as client:
         journal.write("S", client._stream)  # the harness reads it as well
@@ -57,13 +69,18 @@ async def produce(broker_url: str, journal: Journal, outstanding: int, first: in
                 await asyncio.sleep(rest_s)
                 await working.wait()
                 number = next(numbers)
+                submitting.add(number)
                 try:
                     task = await client.submit(MODEL, {"x": np.array([[number]], np.int64)})
                 except SamphireError as error:
                     journal.write("U", type(error).__name__)
                     await asyncio.sleep(REFUSED_S)
                     continue
-                journal.write("A", task.id, number)
+                else:
+                    journal.write("A", task.id, number, time.monotonic())
+                finally:
+                    submitting.remove(number)
+                    tell_rest()
                 try:
                     y = (await task.result()).outputs["y"].tolist()
                 except SamphireError as error:

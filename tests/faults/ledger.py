@@ -83,18 +83,24 @@ class Ledger:
     ended_again: int = 0
     """Terminal events of tasks that were accounted for in an earlier round."""
     last_end: float = 0.0
+    resting: set[str] = field(default_factory=set)
+    """Clients that were told to rest, and have no submit under way."""
 
     def __post_init__(self) -> None:
         self._closed: set[str] = set()
         self._journals: dict[str, Tail] = {}
         self._executed = Tail(self.executions_file)
         self._tasks: list[asyncio.Task[None]] = []
+        self._markers = set[str]()
+        self._stopping = False
 
     def start(self) -> None:
         """Begin to read; needs a running loop."""
         self._tasks = [asyncio.create_task(self._look()), asyncio.create_task(self._hear())]
 
     async def stop(self) -> None:
+        """Read no more. A cancellation alone may be lost in redis-py, so the readers look at a flag as well."""
+        self._stopping = True
         for task in self._tasks:
             task.cancel()
         for ended in await asyncio.gather(*self._tasks, return_exceptions=True):
@@ -122,6 +128,18 @@ class Ledger:
             for task_id, entry in self.entries.items()
             if entry.client == client and entry.number is not None and not entry.verdict
         ]
+
+    def has_read_all(self, client: str) -> bool:
+        """Whether this client rests, and has read the results of all that it submitted."""
+        return client in self.resting and not self.unread(client)
+
+    async def hear_all(self) -> None:
+        """Return when all publications up to now are counted: they travel on another connection than events."""
+        marker = f"#{time.monotonic_ns()}"
+        async with self._connect() as client:
+            while marker not in self._markers:  # whoever is just subscribing again does not hear it
+                await client.publish(keys.META_PREFIX + marker, "")
+                await asyncio.sleep(LOOK_S)
 
     async def wait_ended(self, task_ids: Collection[str], timeout_s: float) -> float:
         """Return when the last of these tasks has ended.
@@ -163,15 +181,17 @@ class Ledger:
                     self._tasks.append(asyncio.create_task(self._follow(first)))
                 elif kind == "A":
                     entry = self._entry(first)
-                    entry.number, entry.client, entry.accepted_at = int(rest[0]), client, time.monotonic()
+                    entry.number, entry.client, entry.accepted_at = int(rest[0]), client, float(rest[1])
                 elif kind == "E":
                     self._entry(first).verdict = rest[0]
+                elif kind == "R":
+                    self.resting.add(client)
                 else:
                     self.refused[first] += 1
         self.executions.update(int(line) for line in self._executed.lines())
 
     async def _look(self) -> None:
-        while True:
+        while not self._stopping:
             self.read_files()
             await asyncio.sleep(LOOK_S)
 
@@ -181,7 +201,7 @@ class Ledger:
     async def _follow(self, stream: str) -> None:
         last: bytes | str = "0-0"
         async with self._connect() as client:
-            while True:
+            while not self._stopping:
                 try:
                     found: Any = await client.xread({stream: last}, block=BLOCK_MS)
                 except RedisError:
@@ -206,17 +226,21 @@ class Ledger:
                 entry.ends += 1
         self.last_end = now
 
+    def _heard(self, task_id: str, meta: bytes) -> None:
+        if task_id.startswith("#"):
+            self._markers.add(task_id)
+        elif TERMINAL_META.search(meta) and task_id not in self._closed:
+            self._entry(task_id).published += 1
+
     async def _hear(self) -> None:
         """Count the publications; a subscription that is cut is made again."""
-        while True:
+        while not self._stopping:
             try:
                 async with self._connect() as client, client.pubsub() as subscription:
                     await subscription.psubscribe(f"{keys.META_PREFIX}*")
-                    while True:
+                    while not self._stopping:
                         message = await subscription.get_message(ignore_subscribe_messages=True, timeout=1.0)
-                        if message is not None and TERMINAL_META.search(message["data"]):
-                            task_id = message["channel"].decode().removeprefix(keys.META_PREFIX)
-                            if task_id not in self._closed:
-                                self._entry(task_id).published += 1
+                        if message is not None:
+                            self._heard(message["channel"].decode().removeprefix(keys.META_PREFIX), message["data"])
             except RedisError:
                 await asyncio.sleep(RECONNECT_S)

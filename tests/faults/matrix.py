@@ -241,9 +241,9 @@ async def broker_returns(stand: Stand, number: signal.Signals) -> Trial:
     status = await sent(stand.broker, number)
     if number == signal.SIGKILL:
         assert status == -signal.SIGKILL, f"Valkey ended with {status}, not by SIGKILL"
-        if stand.fsync == "everysec":
-            stand.forgotten.append(began)
     await stand.broker.start()
+    if number == signal.SIGKILL and stand.fsync == "everysec":
+        stand.forgotten.append((began, time.monotonic()))
     assert await run_id(stand) != run, "Valkey was not restarted"
     resumed_s = await next_end(stand, time.monotonic())
     return await recovered(stand, held, began, await stand.attempts(), resumed_s=resumed_s)

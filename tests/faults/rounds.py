@@ -24,8 +24,6 @@ QUIET_TIMEOUT_S = 15.0
 """For what is left when the clients rest."""
 READ_TIMEOUT_S = 5.0
 LOST = "lost"
-SETTLE_S = 0.3
-"""Publications travel on another connection than events: so long after the last event the last one is heard."""
 
 
 @dataclass
@@ -104,6 +102,7 @@ async def one_trial(stand: Stand, fault: str, result: Round) -> None:
     """Let a fault happen, and note what came of it."""
     try:
         trial = await FAULTS[fault](stand)
+        await stand.goes_on()
     except NothingUnderWayError:
         result.met_nobody += 1
     except (AssertionError, TimeoutError, PartError, RedisError) as error:
@@ -141,7 +140,7 @@ async def account(stand: Stand, result: Round) -> None:
         await ledger.wait_ended(ledger.unended(), QUIET_TIMEOUT_S)
     with contextlib.suppress(TimeoutError):  # what is there then is left behind
         await until_async(lambda: _nothing_left(stand), QUIET_TIMEOUT_S, "empty queues")
-    await asyncio.sleep(SETTLE_S)
+    await ledger.hear_all()
     ledger.read_files()
     result.left_behind += await stand.left_behind()
     result.published_twice += ledger.ended_again

@@ -48,8 +48,6 @@ ANSWER_TIMEOUT_S = 45.0
 READ_ALL_S = 45.0
 EVERYSEC_BOUND_S = 2.0
 """What `appendfsync everysec` may forget: it puts off writing for up to two seconds while the disk is busy."""
-QUIET_S = 0.1
-"""A client that is told to submit no more may have a submit under way, and the ledger looks every so often."""
 
 
 class NothingUnderWayError(Exception):
@@ -145,11 +143,10 @@ class Stand:
         self.broker_port = choose_port(0, "")
         self.outstanding = outstanding
         self.rest_s = rest_s
-        self._variables = dict(settings or {})
+        self._variables = {"SAMPHIRE_MICRO_BATCH": '{"recorder": true}', **(settings or {})}
         self.broker = Part(self._broker_spec())
         self.broker_url = self.broker.spec.address
-        ports = {choose_port(0, "") for _ in range(20)} - {self.broker_port}
-        grpc, http, metrics = list(ports)[:3]
+        grpc, http, metrics = (choose_port(0, "") for _ in range(3))
         self.triton_grpc = f"127.0.0.1:{grpc}"
         self.triton = Part(alone(triton_spec(folder, grpc, http, metrics, lambda _line: None)))
         self.workers = [
@@ -161,8 +158,8 @@ class Stand:
         """Replacements that are not ready yet."""
         self.ledger = Ledger(self.broker_url, folder / "model_repository" / MODEL / "executions")
         self._redis = redis.asyncio.Redis.from_url(self.broker_url, retry=Retry(NoBackoff(), 0), socket_timeout=5)
-        self.forgotten: list[float] = []
-        """When Valkey was killed in the mode `everysec`."""
+        self.forgotten: list[tuple[float, float]] = []
+        """When Valkey was killed in the mode `everysec`, and when it was back."""
         self.spared: set[Part] = set()
         """Workers that are not to be chosen for a fault."""
         self._turn = 0
@@ -243,6 +240,7 @@ class Stand:
     async def load(self, clients: int) -> None:
         """Let so many clients submit: those that were told to rest go on, others are started."""
         for client in self.clients:
+            self.ledger.resting.discard(client.spec.name)
             running(client).send_signal(signal.SIGUSR2)
         for _ in range(clients - len(self.clients)):
             await self.start_client()
@@ -256,11 +254,10 @@ class Stand:
         for client in self.clients:
             if running(client).returncode is None:
                 running(client).send_signal(signal.SIGUSR1)
-        await asyncio.sleep(QUIET_S)
         for client in list(self.clients):
             name = client.spec.name
             try:
-                await until(lambda: not self.ledger.unread(name), READ_ALL_S, f"the results of {name}")  # noqa: B023
+                await until(lambda: self.ledger.has_read_all(name), READ_ALL_S, f"the results of {name}")  # noqa: B023
                 assert running(client).returncode is None
             except (TimeoutError, AssertionError):
                 deaf[name] = running(client).returncode is not None
@@ -284,6 +281,15 @@ class Stand:
     async def all_ready(self) -> None:
         """Wait for what is being started."""
         await asyncio.gather(*self.starting.values())
+
+    async def goes_on(self) -> None:
+        """Wait until a task that is accepted from now on has ended."""
+        since = time.monotonic()
+        await until(
+            lambda: any(entry.accepted_at > since and entry.ends for entry in self.ledger.entries.values()),
+            ANSWER_TIMEOUT_S,
+            "a new task to end",
+        )
 
     # -- what is under way --------------------------------------------------------------------------
 
@@ -373,7 +379,7 @@ class Stand:
 
     def may_be_forgotten(self, moment: float) -> bool:
         """Whether this was in the last moments before Valkey was killed in the mode `everysec`."""
-        return any(killed_at - EVERYSEC_BOUND_S <= moment <= killed_at + QUIET_S for killed_at in self.forgotten)
+        return any(killed_at - EVERYSEC_BOUND_S <= moment <= back_at for killed_at, back_at in self.forgotten)
 
     async def left_behind(self) -> int:
         """Messages that are in a queue, scheduled or in flight."""

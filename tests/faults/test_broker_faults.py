@@ -6,8 +6,6 @@ task may have been queued all the same, but not twice.
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ import redis
 
 from samphire import Client, SamphireError, TransientError, keys
 from tests.faults.ends import Ends, nothing_is_left
-from tests.stacks import Up, eventually, running_stack
+from tests.stacks import Up, eventually, only, running_stack, standing_still
 
 TIMEOUT_S = 60
 FAULT_S = 3.0
@@ -28,7 +26,8 @@ FAULT_S = 3.0
 @pytest.fixture(scope="module")
 def own_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """A stack that may be troubled; no test here ends a process."""
-    with running_stack(tmp_path_factory.mktemp("stack")) as up:
+    folder = tmp_path_factory.mktemp("stack")
+    with running_stack(folder, *only(folder, "identity")) as up:
         yield up
 
 
@@ -83,30 +82,25 @@ class Load:
 def dropped(up: Up, server: redis.Redis, mine: set[int]) -> None:
     """Every connection is closed, again and again: the clients', the workers', Flower's."""
     until, killed = time.monotonic() + FAULT_S, 0
-    while time.monotonic() < until:
+    while time.monotonic() < until or killed <= 20:
         for other in server.client_list():
             if int(other["id"]) not in mine:
                 killed += int(server.client_kill_filter(_id=other["id"], skipme=False))
         time.sleep(0.3)
-    assert killed > 20
 
 
 def paused(up: Up, server: redis.Redis, mine: set[int]) -> None:
     """Commands wait, all of them."""
-    server.client_pause(int(FAULT_S * 1000), all=True)
     began = time.monotonic()
+    server.client_pause(int(FAULT_S * 1000), all=True)
     server.ping()
-    assert time.monotonic() - began > FAULT_S / 2
+    assert time.monotonic() - began > FAULT_S * 0.9
 
 
 def stopped(up: Up, server: redis.Redis, mine: set[int]) -> None:
     """The process stands still."""
-    pid = up.ready["pids"]["broker"]
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with standing_still(up.ready["pids"]["broker"]):
         time.sleep(FAULT_S)
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def full(up: Up, server: redis.Redis, mine: set[int]) -> None:

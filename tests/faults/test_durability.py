@@ -26,7 +26,7 @@ import redis
 from samphire import AsyncClient, SamphireError, keys
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.embedded.valkey import server_binary
-from tests.stacks import eventually, running_valkey
+from tests.stacks import bound, eventually, running_valkey
 
 LONG = os.environ.get("SAMPHIRE_FAULTS") == "long"
 TRIALS = 100 if LONG else 3
@@ -58,29 +58,36 @@ class Disk:
     synced: int = 0
     syncs: list[float] = field(default_factory=list)
     """When each fdatasync returned, in s since 1970."""
+    longest_s: float = 0.0
+    """How long the slowest fdatasync took."""
+    in_write: bool = False
+    """Whether a write had begun whose end the trace does not tell."""
 
 
 def on_disk(trace: str, name: str) -> Disk:
     """Read a trace; only what was written before an fdatasync began is synced by it."""
-    disk, begun, unfinished = Disk(), dict[str, int](), dict[str, str]()
+    disk, begun, unfinished = Disk(), dict[str, tuple[int, float]](), dict[str, tuple[str, str]]()
     for line in trace.splitlines():
         if not (call := _CALL.match(line)):
             continue
         thread, at, verb, _, path, result, resumed, late = call.groups()
         if resumed:
-            verb, path, result = resumed, unfinished.pop(thread, ""), late
+            verb, path, result = *unfinished.pop(thread, (resumed, "")), late
         elif result is None:
-            unfinished[thread] = path
+            unfinished[thread] = verb, path
         if not path.endswith(name):
             continue
         if verb == "write" and result is not None:
             disk.written += int(result)
         elif verb in ("fdatasync", "fsync"):
             if not resumed:
-                begun[thread] = disk.written
+                begun[thread] = disk.written, float(at)
             if result == "0":
-                disk.synced = max(disk.synced, begun[thread])
+                written, since = begun[thread]
+                disk.synced = max(disk.synced, written)
                 disk.syncs.append(float(at))
+                disk.longest_s = max(disk.longest_s, float(at) - since)
+    disk.in_write = any(verb == "write" and path.endswith(name) for verb, path in unfinished.values())
     return disk
 
 
@@ -93,10 +100,14 @@ class Trial:
     """For each accepted task that is not there any more, how long before the kill its submit returned."""
     cut_bytes: int
     syncs: int
+    slowest_sync_s: float
 
 
-async def submit_until_killed(url: str, kill_at: float, pid: int) -> tuple[list[tuple[str, float]], float]:
-    """Submits from many at once; ids with the time when each returned, and the time of the kill."""
+async def submit_until_killed(url: str, least: int, pid: int) -> tuple[list[tuple[str, float]], float]:
+    """Submits from many at once; ids with the time when each returned, and the time of the kill.
+
+    That is at least two seconds, and so many submits, after the start.
+    """
     accepted: list[tuple[str, float]] = []
     killed = asyncio.Event()
 
@@ -107,7 +118,9 @@ async def submit_until_killed(url: str, kill_at: float, pid: int) -> tuple[list[
 
     clients = [AsyncClient(url, validate=False) for _ in range(3)]
     load = [asyncio.create_task(submit(client)) for client in clients for _ in range(16)]
-    await asyncio.sleep(max(0.0, kill_at - time.time()))
+    await asyncio.sleep(2.0 + random.uniform(0, 1.2))
+    while len(accepted) < least:
+        await asyncio.sleep(0.01)
     at = time.time()
     os.kill(pid, signal.SIGKILL)
     killed.set()
@@ -126,13 +139,12 @@ def power_failure(folder: Path, fsync: str) -> Trial:
     command += ["-o", str(trace), server_binary(), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
     command += ["--appendonly", "yes", "--appendfsync", fsync, "--save", "", "--auto-aof-rewrite-percentage", "0"]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(bound(command), stdout=log, stderr=log, start_new_session=True)
     try:
         with redis.Redis(port=port, socket_timeout=10) as client:
             eventually(lambda: answers(client), 20, "the broker's answer")
             pid = int(client.info("server")["process_id"])
-        kill_at = time.time() + 2.0 + random.uniform(0, 1.2)
-        accepted, killed_at = asyncio.run(submit_until_killed(f"redis://127.0.0.1:{port}/0", kill_at, pid))
+        accepted, killed_at = asyncio.run(submit_until_killed(f"redis://127.0.0.1:{port}/0", 1000, pid))
         process.wait(20)
     finally:
         if process.poll() is None:
@@ -141,7 +153,7 @@ def power_failure(folder: Path, fsync: str) -> Trial:
     (file,) = (folder / "appendonlydir").glob("*.incr.aof")
     disk = on_disk(trace.read_text(), file.name)
     size = file.stat().st_size
-    assert size == disk.written, "the trace does not tell of every write"
+    assert size == disk.written or (disk.in_write and size > disk.written), "the trace does not tell of every write"
     assert disk.syncs, "nothing was ever synced"
     os.truncate(file, disk.synced)
     with running_valkey(folder) as after:
@@ -150,7 +162,7 @@ def power_failure(folder: Path, fsync: str) -> Trial:
     assert len(there) == len(set(there)), "a task is there twice"
     kept = set(there)
     lost = [killed_at - at for task_id, at in accepted if task_id not in kept]
-    return Trial(len(accepted), lost, size - disk.synced, len(disk.syncs))
+    return Trial(len(accepted), lost, size - disk.synced, len(disk.syncs), disk.longest_s)
 
 
 def answers(client: redis.Redis) -> bool:
@@ -166,19 +178,19 @@ def test_always_loses_nothing_that_was_accepted(tmp_path: Path) -> None:
     """However many submits one fsync carries, none returns before it."""
     trials = [power_failure(tmp_path / str(number), "always") for number in range(TRIALS)]
     for trial in trials:
-        assert trial.accepted > 100 and trial.syncs > 10
+        assert trial.accepted and trial.syncs > 1
         assert trial.lost == []
 
 
 @pytest.mark.timeout(0 if LONG else 300)
 def test_everysec_loses_no_more_than_it_says(tmp_path: Path) -> None:
     """Only what was accepted within the bound before the failure; and something is cut off, or nothing was shown."""
-    trials = [power_failure(tmp_path / str(number), "everysec") for number in range(TRIALS)]
+    trials: list[Trial] = []
+    while len(trials) < TRIALS or not any(trial.lost for trial in trials):  # one that is killed right after an fsync
+        trials.append(power_failure(tmp_path / str(len(trials)), "everysec"))
     for trial in trials:
-        assert trial.accepted > 1000
-        assert max(trial.lost, default=0.0) <= BOUND_S
+        assert max(trial.lost, default=0.0) <= BOUND_S + trial.slowest_sync_s, "the disk is given the time it takes"
     assert sum(trial.cut_bytes for trial in trials) > 0
-    assert any(trial.lost for trial in trials), "the fault did not happen: every trial was killed right after an fsync"
 
 
 def test_what_a_trace_says() -> None:
@@ -191,5 +203,8 @@ def test_what_a_trace_says() -> None:
 8 1.4 <... fdatasync resumed>) = 0
 7 1.5 write(9</d/a.aof>, ""..., 7) = 7
 8 1.6 fdatasync(9</d/a.aof>) = -1 EIO (Input/output error)
+7 1.7 write(9</d/a.aof>, ""..., 11 <unfinished ...>
 """
-    assert on_disk(trace, "a.aof") == Disk(written=157, synced=100, syncs=[1.4])
+    assert on_disk(trace, "a.aof") == Disk(
+        written=157, synced=100, syncs=[1.4], longest_s=pytest.approx(0.2), in_write=True
+    )

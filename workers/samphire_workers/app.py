@@ -28,6 +28,8 @@ app.conf.update(
     broker_url=_settings.broker_url,
     result_backend=_settings.broker_url,
     result_expires=_settings.result_ttl_s,
+    # A part may wait as long as anything does: in a queue, for its time, as a dead letter that is redriven.
+    result_chord_expires=max(_settings.result_ttl_s, _settings.dead_letter_ttl_s),
     task_serializer="json",
     result_serializer="json",
     accept_content=["json"],

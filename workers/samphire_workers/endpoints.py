@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from samphire.errors import EndpointUnavailableError
@@ -39,6 +40,13 @@ class Endpoints:
         """The open breakers of models."""
         self._turn = 0
         self.some_ready = asyncio.Event()
+        self.on_ready: Callable[[Endpoint], None] = lambda endpoint: None
+        """Called before an endpoint that has become ready is asked for anything."""
+
+    @property
+    def all(self) -> list[Endpoint]:
+        """All endpoints, whether they answer or not, in the order in which they were given."""
+        return self._all
 
     async def watch(self) -> None:
         """Keep track of which endpoints are ready, for ever; one that hangs holds up no other."""
@@ -52,6 +60,7 @@ class Endpoints:
                 self.mark_away(endpoint)
             elif endpoint not in self._ready:
                 logger.info("endpoint %s is ready", endpoint.url, extra={"action": "endpoint_ready"})
+                self.on_ready(endpoint)
                 self._ready.append(endpoint)
                 self.some_ready.set()
             await asyncio.sleep(PROBE_INTERVAL_S)
@@ -77,6 +86,10 @@ class Endpoints:
         if (endpoint, model) not in self._open:
             logger.warning("model %s is away on %s", model, endpoint.url, extra={"action": "breaker_open"})
         self._open[endpoint, model] = Breaker(time.monotonic() + pause_s, unknown)
+
+    def hold(self, endpoint: Endpoint, model: str) -> None:
+        """Send nothing of a model to an endpoint until a probe has seen what it takes there."""
+        self._open.setdefault((endpoint, model), Breaker(0.0, unknown=False))
 
     def restore(self, endpoint: Endpoint, model: str) -> None:
         """A model was seen ready on an endpoint."""
@@ -128,6 +141,19 @@ class Endpoints:
             return endpoint
         urls = ", ".join(endpoint.url for endpoint in self._all)
         raise EndpointUnavailableError(f"no endpoint of {urls} is ready" + (f" for model {model!r}" if model else ""))
+
+    def pick_for(self, model: str, sequence_id: str, pinned: Endpoint | None) -> Endpoint:
+        """The endpoint of a sequence: the one that it began on, or the same for all workers that ask.
+
+        Source: rendezvous hashing (Thaler and Ravishankar, 1996).
+
+        Raises:
+            EndpointUnavailableError: it, or every one, cannot be asked for the model.
+        """
+        usable = [one for one in self._ready if (one, model) not in self._open and pinned in (None, one)]
+        if not usable:
+            raise EndpointUnavailableError(f"the endpoint of sequence {sequence_id!r} of model {model!r} is away")
+        return max(usable, key=lambda one: hashlib.sha256(f"{one.url} {model} {sequence_id}".encode()).digest())
 
     async def close(self) -> None:
         """Close all channels."""

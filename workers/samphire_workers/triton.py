@@ -17,23 +17,22 @@ import grpc.aio
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from samphire.errors import (
-    EndpointTimeoutError,
     EndpointUnavailableError,
     InvalidInputError,
     ModelFaultError,
-    PayloadTooLargeError,
-    QueueFullError,
     SamphireError,
     TransientError,
     UnknownModelError,
 )
 from samphire.validation import ModelSignature, TensorSpec
+from samphire_workers.triton_errors import UnclearUnavailableError, translate
 
 CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
 RELOAD_S = 60.0
 PUSHBACK_MAX_S = 3600.0
 """Longest time that a server or proxy is left alone because it asks for it."""
+ERROR_TEXT_MAX_BYTES = 8 * 2**20
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -41,58 +40,10 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # The text of an error travels as metadata; gRPC's limit of 16 KB would hide what a model says.
+    ("grpc.max_metadata_size", ERROR_TEXT_MAX_BYTES),
+    ("grpc.absolute_max_metadata_size", ERROR_TEXT_MAX_BYTES),
 ]
-
-_ERRORS: Mapping[grpc.StatusCode, type[SamphireError]] = {
-    grpc.StatusCode.OK: ModelFaultError,
-    grpc.StatusCode.CANCELLED: EndpointUnavailableError,
-    grpc.StatusCode.UNKNOWN: ModelFaultError,
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: EndpointTimeoutError,
-    grpc.StatusCode.NOT_FOUND: UnknownModelError,
-    grpc.StatusCode.ALREADY_EXISTS: ModelFaultError,
-    grpc.StatusCode.PERMISSION_DENIED: EndpointUnavailableError,
-    grpc.StatusCode.UNAUTHENTICATED: EndpointUnavailableError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: PayloadTooLargeError,
-    grpc.StatusCode.FAILED_PRECONDITION: ModelFaultError,
-    grpc.StatusCode.ABORTED: EndpointUnavailableError,
-    grpc.StatusCode.UNIMPLEMENTED: InvalidInputError,
-    grpc.StatusCode.OUT_OF_RANGE: InvalidInputError,
-    grpc.StatusCode.INTERNAL: ModelFaultError,
-    grpc.StatusCode.UNAVAILABLE: EndpointUnavailableError,
-    grpc.StatusCode.DATA_LOSS: ModelFaultError,
-}
-
-
-_BROKEN_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
-_BROKEN_WORDS = ("RST_STREAM", "Stream removed", "Connection reset", "Socket closed")
-"""What gRPC says in those of a connection that broke under a request; Triton has no such words."""
-
-
-class EndpointDiedError(EndpointUnavailableError):
-    """The connection broke under the request: the endpoint has died, perhaps of it."""
-
-
-class StubDiedError(EndpointUnavailableError):
-    """The process of a Python model has died; the model says that it is ready, and never answers again."""
-
-
-def translate(code: grpc.StatusCode, details: str, retry_after_s: float | None = None) -> SamphireError:
-    """Return the Samphire error for a gRPC status and Triton's message.
-
-    Triton's status alone does not tell: UNAVAILABLE is also its queue's timeout and a queue that is full, and
-    INTERNAL is also a Python stub that died. docs/errors.md lists what the real server says.
-    """
-    kind = _ERRORS[code]
-    if code is grpc.StatusCode.UNAVAILABLE and "timeout expired" in details:
-        kind = EndpointTimeoutError
-    elif code is grpc.StatusCode.UNAVAILABLE and "maximum queue size" in details:
-        kind = QueueFullError
-    elif code is grpc.StatusCode.INTERNAL and "is not healthy" in details:
-        kind = StubDiedError
-    elif code in _BROKEN_CODES and any(words in details for words in _BROKEN_WORDS):
-        kind = EndpointDiedError
-    return kind(details or code.name, retry_after_s=retry_after_s)
 
 
 def _pushback_s(error: grpc.aio.AioRpcError) -> float | None:
@@ -209,6 +160,15 @@ class Endpoint:
             return False
         return bool(answer.ready)
 
+    async def is_model_ready(self, model: str, version: str) -> bool:
+        """Whether the server answers, and says that this version of a model is ready."""
+        request = service_pb2.ModelReadyRequest(name=model, version=version)
+        try:
+            answer = await self._call("ModelReady", request, CONTROL_TIMEOUT_S)
+        except SamphireError:
+            return False
+        return bool(answer.ready)
+
     async def signature(self, model: str) -> ModelSignature:
         """What a model takes and returns.
 
@@ -236,6 +196,8 @@ class Endpoint:
             outputs={tensor.name: _spec(tensor) for tensor in config.output},
             max_batch_size=config.max_batch_size,
             decoupled=config.model_transaction_policy.decoupled,
+            dynamic_batching=config.HasField("dynamic_batching"),
+            sequence_batching=config.HasField("sequence_batching"),
         )
 
     async def models(self, *, ready: bool = False) -> set[str]:
@@ -288,6 +250,10 @@ class Endpoint:
         self._running.add(running)
         try:
             answer = await self._call("ModelInfer", request, timeout_s, running)
+        except UnclearUnavailableError as error:
+            if await self.is_model_ready(model, version):
+                raise ModelFaultError(f"model {model!r} answered: {error}") from error
+            raise
         finally:
             self._running.discard(running)
         if len(answer.raw_output_contents) != len(answer.outputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -92,6 +93,8 @@ def show(client: Client, *, letter_id: str, save: Path | None, as_json: bool) ->
     fields = _fields(letter)
     for attempt in fields.pop("history"):
         click.echo(f"attempt   {attempt['at']}  {attempt['worker']}  {attempt['error']}")
+        if attempt["traceback"]:
+            click.echo(textwrap.indent(attempt["traceback"].rstrip(), " " * 10))
     for name, value in fields.items():
         click.echo(f"{name:<9} {value}")
 

@@ -9,11 +9,12 @@ from importlib import resources
 from typing import Any
 
 from samphire import keys
+from samphire.clock import BrokerClock
 from samphire.direct import Argument, DirectConnection, Script
 from samphire_broker.settings import Settings
 
 VERBS = (
-    *("alone", "beat", "cancel", "claim", "delete", "due", "end_others", "leave", "letters", "reap", "release"),
+    *("alone", "beat", "cancel", "claim", "delete", "due", "end_others", "lead", "leave", "letters", "reap", "release"),
     *("rights", "route", "schedule", "settle", "start", "trim"),
 )
 
@@ -47,6 +48,7 @@ class Calls:
         self._blobs = DirectConnection(settings.broker_url)
         self._rest = DirectConnection(settings.broker_url)
         self._settings = settings
+        self.clock = BrokerClock(self._rest)
         self.worker_id = worker_id
         self._lease = keys.WORKER_PREFIX + worker_id
         self._inflight = f"{self._lease}:inflight"

@@ -14,6 +14,7 @@ from samphire.errors import ProtocolError
 from samphire_broker.settings import Settings
 from samphire_broker.store.calls import Calls
 from samphire_broker.store.records import (
+    BATCH_MAX,
     STREAM_MAX_LENGTH,
     STREAM_TTL_S,
     Claimed,
@@ -123,6 +124,15 @@ class Claims(Calls):
         args: list[Argument] = [self.worker_id, model, int(for_s * 1000), keys.WORKER_PREFIX]
         return int(await self._run("alone", [keys.ALONE, keys.WORKERS], args))
 
+    async def lead(self, model: str, *, give_back: bool = False) -> int:
+        """Be the only worker that claims a model's tasks, or stop being so.
+
+        Returns:
+            0: another leads, or none any more; 1: this worker leads; 2: it does, and others hold some of the tasks yet.
+        """
+        args: list[Argument] = [self.worker_id, model, int(give_back), keys.WORKER_PREFIX]
+        return int(await self._run("lead", [keys.LEADERS, keys.WORKERS], args))
+
     async def is_another_alone(self, model: str) -> bool:
         """Whether another worker is alone with a model, or with all."""
         raw = await self._starts.execute("GET", keys.ALONE)
@@ -174,6 +184,14 @@ class Claims(Calls):
         args.append(int(endpoint_died))
         key_names = [self._inflight, self._started, keys.TRIED]
         return int(await self._run("release", key_names, [*args, *fields]))
+
+    async def give_back(self) -> None:
+        """Hand back whatever lies in the in-flight hash, as if it had not been claimed."""
+        fields = [key_text(field) for field in await self._rest.execute("HKEYS", self._inflight)]
+        fields.sort(key=keys.claim_number)
+        while fields:  # the last claimed go back first, so the order is kept
+            last, fields = fields[-BATCH_MAX:], fields[:-BATCH_MAX]
+            await self.release(last)
 
     async def route(self, moves: Sequence[tuple[str, str, str]]) -> int:
         """Move claims (field, queue, list) on to other queues; returns how many were still ours."""

@@ -36,6 +36,20 @@ class Requests(Calls):
         """Return scheduled tasks whose time has come to their queues, at most `DUE_MAX`; how many."""
         return int(await self._run("due", [keys.SCHEDULED, keys.SCHEDULED_MESSAGES], [keys.WAKE_CHANNEL, DUE_MAX]))
 
+    async def scheduled(self, most: int) -> list[tuple[str, float, str, bytes]]:
+        """The earliest of the scheduled tasks: id, time in s since 1970, list that it returns to, message."""
+        found = await self._rest.execute("ZRANGE", keys.SCHEDULED, 0, most - 1, "WITHSCORES")
+        if not found:
+            return []
+        ids = [key_text(task_id) for task_id in found[::2]]
+        values = await self._rest.execute("HMGET", keys.SCHEDULED_MESSAGES, *ids)
+        tasks = []
+        for task_id, due, value in zip(ids, found[1::2], values, strict=True):
+            if value is not None:
+                list_key, _, message = value.partition(b" ")
+                tasks.append((task_id, float(due), key_text(list_key), message))
+        return tasks
+
     async def cancel(self, meta: str, task_ids: Sequence[str] = (), again: Sequence[str] = ()) -> dict[str, str]:
         """End tasks: those that clients ask for, at most `CANCELS_MAX`, and `task_ids`.
 

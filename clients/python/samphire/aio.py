@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, overload
 
 from samphire import keys
 from samphire.catalogue import Catalogue
+from samphire.clock import BrokerClock
 from samphire.connection import DEFAULT_BROKER_URL, redact
 from samphire.contract import Backoff, check_tenant
 from samphire.dead_letters import AsyncDeadLetters
@@ -95,10 +96,11 @@ class AsyncTask:
 
         Raises:
             ResultTimeoutError: it did not come within `timeout_s`; the task goes on.
+            ResultExpiredError: the task has ended, and its result's lifetime is over.
             SamphireError: what the task ended with.
         """
         look = self._look
-        if look == "once":
+        if isinstance(look, int):
             self._look = "now"  # its end may have been told to the first who asked
         result = await self._client._result(self.id, timeout_s, look)
         if delete:
@@ -198,6 +200,7 @@ class AsyncClient:
         self._publisher = Publisher(self.broker_url, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
         self._waiter = Waiter(self.broker_url, self._stream)
         self._catalogue = Catalogue(self._publisher.connection)
+        self._clock = BrokerClock(self._publisher.connection)
         self._validate = validate
         self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -247,7 +250,7 @@ class AsyncClient:
             priority: high is served before normal, normal before low, none starves.
             outputs: names of the outputs to return; all by default.
             parameters: OIP parameters for the model; `micro_batch: False` keeps the request alone.
-            eta: not before this time, a datetime with a time zone.
+            eta: not before this time by the broker's clock, a datetime with a time zone.
             delay_s: not before so many seconds from now.
             deadline_s: of use for so many seconds from now: what has not started by then ends as expired, what
                 is running is given up.
@@ -263,14 +266,15 @@ class AsyncClient:
             QueueFullError, BrokerMemoryFullError: refused; nothing was queued.
             BrokerUnavailableError: no answer; the task may or may not be queued.
         """
-        headers = when(eta, delay_s, deadline_s).headers()
+        headers = await self._when(eta, delay_s, deadline_s)
         encode = await self._encoder(model, version, priority, outputs, parameters, headers, max_attempts, backoff)
         task_id, message, blobs = await self._encode(encode, model, inputs)
         queue, step, key = keys.queue_name(model, self.tenant), priority_step(priority), None
         if idempotency_key is not None:
             key = idempotency(idempotency_key, encode.request, task_id, self._idempotency_ttl_s)
+        epoch = self._waiter.epoch  # before the task can end
         known = await self._publisher.publish(queue, step, [message], blobs, key)
-        return AsyncTask(self, known, "often") if known else AsyncTask(self, task_id, "once")
+        return AsyncTask(self, known, "often") if known else AsyncTask(self, task_id, epoch)
 
     async def chain(
         self,
@@ -293,7 +297,7 @@ class AsyncClient:
         """
         self._check_usable()
         listed = stages_of(stages)
-        headers = {**when(eta, delay_s, deadline_s).headers(), "samphire_stream": self._stream}
+        headers = {**await self._when(eta, delay_s, deadline_s), "samphire_stream": self._stream}
         options = StepOptions(self.tenant, priority_step(priority), headers, self._limits)
         models = {step.model for stage in listed for step in stage}
         signatures = {model: await self._signature(model) for model in models}
@@ -448,7 +452,7 @@ class AsyncClient:
                     encoded: list[Encoded] = []
                     nbytes = 0
                     most = min(MAP_CHUNK, sizes.window - len(waiting))
-                    encode.headers(when(None, None, deadline_s).headers())
+                    encode.headers(await self._when(None, None, deadline_s))
                     while len(encoded) < most and nbytes < min(MAP_CHUNK_BYTES, window_bytes) and not exhausted:
                         inputs: Any = next(source, _END)
                         if inputs is _END:
@@ -487,6 +491,12 @@ class AsyncClient:
                 yield ready
         finally:
             self._waiter.forget(task_id for task_id, _ in waiting)
+
+    async def _when(self, eta: datetime | None, delay_s: float | None, deadline_s: float | None) -> dict[str, Any]:
+        """The headers that say when a task may start, and until when it is of use, by the broker's clock."""
+        if eta is None and delay_s is None and deadline_s is None:
+            return {}
+        return when(eta, delay_s, deadline_s, await self._clock.fresh_now()).headers()
 
     async def _encoder(
         self,

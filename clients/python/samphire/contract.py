@@ -22,6 +22,15 @@ CONTRACT_VERSION = 1
 INFER_TASK = "samphire.infer"
 CHORD_PART_TASK = "samphire.chord_part"
 """What a worker sends itself when a task of a chord has ended; no producer needs it."""
+UNKNOWN_CHORD: dict[str, Any] = {
+    "task": "samphire.unknown_chord",
+    "args": [],
+    "kwargs": {},
+    "options": {},
+    "subtask_type": None,
+    "immutable": False,
+}
+"""The chord of a part whose message is not understood: whoever counts the parts knows it from another."""
 ATTEMPTS_MAX = 100
 BACKOFF_MAX_S = 7 * 86_400.0
 CANVAS_TASK = "samphire.canvas"

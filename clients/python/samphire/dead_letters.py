@@ -32,6 +32,8 @@ class Attempt:
     worker: str
     """Host name of the worker."""
     error: str
+    traceback: str = ""
+    """Where it happened, of an `InternalError`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class DeadLetter:
     model: str
     queue: str
     reason: str
-    """Class of the error: invalid_input, model_fault, timeout, transient, worker_crash."""
+    """Class of the error: invalid_input, model_fault, timeout, transient, worker_crash, internal."""
     error: str
     attempts: int
     """How often the task was started, the last time included."""

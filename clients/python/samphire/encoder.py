@@ -93,13 +93,18 @@ class When:
         return headers
 
 
-def when(eta: datetime | None, delay_s: float | None, deadline_s: float | None) -> When:
+def when(eta: datetime | None, delay_s: float | None, deadline_s: float | None, now_s: float) -> When:
     """Check and combine the options of a submit.
+
+    Args:
+        eta: not before this time.
+        delay_s, deadline_s: from now.
+        now_s: the time by the broker's clock, in s since 1970.
 
     Raises:
         InvalidInputError: a time without a time zone, a negative or endless number, or a deadline before the start.
     """
-    now = datetime.now(UTC)
+    now = datetime.fromtimestamp(now_s, UTC)
     if eta is not None and delay_s is not None:
         raise InvalidInputError("expected eta or delay_s, given both")
     if eta is not None and (not isinstance(eta, datetime) or eta.tzinfo is None):

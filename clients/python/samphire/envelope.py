@@ -18,11 +18,10 @@ from functools import partial
 from typing import Any, Protocol
 
 import msgspec
-from msgspec import UNSET, Raw
+from msgspec import UNSET
 
 from samphire.contract import (
     Body,
-    Canvas,
     CanvasStart,
     CanvasStartBody,
     ChordPart,
@@ -35,7 +34,6 @@ from samphire.errors import InvalidInputError, PayloadTooLargeError
 _encode = msgspec.json.Encoder().encode
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
 _decode_body = msgspec.json.Decoder(Body).decode
-_decode_canvas = msgspec.json.Decoder(tuple[Raw, Raw, Canvas]).decode
 _decode_canvas_start = msgspec.json.Decoder(CanvasStartBody).decode
 _decode_chord_part = msgspec.json.Decoder(ChordPartBody).decode
 _NO_CANVAS: dict[str, Any] = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
@@ -155,14 +153,6 @@ def decode_body(envelope: Envelope, max_bytes: int) -> Body:
     return body
 
 
-def decode_canvas(envelope: Envelope, max_bytes: int) -> Canvas | None:
-    """The canvas of a message whose arguments may be wrong; None where that cannot be read either."""
-    try:
-        return _decode_canvas(_open_body(envelope, max_bytes))[2]
-    except (InvalidInputError, msgspec.DecodeError, RecursionError):
-        return None
-
-
 def decode_chord_part(envelope: Envelope, max_bytes: int) -> ChordPart:
     """Read the body of a `samphire.chord_part` message; raises as `decode_body` does."""
     data = _open_body(envelope, max_bytes)
@@ -190,11 +180,17 @@ def _open_body(envelope: Envelope, max_bytes: int) -> bytes | str:
         except (binascii.Error, ValueError) as error:
             raise InvalidInputError(f"the body is not base64: {error}") from error
     if envelope.headers.compression:
-        data = _decompress(data if isinstance(data, bytes) else data.encode(), envelope.headers.compression, max_bytes)
+        data = decompressed(data if isinstance(data, bytes) else data.encode(), envelope.headers.compression, max_bytes)
     return data
 
 
-def _decompress(data: bytes, compression: str, max_bytes: int) -> bytes:
+def decompressed(data: bytes, compression: str, max_bytes: int) -> bytes:
+    """A body opened, as its `compression` header says.
+
+    Raises:
+        InvalidInputError: an unknown compression, or broken data.
+        PayloadTooLargeError: it decompresses to more than `max_bytes`.
+    """
     codec = _DECOMPRESSORS.get(compression)
     if codec is None:
         raise InvalidInputError(f"expected one of the compressions {', '.join(_DECOMPRESSORS)}, given {compression!r}")

@@ -12,11 +12,13 @@
     │   ├── QueueFullError             the model's queue has reached its limit
     │   └── BrokerMemoryFullError      the broker has reached 80 % of its memory
     ├── ModelFaultError            the model raised, or answered what it must not
+    ├── InternalError              a bug of Samphire's, and not of the caller's
     ├── WorkerCrashError           the task took down every worker that tried it
     ├── TaskGoneError              the task ended without a result
     │   ├── TaskExpiredError       its time ran out before it was started
     │   ├── TaskCancelledError     somebody cancelled it
-    │   └── ResultDeletedError     its result was read, and deleted as asked for
+    │   ├── ResultDeletedError     its result was read, and deleted as asked for
+    │   └── ResultExpiredError     it has ended, and its result's lifetime is over
     ├── UnknownTaskError           no such task is queued, scheduled, running or ended
     ├── LetterGoneError            there is no such dead letter
     ├── LetterRefusedError         the dead letter cannot be redriven; it stays
@@ -90,6 +92,13 @@ class ModelFaultError(SamphireError):
     """The model failed."""
 
 
+class InternalError(SamphireError):
+    """Samphire has a bug."""
+
+    traceback_text = ""
+    """Where it happened, as far as that is known here: a worker keeps it in the history of the task."""
+
+
 class WorkerCrashError(SamphireError):
     """The task took down every worker that tried it."""
 
@@ -108,6 +117,10 @@ class TaskCancelledError(TaskGoneError):
 
 class ResultDeletedError(TaskGoneError):
     """The result was read before, and deleted."""
+
+
+class ResultExpiredError(TaskGoneError):
+    """The task has ended, and its result's lifetime is over."""
 
 
 class UnknownTaskError(SamphireError):

@@ -46,6 +46,8 @@ Written by workers only:
                                          all; expires, and goes when its worker is reaped
     catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
                                          are all models; expires when no worker renews it
+    leaders                      HASH    model whose requests must keep their order -> id of the one worker that claims
+                                         them
     tried                        SET     ids of the tasks that have a task:<id>; expires
     result:blob:<id>:<n>:<hash>  STRING  claim check of an output; expires
     events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
@@ -64,7 +66,8 @@ Written by workers only:
                                          not redriven, and how often; expires
 
 Written as Celery does, by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups
-and chords; expire) and _kombu.binding.<exchange> (one for each queue name that a next step names).
+and chords; expire; .b, the body of a chord, is ours) and _kombu.binding.<exchange> (one for each queue name that a next
+step names).
 
 A worker's connection is named `samphire:<wid>`. Scripts get every key that they touch either as KEYS or
 as a prefix named in their first lines; Redis Cluster is not supported.
@@ -105,6 +108,7 @@ CATALOGUE = "catalogue"
 CATALOGUE_COMPLETE = "*"
 TRIED = "tried"
 ALONE = "alone"
+LEADERS = "leaders"
 DEAD = "dead"
 DEAD_PREFIX = "dead:"
 
@@ -118,7 +122,7 @@ Priority = Literal["high", "normal", "low"]
 PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
 
 
-_OWN_KEYS = {WORKERS, TRIED, ALONE, DEAD, SCHEDULED, CANCELLED, CATALOGUE, ENDED}
+_OWN_KEYS = {WORKERS, TRIED, ALONE, LEADERS, DEAD, SCHEDULED, CANCELLED, CATALOGUE, ENDED}
 _OWN_KEYS |= {"unacked", "unacked_index", "unacked_mutex"}
 _OWN_PREFIXES = (
     *("sub:", META_PREFIX, "celery-taskset-meta-", TASK_PREFIX, STREAM_PREFIX, WORKER_PREFIX, DEAD_PREFIX),

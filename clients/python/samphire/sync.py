@@ -108,7 +108,7 @@ class Task:
     def _run(self, use: Callable[[AsyncTask], Coroutine[Any, Any, T]]) -> T:
         # After a fork the events of this task go to the parent's client.
         look: Look = self._look if self._process == os.getpid() else "often"
-        if look == "once":
+        if isinstance(look, int):
             self._look = "now"
 
         async def run() -> T:

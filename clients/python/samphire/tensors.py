@@ -119,14 +119,15 @@ def split_elements(name: str, data: bytes) -> Iterator[bytes]:
 def array_to_bytes(name: str, value: Any) -> tuple[str, list[int], bytes]:
     """Encode an array, or anything that numpy makes one of, as (datatype, shape, bytes).
 
-    Strings (dtype `U`, `S` or `object` of str or bytes) become BYTES, str as UTF-8.
+    Strings (dtype `U`, `S` or `object` of str or bytes) become BYTES, str as UTF-8. Elements of lists stay what they
+    are: where numpy would change one to make them one dtype, the list is refused.
 
     Raises:
-        InvalidInputError: no array, or its dtype has no counterpart in the protocol.
+        InvalidInputError: no array, elements of several kinds, or a dtype without a counterpart in the protocol.
     """
     try:
-        array = np.asarray(value)
-    except ValueError as error:  # lists of unequal lengths
+        array = value if isinstance(value, np.ndarray) else _listed(name, value)
+    except (ValueError, TypeError, OverflowError) as error:  # lists of unequal lengths, an int of any size
         raise InvalidInputError(
             f"tensor {name!r}: expected an array, given what numpy makes none of: {error}"
         ) from error
@@ -140,6 +141,38 @@ def array_to_bytes(name: str, value: Any) -> tuple[str, list[int], bytes]:
     raise InvalidInputError(
         f"tensor {name!r}: expected a dtype with a counterpart in {', '.join(sorted(DATATYPES))}, given {array.dtype}"
     )
+
+
+def _listed(name: str, value: Any) -> NDArray[Any]:
+    """An array of a list, or of anything that numpy makes one of, in which no element was changed."""
+    array = np.asarray(value)
+    kind = array.dtype.kind
+    if not isinstance(value, list | tuple) or kind not in "OUSbiuf":
+        return array
+    listed = np.asarray(value, dtype=np.object_)
+    items = listed.ravel().tolist()
+    if kind in "OUS":  # numpy makes 1 a string, and takes zeros from the end of bytes
+        for item in items:
+            _as_element(name, item)
+        return listed
+    types = set(map(type, items))
+    if types == {int} and kind == "f":  # some are over 64 bits
+        raise InvalidInputError(
+            f"tensor {name!r}: expected integers of one datatype of at most 64 bits, given {str(value)[:200]}"
+        )
+    if len(types) > 1:
+        for given, made in zip(items, array.ravel().tolist(), strict=True):
+            _check_unchanged(name, given, made)
+    return array
+
+
+def _check_unchanged(name: str, given: Any, made: Any) -> None:
+    item = given.item() if isinstance(given, np.generic) else given
+    if isinstance(item, bool) is not isinstance(made, bool) or (item != made and item == item):
+        raise InvalidInputError(
+            f"tensor {name!r}: expected elements of one kind, given a list with {given!r}, which numpy would make "
+            f"{made!r}: pass an array of the dtype that is meant"
+        )
 
 
 def _as_element(name: str, item: object) -> bytes:

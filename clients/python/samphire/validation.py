@@ -12,6 +12,7 @@ from samphire.errors import InvalidInputError, PayloadTooLargeError, UnknownMode
 from samphire.tensors import check_shape
 
 CHAMPION = "champion"
+SEQUENCE_PARAMETERS = frozenset({"sequence_id", "sequence_start", "sequence_end"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,10 @@ class ModelSignature:
     outputs: Mapping[str, TensorSpec]
     max_batch_size: int
     decoupled: bool = False
+    dynamic_batching: bool = False
+    """The model's config lets requests be joined along the batch dimension: its rows do not depend on each other."""
+    sequence_batching: bool = False
+    """The model keeps state between the requests of a sequence."""
 
     @property
     def champion(self) -> str:
@@ -66,6 +71,11 @@ class ModelSignature:
         """
         if self.decoupled:
             raise InvalidInputError(f"model {self.name!r} streams its outputs, which is not supported yet")
+        if not self.sequence_batching and (found := SEQUENCE_PARAMETERS & request.parameters.keys()):
+            raise InvalidInputError(
+                f"model {self.name!r} has no sequence_batching in its config, and nothing keeps the order of its "
+                f"requests: take out the parameters {_names(found)}"
+            )
         given = {tensor.name for tensor in request.inputs}
         if len(given) != len(request.inputs):
             raise InvalidInputError(f"model {self.name!r}: an input was given twice")

@@ -37,12 +37,23 @@ from redis.exceptions import RedisError
 
 from samphire import keys
 from samphire.connection import translate
-from samphire.contract import CHORD_PART_TASK, INFER_TASK, CanvasStart, ChordMember, ChordPart, InferResponse
+from samphire.contract import (
+    CHORD_PART_TASK,
+    INFER_TASK,
+    UNKNOWN_CHORD,
+    CanvasStart,
+    ChordMember,
+    ChordPart,
+    InferResponse,
+)
 from samphire.envelope import encode_task, new_task_id
 from samphire.errors import BrokerUnavailableError, InvalidInputError, SamphireError, error_from_name
 from samphire_broker.store import OtherEnd
+from samphire_workers.lane.faults import is_shortage, our_error
 from samphire_workers.lane.outcome import Steps
 from samphire_workers.lane.request import Request
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -240,6 +251,7 @@ class Canvas:
             broker_transport_options=conf.broker_transport_options,
             result_backend=backend,
             result_expires=conf.result_expires,
+            result_chord_expires=conf.result_chord_expires,
             task_routes=conf.task_routes,
             task_serializer="json",
             result_serializer="json",
@@ -314,11 +326,57 @@ class Canvas:
         result = part.result
         if part.state != "SUCCESS":
             result = backend.exception_to_python(result)
-        backend.on_chord_part_return(Context(msgspec.to_builtins(part.request)), part.state, result)
+        request = _PartRequest(msgspec.to_builtins(part.request), backend)
+        _warn_if_forgotten(backend, part.request.group)
+        backend.on_chord_part_return(request, part.state, result)
+        if request.is_lost():
+            raise InvalidInputError(
+                f"the body of chord {part.request.group} is not known, since none of its parts is understood: who "
+                "waits for it is not told"
+            )
         if _is_unfinished(backend, part.request.group):
             # A worker that was lost had taken the body on, or a reply was: Celery lets it be taken on again some
             # seconds later, and nobody else will.
             raise BrokerUnavailableError(f"the body of chord {part.request.group} is still taken on by another")
+
+
+class _PartRequest(Context):  # type: ignore[misc]
+    """What Celery's backend reads of a part of a chord, which may not know the chord's body itself.
+
+    The body stands in the message of each part; of one whose message was not understood it is known from another, whose
+    counting has left it behind. Celery's backend asks for it once it has counted the part, so the last to be counted
+    finds what the others have left.
+    """
+
+    def __init__(self, fields: dict[str, Any], backend: Any) -> None:
+        self._client = backend.client
+        self._chord = fields.pop("chord")
+        super().__init__(fields)
+        self._body_key, self._size_key = (backend.get_key_for_group(self.group, suffix) for suffix in (".b", ".s"))
+        if self._chord != UNKNOWN_CHORD:
+            self._client.set(self._body_key, msgspec.json.encode(self._chord), ex=backend.chord_expires)
+
+    @property
+    def chord(self) -> Any:
+        """The signature of the chord's body."""
+        if self._chord == UNKNOWN_CHORD and (known := self._client.get(self._body_key)) is not None:
+            self._chord = msgspec.json.decode(known)
+        return {**self._chord, "options": dict(self._chord.get("options") or {})}  # Celery writes into them
+
+    def is_lost(self) -> bool:
+        """Whether the chord has ended without its body, since nobody knows it."""
+        return self._chord == UNKNOWN_CHORD and not self._client.exists(self._size_key)
+
+
+def _warn_if_forgotten(backend: Any, group: str) -> None:
+    """Say that a chord's counters are gone: its producer has let them expire before its parts had ended."""
+    if not backend.client.exists(*(backend.get_key_for_group(group, suffix) for suffix in (".s", ".c"))):
+        logger.warning(
+            "the counters of chord %s are gone: its body is not run. Set result_chord_expires in the application that "
+            "sends it to longer than its parts may wait",
+            group,
+            extra={"action": "chord_forgotten"},
+        )
 
 
 async def _awaited(end_other: Callable[[OtherEnd], Awaitable[None]], other: OtherEnd) -> None:
@@ -359,7 +417,10 @@ async def _in_thread(thread: ThreadPoolExecutor, work: Callable[..., T], *args: 
         except BaseException as error:  # noqa: BLE001
             return None, error
 
-    result, error = await asyncio.get_running_loop().run_in_executor(thread, run)
+    try:
+        result, error = await asyncio.get_running_loop().run_in_executor(thread, run)
+    except RuntimeError as no_thread:
+        raise our_error(no_thread) from no_thread
     if error is None:
         return result  # type: ignore[return-value]
     raise _translated(error) from error
@@ -368,6 +429,8 @@ async def _in_thread(thread: ThreadPoolExecutor, work: Callable[..., T], *args: 
 def _translated(error: BaseException) -> SamphireError:
     if isinstance(error, SamphireError):
         return error
+    if is_shortage(error):
+        return our_error(error)
     cause = error.__cause__ if isinstance(error, OperationalError) else error
     if isinstance(cause, RedisError | OSError):
         known = translate(cause)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -11,8 +12,11 @@ import msgspec
 
 from samphire import keys
 from samphire.errors import EndpointUnavailableError, SamphireError, TransientError, UnknownModelError
+from samphire.validation import ModelSignature
+from samphire_broker.settings import Settings
 from samphire_workers.endpoints import Endpoints
-from samphire_workers.lane.request import Checker
+from samphire_workers.lane.checking import Checker
+from samphire_workers.lane.signatures import Signatures, form
 from samphire_workers.triton import Endpoint
 
 logger = logging.getLogger(__name__)
@@ -25,13 +29,20 @@ UNUSED_FRESH_S = 5.0
 
 CHECK_S = 0.5
 
+DIFFERING_S = 2.0
+"""Between two looks at an endpoint whose signature of a model differs from that of others."""
+
 
 class Catalogue:
     """Checkers by model name."""
 
-    def __init__(self, endpoints: Endpoints, max_request_bytes: int) -> None:
+    def __init__(self, endpoints: Endpoints, settings: Settings) -> None:
         self._endpoints = endpoints
-        self._max_request_bytes = max_request_bytes
+        self._endpoints.on_ready = self._is_ready
+        self._settings = settings
+        self._signatures = Signatures([endpoint.url for endpoint in endpoints.all])
+        self._not_joined: dict[str, ModelSignature] = {}
+        """Models that have answered a micro-batch with another number of rows than it had, as they were then."""
         self._checkers: dict[str, tuple[Checker, float]] = {}
         self._used: set[str] = set()
         self.queues: set[str] = set()
@@ -63,18 +74,36 @@ class Catalogue:
         return await self._look_up(model)
 
     async def _look_up(self, model: str) -> Checker:
-        """Ask the endpoints, one after the other, until one knows the model."""
-        for endpoint in self._endpoints.serving(model):
-            try:
-                return await self._ask(endpoint, model)
-            except EndpointUnavailableError as error:
+        """Ask all endpoints that serve a model: they must agree on what it takes."""
+        serving = self._endpoints.serving(model)
+        asked = await asyncio.gather(*(self._ask(one, model) for one in serving), return_exceptions=True)
+        for endpoint, error in zip(serving, asked, strict=True):
+            if isinstance(error, EndpointUnavailableError):
                 logger.debug("model %s on %s: %s", model, endpoint.url, error, extra={"action": "lookup_failed"})
-        raise EndpointUnavailableError(f"model {model!r} is away")
+            elif error is not None:
+                raise error
+        found = self._checkers.get(model)
+        if found is None:
+            raise EndpointUnavailableError(f"model {model!r} is away")
+        return found[0]
 
-    async def _ask(self, endpoint: Endpoint, model: str) -> Checker:
+    async def has_changed(self, endpoint: Endpoint, signature: ModelSignature) -> bool:
+        """Whether an endpoint takes something else for a model than what a request was checked against."""
+        with contextlib.suppress(SamphireError):
+            await self._ask(endpoint, signature.name)
+        now = self._signatures.of(endpoint.url, signature.name)
+        return now is None or form(now) != form(signature)
+
+    def _is_ready(self, endpoint: Endpoint) -> None:
+        if len(self._endpoints.all) > 1:
+            for model in self._checkers:
+                self._endpoints.hold(endpoint, model)
+
+    async def _ask(self, endpoint: Endpoint, model: str) -> None:
         try:
             signature = await endpoint.signature(model)
         except UnknownModelError as error:
+            self._signatures.forget(endpoint.url, model)
             self.lost(endpoint, model, unknown=True)
             if self._endpoints.forget_unknown(model):
                 raise
@@ -85,12 +114,51 @@ class Catalogue:
         except SamphireError:
             self._checkers.pop(model, None)
             raise
+        self._signatures.note(endpoint.url, signature)
+        differing = self._signatures.differing(model)
+        if endpoint.url not in differing:
+            self._endpoints.restore(endpoint, model)
+        for other in self._endpoints.all:
+            if other.url in differing:
+                self.lost(other, model, DIFFERING_S)
+        self._renew(model)
+        if endpoint.url in differing:
+            raise EndpointUnavailableError(f"model {model!r} takes something else on {endpoint.url}")
+
+    def _renew(self, model: str) -> None:
+        """Check requests by what the first endpoint that serves a model has said of it."""
+        serving = self._endpoints.serving(model)
+        known = [self._signatures.of(one.url, model) for one in self._endpoints.all if one in serving]
+        signature = next((found for found in known if found is not None), None)
+        if signature is None:
+            return
         checker, _ = self._checkers.get(model, (None, 0.0))
         if checker is None or checker.signature != signature:  # else what it has checked already still holds
-            checker = Checker(signature, self._max_request_bytes)
+            checker = Checker(signature, self._settings, may_join=self._not_joined.get(model) != signature)
         self._checkers[model] = (checker, time.monotonic())
-        self._endpoints.restore(endpoint, model)
-        return checker
+
+    def stateful(self) -> set[str]:
+        """The models that keep state between the requests of a sequence, as far as they are known."""
+        return {model for model, (checker, _) in self._checkers.items() if checker.signature.sequence_batching}
+
+    def joins(self, model: str) -> bool:
+        """Whether requests of a model are joined, as far as it is known."""
+        found = self._checkers.get(model)
+        return found is not None and found[0].joins
+
+    def join_no_more(self, signature: ModelSignature, error: SamphireError) -> None:
+        """Ask a model for one request at a time from now on, until its signature changes; say so once."""
+        if self._not_joined.get(signature.name) == signature:
+            return
+        self._not_joined[signature.name] = signature
+        checker = Checker(signature, self._settings, may_join=False)
+        self._checkers[signature.name] = (checker, time.monotonic())
+        logger.warning(
+            "%s. Its requests are not joined any more, each is asked alone. Take dynamic_batching out of its config if "
+            "its rows depend on each other",
+            error,
+            extra={"action": "join_no_more"},
+        )
 
     async def no_answer(self, endpoint: Endpoint, model: str) -> None:
         """A model did not answer on an endpoint: it is away there, or the whole endpoint is."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from samphire.clock import BrokerClock
 from samphire.errors import SamphireError
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store
@@ -23,6 +24,9 @@ CATALOGUE_CHECK_S = 0.25
 LETTERS_S = 10.0
 """Between two looks at how many dead letters there are."""
 WARN_S = 600.0
+TIME_S = 5.0
+"""Between two looks at the broker's clock."""
+SKEW_S = 2.0
 WARN_PART = 0.8
 
 Cancel = Callable[[Sequence[str]], Awaitable[Mapping[str, str]]]
@@ -38,6 +42,25 @@ async def keep_clock(store: Store, cancel: Cancel) -> None:
             except SamphireError as error:
                 logger.warning("the clock stands: %s", error, extra={"action": "clock_failed"})
         await asyncio.sleep(0 if done else CLOCK_S)
+
+
+async def keep_time(clock: BrokerClock) -> None:
+    """Keep up with the broker's clock, and tell once when this machine's differs much from it, for ever."""
+    told = False
+    while True:
+        try:
+            await clock.look()
+        except SamphireError as error:
+            logger.warning("the broker's clock was not read: %s", error, extra={"action": "time_failed"})
+        if abs(clock.skew_s) > SKEW_S and not told:
+            logger.warning(
+                "this machine's clock is %+.1f s from the broker's. Delays and deadlines go by the broker's; times in "
+                "logs and events are this machine's: synchronise it",
+                clock.skew_s,
+                extra={"action": "clock_skew"},
+            )
+        told = abs(clock.skew_s) > SKEW_S
+        await asyncio.sleep(TIME_S)
 
 
 async def _count(cancel: Cancel) -> int:

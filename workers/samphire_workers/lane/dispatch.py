@@ -16,6 +16,7 @@ from typing import Protocol
 from samphire.errors import (
     EndpointTimeoutError,
     EndpointUnavailableError,
+    InvalidInputError,
     ModelFaultError,
     QueueFullError,
     SamphireError,
@@ -29,17 +30,21 @@ from samphire_broker.store import CANCELLED, NOT_YET, Store, Tried, WorkerInfo
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching
 from samphire_workers.lane.alone import LOOK_LEAST_S, LOOK_S, Alone
+from samphire_workers.lane.answers import UnevenRowsError, check_answer
 from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
-from samphire_workers.lane.endings import Endings, our_error
+from samphire_workers.lane.checking import MICRO_BATCH
+from samphire_workers.lane.endings import Endings
 from samphire_workers.lane.events import TaskEvents
+from samphire_workers.lane.faults import ShortageError, our_error
 from samphire_workers.lane.outcome import TimeLimitError
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.request import Request, fetch, has_refs, load
 from samphire_workers.lane.turnstile import Turnstile
 from samphire_workers.lane.unwritten import Unwritten
-from samphire_workers.triton import Endpoint, EndpointDiedError, Running, StubDiedError, Tensor
+from samphire_workers.triton import Endpoint, Running, Tensor
+from samphire_workers.triton_errors import EndpointDiedError, StubDiedError
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +65,11 @@ def is_suspect(before: Tried, max_attempts: int) -> bool:
     company, if it has a third one alone.
     """
     return before.crashes > 0 and (before.crashes > 1 or before.attempts + 1 >= max_attempts)
+
+
+def _continues_sequence(request: Request) -> bool:
+    """Whether what a request asks depends on the model's state; such a one is never in company."""
+    return request.sequence_id is not None and not request.request.parameters.get("sequence_start")
 
 
 class Release(Protocol):
@@ -294,7 +304,7 @@ class Dispatcher:
         return started
 
     def _give_up_late(self, batch: Sequence[Request]) -> None:
-        now = time.time()
+        now = self._store.clock.now()
         for request in batch:
             if request.times.deadline <= now and not request.over:
                 self._endings.give_up(request)
@@ -358,7 +368,9 @@ class Dispatcher:
         batch = [request for request in batch if not request.over]
         if not batch:
             return
-        if isinstance(error, StubDiedError):
+        if isinstance(error, StubDiedError | EndpointDiedError) and _continues_sequence(batch[0]):
+            self._endings.fail(batch[0], ModelFaultError(f"the state of its sequence is lost: {error}"))
+        elif isinstance(error, StubDiedError):
             # One of them has taken the model's process down: they come back apart from the rest, with an attempt less.
             logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
             await self._release(batch, blamed=WorkerCrashError(f"the model's process died: {error}"))
@@ -369,9 +381,15 @@ class Dispatcher:
             await self._release(batch, blamed=blamed, endpoint_died=True)
         elif isinstance(error, EndpointUnavailableError | QueueFullError):
             await self._release(batch)
-        elif len(batch) == 1 or isinstance(error, EndpointTimeoutError):
+        elif len(batch) == 1 or isinstance(error, EndpointTimeoutError | ShortageError):
             for request in batch:  # a time-out is nobody's content, and asking again at once piles up
                 self._endings.fail(request, error)
+        elif isinstance(error, UnevenRowsError):
+            if (signature := batch[0].signature) is not None:
+                self._catalogue.join_no_more(signature, error)
+            async with asyncio.TaskGroup() as group:
+                for request in batch:
+                    group.create_task(self._infer(model, [request]))
         else:  # somebody's content: find out whose
             middle = len(batch) // 2
             await self._infer(model, batch[:middle])
@@ -379,8 +397,8 @@ class Dispatcher:
 
     async def _ask(self, model: str, batch: list[Request], *, alone: bool = False) -> list[list[Tensor]]:
         infer = batch[0].request
-        parameters = {name: value for name, value in infer.parameters.items() if name != "micro_batch"}
-        endpoint = self._endpoints.pick(model)
+        parameters = {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH}
+        endpoint = batch[0].endpoint or self._endpoints.pick(model)
         asked, asked_at, timeout_s = Asked(batch), time.monotonic(), 0.0
         fields = [request.claim.field for request in batch]
         self._unwritten.discard(fields)  # halves of a micro-batch that has failed are asked again
@@ -434,11 +452,15 @@ class Dispatcher:
             # It was known a moment ago: unloaded, or retired, under way.
             self._catalogue.lost(endpoint, model)
             raise EndpointUnavailableError(str(error)) from error
+        except InvalidInputError as error:
+            signature = batch[0].signature
+            if signature is not None and await self._catalogue.has_changed(endpoint, signature):
+                raise EndpointUnavailableError(f"model {model!r} has changed on {endpoint.url}: {error}") from error
+            raise
         except SamphireError:
             raise
         except Exception as error:
-            logger.exception("a micro-batch failed", extra={"action": "batch_failed"})
-            raise ModelFaultError(f"the request could not be sent: {error!r}") from error
+            raise our_error(error) from error
         finally:
             self._asked.discard(asked)
             if asked.clock is not None:
@@ -446,7 +468,15 @@ class Dispatcher:
             self._pace.took(model, time.monotonic() - batch[0].taken_in_at)
         if self._beyond_reload:
             self._beyond_reload.discard((endpoint.url, model))
+        self._check(batch, outputs)
         return batching.split(batch, outputs)
+
+    def _check(self, batch: Sequence[Request], outputs: Sequence[Tensor]) -> None:
+        signature, infer = batch[0].signature, batch[0].request
+        assert signature is not None
+        rows = sum(request.rows for request in batch)
+        even = len(batch) > 1 or self._catalogue.joins(signature.name)
+        check_answer(signature, [output.name for output in infer.outputs], rows, outputs, even=even)
 
     @asynccontextmanager
     async def _through(self, model: str) -> AsyncIterator[None]:
@@ -457,7 +487,7 @@ class Dispatcher:
         """Give up each member of a micro-batch when its own deadline passes; the others go on."""
         earliest = min([request.times.deadline for request in asked.batch if not request.over], default=inf)
         if earliest != inf:
-            left_s = max(0.001, earliest - time.time())
+            left_s = max(0.001, earliest - self._store.clock.now())
             asked.clock = asyncio.get_running_loop().call_later(left_s, self._deadline_passed, asked)
 
     def _deadline_passed(self, asked: Asked) -> None:
@@ -488,16 +518,15 @@ class Dispatcher:
     def _timeout_s(self, batch: Sequence[Request]) -> float:
         """How long Triton may take: as long as the member that can wait longest."""
         times = batch[0].times  # the limits are those of all members
-        deadline_s = max(request.times.deadline for request in batch) - time.time()
+        deadline_s = max(request.times.deadline for request in batch) - self._store.clock.now()
         return max(0.001, min(self._settings.triton_timeout_s, times.limit, times.soft_limit, deadline_s))
 
-    @staticmethod
-    def _time_error(request: Request, timeout_s: float, error: EndpointTimeoutError) -> EndpointTimeoutError:
+    def _time_error(self, request: Request, timeout_s: float, error: EndpointTimeoutError) -> EndpointTimeoutError:
         times = request.times
         if timeout_s == times.soft_limit:
             return TimeLimitError(times.soft_limit, soft=True)
         if timeout_s == times.limit:
             return TimeLimitError(times.limit, soft=False)
-        if times.deadline <= time.time():
+        if times.deadline <= self._store.clock.now():
             return EndpointTimeoutError(f"the deadline has passed while the model worked: {error}")
         return error

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal
 
 from samphire import keys
 from samphire.contract import CanvasStart, ChordPart, InferResponse, Ref
-from samphire.errors import EndpointTimeoutError, InvalidInputError, ModelFaultError, SamphireError
+from samphire.errors import EndpointTimeoutError, InternalError, InvalidInputError, SamphireError
 from samphire_broker.retry import DeadLetter, Retry, decide, policy_for, reason_of
 from samphire_broker.settings import Settings
 from samphire_broker.store import OtherEnd, Settlement, Store
 from samphire_workers.lane import outcome
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.events import TaskEvents
+from samphire_workers.lane.faults import ShortageError, our_error
 from samphire_workers.lane.outcome import PASSED_ON_BYTES, Steps, takes_claim_checks, with_steps
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.request import Request
@@ -36,6 +36,7 @@ class Endings:
         canvas: Canvas,
         events: TaskEvents,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        release: Callable[[Sequence[Request]], Coroutine[Any, Any, None]],
         worker: str,
     ) -> None:
         self._settings = settings
@@ -44,7 +45,10 @@ class Endings:
         self._canvas = canvas
         self._events = events
         self._spawn = spawn
+        self._release = release
         self._worker = worker
+        self.shortages = 0
+        """Tasks that went back to their queues since the last success, because this worker was short of something."""
 
     async def succeed(self, answered: Sequence[tuple[Request, list[Tensor]]]) -> None:
         """End tasks that Triton has answered."""
@@ -58,9 +62,11 @@ class Endings:
                 settlement = outcome.success(request, answer, done)
                 passed_on = answer if request.canvas is None else await self._passed_on(request, outputs, answer)
             except Exception as error:  # noqa: BLE001 - an answer that cannot be written is this task's alone
-                self.fail(request, ModelFaultError(f"the answer cannot be read: {our_error(error)}"))
+                self.fail(request, our_error(error))
                 continue
             request.tensors = []
+            request.outcome = "succeeded"
+            self.shortages = 0
             if request.canvas is None:
                 self._settler.add(settlement)
                 self._events.succeeded(request)
@@ -69,7 +75,24 @@ class Endings:
 
     def fail(self, request: Request, error: SamphireError) -> None:
         """End an attempt that failed: there will be another, or the task, or unreadable message, is a dead letter."""
-        now, last = time.time(), min(request.times.deadline, request.times.expires)
+        if isinstance(error, ShortageError):
+            logger.warning("task %s goes back to its queue: %s", request.task_id, error, extra={"action": "shortage"})
+            self.shortages += 1
+            self._spawn(self._release([request]))
+            return
+        if isinstance(error, InternalError) and request.task_id and request.started_at is None:
+            self._spawn(self._fail_unstarted(request, error))
+        else:
+            self._fail(request, error)
+
+    async def _fail_unstarted(self, request: Request, error: SamphireError) -> None:
+        """End an attempt that failed before it was started: what was tried before is not known yet."""
+        (before,) = await persist(lambda: self._store.tried([request.task_id]))
+        request.attempts = before.attempts
+        self._fail(request, error)
+
+    def _fail(self, request: Request, error: SamphireError) -> None:
+        now, last = self._store.clock.now(), min(request.times.deadline, request.times.expires)
         policy = policy_for(request.infer, self._settings)
         if request.task_id:
             decision = decide(error, request.attempts + 1, last, policy, now=now)
@@ -177,6 +200,9 @@ class Endings:
     ) -> None:
         try:
             settlement = with_steps(settlement, await persist(find_steps))
+        except ShortageError as error:
+            self.fail(request, error)
+            return
         except SamphireError as error:
             logger.warning("task %s: %s", settlement.task_id, error, extra={"action": "no_steps"})
             if request.canvas is not None and request.canvas.get("chord"):
@@ -187,11 +213,3 @@ class Endings:
                 except SamphireError as again:
                     logger.warning("task %s: %s", settlement.task_id, again, extra={"action": "no_chord_part"})
         self._settler.add(settlement)
-
-
-def our_error(error: Exception) -> SamphireError:
-    """The error as one of ours: what a message made our code stumble over is that message's fault."""
-    if isinstance(error, SamphireError):
-        return error
-    logger.error("unexpected error", exc_info=error, extra={"action": "unexpected"})
-    return InvalidInputError(f"the request cannot be processed: {type(error).__name__}: {str(error)[:500]}")

@@ -1,7 +1,8 @@
 """Celery task events for Flower and other monitors, sent beside the lane and never in its way.
 
 Monitors saturate at a few thousand events a second, so the rate is capped: of a busy lane's successes a
-sample is shown, each with all of its events. Failures are always sent.
+sample is shown, each with all of its events. Failures are always sent, and so is the end of whatever a monitor has
+seen begin: of tasks whose sending their producer has told, and of those that were started before.
 """
 
 from __future__ import annotations
@@ -21,17 +22,24 @@ from samphire.contract import INFER_TASK
 from samphire.envelope import describe
 from samphire.errors import SamphireError
 from samphire_workers.lane.request import Request
+from samphire_workers.lane.sent import SentTasks
 
 logger = logging.getLogger(__name__)
 
 FLUSH_S = 0.25
 EVENTS_A_TASK = 3
+LATE_ENDS_A_FLUSH = 500
+"""Ends of tasks whose sending was told, beyond the cap: 2,000 a second."""
 BUFFER_MAX = 20_000
-"""Events kept while the broker is away; later ones are dropped, for a monitor's sake nothing waits."""
+"""Events kept while the broker is away; later ones are dropped, for a monitor's sake nothing waits. Ends have as much
+room again."""
 
 
 class TaskEvents(Protocol):
     """What a lane tells about its tasks."""
+
+    enabled: bool
+    """Whether anything is told."""
 
     def started(self, request: Request) -> None:
         """A task goes to Triton."""
@@ -71,11 +79,13 @@ class CeleryEvents:
         """Claims whose events are sent."""
         self._buffer: list[tuple[str, dict[str, Any]]] = []
         self._dispatcher: Any = None
+        self._sent = SentTasks(app)
+        self.enabled = True
 
     def started(self, request: Request) -> None:
         """A task goes to Triton: shown if the cap allows."""
         worker_state.total_count[INFER_TASK] += 1  # what `inspect stats` tells
-        if not self._may_show():
+        if not self._may_show() and not request.attempts:  # what a lost worker had started was shown, perhaps
             return
         self._shown.add(request.claim.field)
         self._received(request)
@@ -83,13 +93,18 @@ class CeleryEvents:
 
     def succeeded(self, request: Request) -> None:
         """A task has its answer."""
+        now = time.time()
+        runtime = now - (request.started_at or now)
         if self._was_shown(request):
-            runtime = time.time() - (request.started_at or time.time())
-            self._add("task-succeeded", request.task_id, result="", runtime=runtime)
+            self._add("task-succeeded", request.task_id, last=True, result="", runtime=runtime)
+        elif self.enabled:
+            self._sent.ended(request.task_id, now, runtime)
 
     def dropped(self, request: Request) -> None:
-        """A task is not this worker's any more."""
-        self._shown.discard(request.claim.field)
+        """A task is not this worker's any more: it goes back to its queue, and whoever ends it is to tell its end."""
+        if self._was_shown(request):
+            name = request.envelope.headers.task if request.envelope else ""
+            self._add("task-sent", request.task_id, name=name, queue=request.claim.list_key)
 
     def failed(self, request: Request, error: SamphireError) -> None:
         """A task ends as a dead letter: always shown."""
@@ -104,33 +119,51 @@ class CeleryEvents:
         if not self._was_shown(request):
             self._received(request)
         terminated = request.started_at is not None
-        self._add("task-revoked", request.task_id, terminated=terminated, signum=None, expired=expired)
+        self._add("task-revoked", request.task_id, last=True, terminated=terminated, signum=None, expired=expired)
 
     def cancelled(self, task_id: str) -> None:
         """A task is cancelled whose message lies in a queue: always shown."""
-        self._add("task-revoked", task_id, terminated=False, signum=None, expired=False)
+        self._add("task-revoked", task_id, last=True, terminated=False, signum=None, expired=False)
 
     async def run(self) -> None:
         """Send what there is every quarter of a second, for ever."""
-        with ThreadPoolExecutor(1, thread_name_prefix="samphire-events") as thread:
-            loop = asyncio.get_running_loop()
-            while True:
-                await asyncio.sleep(FLUSH_S)
-                if self._buffer:
-                    buffer, self._buffer = self._buffer, []
-                    await loop.run_in_executor(thread, self._send, buffer)
+        try:
+            self._sent.listen()
+            with ThreadPoolExecutor(1, thread_name_prefix="samphire-events") as thread:
+                while True:
+                    await asyncio.sleep(FLUSH_S)
+                    for task_id, at, runtime in self._sent.take(LATE_ENDS_A_FLUSH):
+                        self._add("task-succeeded", task_id, last=True, timestamp=at, result="", runtime=runtime)
+                    if self._buffer:
+                        await self._flush(thread)
+        except RuntimeError as error:
+            logger.warning("no task events are sent: %s", error, extra={"action": "events_failed"})
+        finally:
+            self._sent.stop()
+            self._close()
+
+    async def _flush(self, thread: ThreadPoolExecutor) -> None:
+        buffer, self._buffer = self._buffer, []
+        try:
+            await asyncio.get_running_loop().run_in_executor(thread, self._send, buffer)
+        except RuntimeError as error:  # no thread to be had: a monitor is not worth a lane
+            logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})
 
     def _went_wrong(self, kind: str, request: Request, error: SamphireError) -> None:
         if not request.task_id:
             return
         if not self._was_shown(request):
             self._received(request)
-        self._add(kind, request.task_id, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback="")
+        self._add(
+            kind, request.task_id, last=True, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback=""
+        )
 
     def _was_shown(self, request: Request) -> bool:
         """Whether a task's earlier events were sent; this is its last."""
         shown = request.claim.field in self._shown
         self._shown.discard(request.claim.field)
+        if shown:
+            self._sent.shown(request.task_id)
         return shown
 
     def _may_show(self) -> bool:
@@ -157,8 +190,8 @@ class CeleryEvents:
             expires=headers.expires if headers else None,
         )
 
-    def _add(self, kind: str, task_id: str, **fields: Any) -> None:
-        if len(self._buffer) < BUFFER_MAX:
+    def _add(self, kind: str, task_id: str, *, last: bool = False, **fields: Any) -> None:
+        if self.enabled and len(self._buffer) < BUFFER_MAX * (2 if last else 1):
             self._buffer.append((kind, {"uuid": task_id, "timestamp": time.time(), **fields}))
 
     def _send(self, events: list[tuple[str, dict[str, Any]]]) -> None:
@@ -175,6 +208,11 @@ class CeleryEvents:
             self._dispatcher.flush(errors=False)
         except (OperationalError, OSError) as error:
             logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})
+            self._close()
+
+    def _close(self) -> None:
+        dispatcher, self._dispatcher = self._dispatcher, None
+        if dispatcher is not None:
             with contextlib.suppress(Exception):
-                self._dispatcher.close()
-            self._dispatcher = None
+                dispatcher.close()
+                dispatcher.connection.release()

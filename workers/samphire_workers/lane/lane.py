@@ -11,14 +11,16 @@ the old one held. At most `inflight_max` tasks and `inflight_max_bytes` bytes ar
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from samphire import keys
 from samphire.contract import CanvasStart, ChordPart
+from samphire.envelope import describe
 from samphire.errors import (
     BrokerUnavailableError,
     EndpointUnavailableError,
@@ -42,15 +44,18 @@ from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching, outcome
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.catalogue import Catalogue
-from samphire_workers.lane.chores import keep_clock, tell_clients, watch_letters
+from samphire_workers.lane.checking import Checker
+from samphire_workers.lane.chores import keep_clock, keep_time, tell_clients, watch_letters
 from samphire_workers.lane.dispatch import Dispatcher
-from samphire_workers.lane.endings import Endings, our_error
+from samphire_workers.lane.endings import Endings
 from samphire_workers.lane.events import TaskEvents
+from samphire_workers.lane.faults import ShortageError, our_error
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.planner import QueuePlanner
-from samphire_workers.lane.request import Checker, Request, home_of, read
+from samphire_workers.lane.request import Request, find_who_waits, home_of, read
 from samphire_workers.lane.seek import cancel_everywhere, requests_for
+from samphire_workers.lane.sequences import Sequences
 from samphire_workers.lane.settler import Settler
 from samphire_workers.lane.wake import QueueWatch
 
@@ -79,6 +84,23 @@ ADOPT_S = 5.0
 
 BROKER_RETRY_S = 0.25
 
+LOOKUPS_AT_ONCE = 8
+
+SHORTAGE_REST_S = 1.0
+SHORTAGES_MAX = 50
+"""Tasks in a row that went back to their queues because the worker is short of something: then it is of no use."""
+
+
+class Scheduled(NamedTuple):
+    """A task that waits for its time."""
+
+    task_id: str
+    due_s: float
+    """Its time, in s since 1970."""
+    list_key: str
+    name: str
+    described: str
+
 
 class Lane:
     """One worker's lane over one broker and its endpoints. Run it once."""
@@ -100,7 +122,7 @@ class Lane:
         self._watch = watch
         self._planner = QueuePlanner(settings.queue_weights)
         self._planner.add([keys.INTAKE])
-        self._catalogue = Catalogue(endpoints, settings.max_request_bytes)
+        self._catalogue = Catalogue(endpoints, settings)
         self._held: dict[str, tuple[str, int]] = {}
         """Model and bytes of what is between claim and settlement, by claim."""
         self._requests: dict[str, Request] = {}
@@ -108,7 +130,9 @@ class Lane:
         self._held_bytes = 0
         self._pace = Pace(settings.inflight_max)
         self._settler = Settler(store, self._let_go, self._not_settled)
-        self._endings = Endings(settings, store, self._settler, canvas, events, self._spawn, info.hostname)
+        self._endings = Endings(
+            settings, store, self._settler, canvas, events, self._spawn, self._release, info.hostname
+        )
         self._dispatcher = Dispatcher(
             settings,
             store,
@@ -122,11 +146,26 @@ class Lane:
             let_go=self._let_go,
             room_again=self._room_again,
         )
+        self._sequences = Sequences(
+            store,
+            self._catalogue,
+            endpoints,
+            self._endings,
+            ask=self._run_batch,
+            release=self._release,
+            spawn=self._spawn,
+        )
+        self._unseen: set[str] = set()
+        """Models that nothing is claimed of before it is known what they are."""
+        self._in_order: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._more = False
         """The last claim may have left something in the queues it looked into."""
         self._held_up = False
         """The last claim left out what there was no room for."""
         self._looked_everywhere = 0.0
+        self._shortages = 0
+        """As of the last round."""
+        self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
         self._stopping = False
         self._hostname = info.hostname
         self._work: set[asyncio.Task[None]] = set()
@@ -139,14 +178,17 @@ class Lane:
         """
         async with asyncio.TaskGroup() as group:
             self._group = group
+            self._look_at_models([])
             background = [
                 group.create_task(self._endpoints.watch()),
                 group.create_task(self._catalogue.watch(self._watch.wake)),
                 group.create_task(self._settler.run()),
                 group.create_task(self._discover(group)),
                 group.create_task(self._watch.listen()),
+                group.create_task(self._sequences.lead(self._watch.wake, self._holds)),
                 group.create_task(self._events.run()),
                 group.create_task(keep_clock(self._store, self.cancel)),
+                group.create_task(keep_time(self._store.clock)),
                 group.create_task(watch_letters(self._store, self._settings)),
                 group.create_task(tell_clients(self._store, self._catalogue.signatures)),
             ]
@@ -161,6 +203,24 @@ class Lane:
     def requests(self) -> list[Request]:
         """What this lane holds, claimed and not yet settled."""
         return list(self._requests.values())
+
+    def queues(self) -> list[str]:
+        """The queues that this lane claims from."""
+        return self._planner.queues
+
+    def send_events(self, wanted: bool) -> None:
+        """Send task events to monitors, or none."""
+        self._events.enabled = wanted
+
+    async def scheduled(self, most: int) -> list[Scheduled]:
+        """Tasks that wait for their time, of all workers, the earliest first."""
+        found = []
+        for task_id, due_s, list_key, message in await self._store.scheduled(most):
+            request, _ = self._read(Claimed(f"0:{list_key}", len(message), message))
+            described = describe(request.infer) if request.infer is not None else ""
+            name = request.envelope.headers.task if request.envelope is not None else ""
+            found.append(Scheduled(task_id, due_s, list_key, name, described))
+        return found
 
     async def cancel(self, task_ids: Sequence[str]) -> dict[str, str]:
         """End tasks, those that clients ask for among them; see `Store.cancel`."""
@@ -200,8 +260,11 @@ class Lane:
         short_rounds = 0
         while not self._stopping:
             heard, named = self._watch.clear()  # before looking, so that no wake-up is lost
-            self._planner.add(heard)  # a queue may be new
+            self._serve(heard)  # a queue may be new
+            await self._rest_if_short()
             try:
+                if not self._store.clock.is_known:
+                    await self._store.clock.look()
                 # Also while no endpoint is ready: what a lost reply has left here belongs back into its queue.
                 if adopt or time.monotonic() - adopted_at > ADOPT_S:
                     claimed = await self._store.adopt(set(self._held))
@@ -229,6 +292,15 @@ class Lane:
                 short_rounds = 0
                 await self._watch.wait(IDLE_CHECK_S)
 
+    async def _rest_if_short(self) -> None:
+        """Claim nothing for a while where this worker is short of something; where that does not end, end instead."""
+        shortages = self._endings.shortages
+        if shortages > self._shortages:
+            if shortages >= SHORTAGES_MAX:
+                raise ShortageError(f"{shortages} tasks in a row could not be done")
+            await asyncio.sleep(SHORTAGE_REST_S)
+        self._shortages = shortages
+
     async def _claim(self, named: set[str]) -> list[Claimed]:
         """Claim from the queues that a wake-up named, which is quicker, but every so often from all."""
         now = time.monotonic()
@@ -242,7 +314,8 @@ class Lane:
         self._more = False
         held_up = bool(busy) or room <= 0 or room_bytes <= 0
         self._held_up = held_up or (bool(named) and self._held_up)  # of the queues not named it still holds
-        plan = self._planner.plan(room, busy | self._endpoints.away(), named)
+        skipped = busy | self._endpoints.away() | self._unseen | self._sequences.not_led()
+        plan = self._planner.plan(room, skipped, named)
         if room <= 0 or room_bytes <= 0 or not plan.turns:
             return []
         rooms = [room if model == INTAKE_MODEL else self._pace.room(model) for model in plan.models]
@@ -254,8 +327,35 @@ class Lane:
         self._held_up |= full or sum(len(claim.message) for claim in claimed) >= room_bytes
         return claimed
 
+    def _serve(self, queues: Collection[str]) -> list[str]:
+        """Claim from these queues too, once it is known what their models are; returns those that are new."""
+        new = self._planner.add(queues)
+        if new:
+            self._look_at_models(keys.parse_queue(queue)[0] for queue in new)
+        return new
+
+    def _look_at_models(self, models: Iterable[str]) -> None:
+        """Find out what models are before anything is claimed of them: of some the order of requests must be kept."""
+        new = {model for model in models if model != INTAKE_MODEL and self._catalogue.known(model) is None}
+        for model in new - self._unseen:
+            self._unseen.add(model)
+            self._group.create_task(self._look_at(model))
+
+    async def _look_at(self, model: str) -> None:
+        async with self._lookups:
+            await self._endpoints.some_ready.wait()
+            with contextlib.suppress(SamphireError):  # away, or unknown: that is found out again when it is claimed
+                await self._catalogue.checker(model)
+        self._unseen.discard(model)
+        self._watch.wake()
+
+    def _holds(self, model: str) -> bool:
+        return any(held == model for held, _ in self._held.values())
+
     def _may_claim(self, queue: str) -> bool:
         model, _ = keys.parse_queue(queue)
+        if model in self._unseen or model in self._sequences.not_led():
+            return False
         return not self._endpoints.is_away(model) and self._dispatcher.under_way[model] < BATCHES_A_MODEL
 
     async def _discover(self, group: asyncio.TaskGroup) -> None:
@@ -279,7 +379,7 @@ class Lane:
                     await self._store.name_queues(new)
             except SamphireError as error:
                 logger.warning("queues were not noted: %s", error, extra={"action": "discovery_failed"})
-            if self._planner.add(queues | found | self._catalogue.queues):
+            if self._serve(queues | found | self._catalogue.queues):
                 self._watch.wake()
             for queue in self._planner.queues:
                 self._watch.add(queue, group, self._may_claim)
@@ -337,14 +437,23 @@ class Lane:
         at_home: defaultdict[str, list[Request]] = defaultdict(list)
         elsewhere: list[Request] = []
         later: list[Request] = []
-        now = time.time()
+        now = self._store.clock.now()
         for request in requests:
             if request.times.expires <= now:
                 self._endings.revoke(request, "expired")
+                self._is_missing(request)
             elif request.times.eta > now:
                 later.append(request)
             elif request.errand is not None:
                 self._spawn(self._errand(request, request.errand))
+            elif not request.at_home and request.sequence_id is not None:
+                queue = keys.queue_name(request.model, request.request.tenant)
+                self._endings.fail(
+                    request,
+                    InvalidInputError(
+                        f"requests of a sequence keep their order only in their model's queue: send them to {queue}"
+                    ),
+                )
             elif not request.at_home:
                 elsewhere.append(request)
             else:
@@ -355,10 +464,17 @@ class Lane:
             self._spawn(self._route(elsewhere))
         for model, fitting in at_home.items():
             checker = self._catalogue.known(model)
-            if checker is not None and all(self._fits(checker, request) for request in fitting):
+            in_order = checker is not None and checker.signature.sequence_batching
+            if checker is not None and not in_order and all(self._fits(checker, request) for request in fitting):
                 self._dispatch(model, fitting, checker)
             else:
                 self._spawn(self._dispatch_checked(model, fitting))
+
+    def _is_missing(self, request: Request) -> None:
+        """A request has ended before it was asked: if it is of a sequence, those after it cannot be right."""
+        request.over = True
+        if request.errand is None and request.at_home and request.sequence_id is not None:
+            self._sequences.add([request])
 
     def _fits(self, checker: Checker, request: Request) -> bool:
         try:
@@ -370,9 +486,10 @@ class Lane:
     def _read(self, claim: Claimed) -> tuple[Request, SamphireError | None]:
         try:
             return read(claim, self._settings)
-        except Exception as error:
-            logger.exception("a message could not be read", extra={"action": "read_failed"})
-            return Request(claim), InvalidInputError(f"the message cannot be read: {error!r}")
+        except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+            request = Request(claim)
+            find_who_waits(request, claim, self._settings)
+            return request, our_error(error)
 
     async def _errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
         await self._endings.run_errand(request, errand)
@@ -383,7 +500,7 @@ class Lane:
         for request in requests:
             queue, _ = keys.split_list(request.home_list)
             moves.append((request.claim.field, queue, request.home_list))
-            self._planner.add([queue])
+            self._serve([queue])
         await self._hand_back(requests, lambda: self._store.route(moves))
 
     async def _schedule(self, requests: Sequence[Request]) -> None:
@@ -411,6 +528,8 @@ class Lane:
         self, requests: Sequence[Request], *, blamed: SamphireError | None = None, endpoint_died: bool = False
     ) -> None:
         attempt = "" if blamed is None else outcome.attempt_text(self._hostname, blamed)
+        if len(requests) == 1 and requests[0].infer is not None and requests[0].sequence_id is not None:
+            requests = [*requests, *self._sequences.went_back(requests[0])]
         fields = [request.claim.field for request in requests]
         for request in requests:
             self._events.dropped(request)
@@ -428,7 +547,11 @@ class Lane:
             self._let_go([request.claim.field for request in requests])
 
     async def _dispatch_checked(self, model: str, requests: list[Request]) -> None:
-        """Dispatch what fits the model as it is now, and fail what does not."""
+        """Dispatch what fits the model as it is now, and fail what does not, in the order of the claims."""
+        async with self._in_order[model]:
+            await self._dispatch_in_order(model, requests)
+
+    async def _dispatch_in_order(self, model: str, requests: list[Request]) -> None:
         try:
             checker = await self._catalogue.checker(model)
         except EndpointUnavailableError as error:
@@ -448,12 +571,22 @@ class Lane:
                     checker = await self._catalogue.checker(model, fresh=True)
                     checker.check(request)
             except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
-                self._endings.fail(request, our_error(error))
+                if checker.signature.sequence_batching and request.sequence_id is not None:
+                    request.refusal = our_error(error)
+                    valid.append(request)
+                else:
+                    self._endings.fail(request, our_error(error))
             else:
                 valid.append(request)
         self._dispatch(model, valid, checker)
 
     def _dispatch(self, model: str, requests: Sequence[Request], checker: Checker) -> None:
+        if checker.signature.sequence_batching:
+            self._sequences.add(requests)
+            return
         for batch in batching.group(requests, checker.signature):
-            self._dispatcher.under_way[model] += 1
-            self._spawn(self._dispatcher.run_batch(model, batch))
+            self._spawn(self._run_batch(model, batch))
+
+    def _run_batch(self, model: str, batch: list[Request]) -> Coroutine[Any, Any, None]:
+        self._dispatcher.under_way[model] += 1
+        return self._dispatcher.run_batch(model, batch)

@@ -12,7 +12,7 @@ import msgspec
 from samphire import keys
 from samphire.contract import FailureInfo, InferResponse, OutputTensor, Ref
 from samphire.envelope import new_task_id
-from samphire.errors import EndpointTimeoutError, SamphireError
+from samphire.errors import EndpointTimeoutError, InternalError, SamphireError
 from samphire.tensors import bytes_to_values
 from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store
 from samphire_workers.lane.request import Request, sha256_hex
@@ -132,7 +132,10 @@ def with_steps(settlement: Settlement, steps: Steps) -> Settlement:
 
 def attempt_text(worker: str, error: SamphireError) -> str:
     """What is kept of an attempt that came to nothing, JSON."""
-    return _encode({"at": now_text(), "worker": worker, "error": _told(error, ATTEMPT_CHARACTERS)}).decode()
+    attempt = {"at": now_text(), "worker": worker, "error": _told(error, ATTEMPT_CHARACTERS)}
+    if isinstance(error, InternalError) and error.traceback_text:
+        attempt["traceback"] = error.traceback_text
+    return _encode(attempt).decode()
 
 
 def _told(error: SamphireError, characters: int) -> str:

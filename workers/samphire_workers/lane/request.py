@@ -6,7 +6,6 @@ import asyncio
 import binascii
 import hashlib
 import math
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,27 +35,22 @@ from samphire.contract import (
     check_tenant,
 )
 from samphire.encoder import LONGEST_S
-from samphire.envelope import decode_body, decode_canvas, decode_canvas_start, decode_chord_part, decode_envelope
-from samphire.errors import InvalidInputError, PayloadTooLargeError
-from samphire.tensors import ITEM_SIZES, check_bytes, element_count, values_to_bytes
-from samphire.validation import ModelSignature, check_request_size
+from samphire.envelope import decode_body, decode_canvas_start, decode_chord_part, decode_envelope
+from samphire.errors import InvalidInputError, PayloadTooLargeError, SamphireError
+from samphire.tensors import check_bytes, values_to_bytes
+from samphire.validation import ModelSignature
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, Store
 from samphire_workers.lane.parents import resolve, sources_of
+from samphire_workers.lane.who_waits import checked_stream, who_waits
+from samphire_workers.triton import Endpoint
 
 HASH_IN_THREAD_BYTES = 256 * 2**10
 """Above this, hashing leaves the event loop: hashlib releases the interpreter's lock."""
 
 KEEP_MESSAGE_BYTES = 16 * 2**10
-FORMS_MAX = 1024
-FORM_MAX_CHARACTERS = 64 * 2**10
 
-_STREAM = re.compile(re.escape(keys.STREAM_PREFIX) + r"[A-Za-z0-9-]{1,64}")
-_ID_IN_TAIL = re.compile(rb'"correlation_id": ?"([^"\\]{1,255})"')
-_STREAM_IN_TAIL = re.compile(rb'"samphire_stream": ?"([^"\\]{1,80})"')
-_SOLO_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
 _decode_json = msgspec.json.Decoder().decode
-_encode_json = msgspec.json.Encoder(order="deterministic").encode
 
 
 class Times(NamedTuple):
@@ -89,6 +83,8 @@ class Request:
     """Bytes that the tensors will take once they are loaded."""
     json_values: bool = False
     """The inputs came as JSON values, so the outputs go back as such."""
+    signature: ModelSignature | None = None
+    """Of the model, as the request was checked against it."""
     batch_key: object = None
     """Equal for requests that may share a micro-batch; None: none may."""
     attempts: int = 0
@@ -97,6 +93,12 @@ class Request:
     """Those of them that took a worker or a model's process down."""
     losses: int = 0
     """Endpoints that died with it, which are no attempts."""
+    outcome: str = ""
+    """How it has ended here: "succeeded", or something else."""
+    refusal: SamphireError | None = None
+    """Why it cannot be asked, of one of a sequence: it fails when its turn comes."""
+    endpoint: Endpoint | None = None
+    """The endpoint that it must go to; by default any."""
     over: bool = False
     """It has ended while its micro-batch is still under way: whatever comes of that is not for it."""
     times: Times = _NO_TIMES
@@ -122,6 +124,11 @@ class Request:
         if self.infer is not None:
             return self.infer.model_name
         return keys.parse_queue(keys.split_list(self.claim.list_key)[0])[0]
+
+    @property
+    def sequence_id(self) -> object:
+        """What Triton calls the correlation id; None where the request is of no sequence."""
+        return self.request.parameters.get("sequence_id")
 
     @property
     def at_home(self) -> bool:
@@ -153,6 +160,7 @@ def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError
         # Its frames hold the message, and it is in them: a circle that would keep megabytes until it is looked for.
         error = found.with_traceback(None)
         error.__cause__ = error.__context__ = None
+        find_who_waits(request, claim, settings)
     if claim.size > KEEP_MESSAGE_BYTES:  # decoded, or given up: the bytes are only in the way
         request.claim = claim._replace(message=b"")
         if request.envelope is not None:
@@ -162,10 +170,6 @@ def read(claim: Claimed, settings: Settings) -> tuple[Request, InvalidInputError
 
 def _read_into(request: Request, claim: Claimed, settings: Settings) -> None:
     if claim.size > settings.max_message_bytes:
-        found = _ID_IN_TAIL.search(claim.message)
-        stream = _STREAM_IN_TAIL.search(claim.message)
-        request.task_id = found.group(1).decode(errors="replace") if found else ""
-        request.stream = _checked_stream(stream.group(1).decode(errors="replace")) if stream else ""
         raise PayloadTooLargeError(
             f"expected a message of at most {settings.max_message_bytes} bytes, given {claim.size}: "
             "send large tensors as claim checks (ref)"
@@ -175,7 +179,7 @@ def _read_into(request: Request, claim: Claimed, settings: Settings) -> None:
     if not 1 <= len(envelope.headers.id) <= 255:
         raise InvalidInputError(f"expected a task id of 1 to 255 characters, given {envelope.headers.id[:300]!r}")
     request.task_id = envelope.headers.id
-    request.stream = _checked_stream(envelope.headers.samphire_stream)
+    request.stream = checked_stream(envelope.headers.samphire_stream)
     if envelope.headers.task == CHORD_PART_TASK:
         request.errand = decode_chord_part(envelope, settings.max_message_bytes)
         request.task_id = ""  # it has no result of its own
@@ -188,11 +192,7 @@ def _read_into(request: Request, claim: Claimed, settings: Settings) -> None:
         raise InvalidInputError(
             f"expected the task {INFER_TASK} on an inference queue, given {envelope.headers.task[:200]!r}"
         )
-    try:
-        args, infer, canvas = decode_body(envelope, settings.max_message_bytes)
-    except InvalidInputError:
-        request.canvas = _canvas_request(claim, decode_canvas(envelope, settings.max_message_bytes))
-        raise
+    args, infer, canvas = decode_body(envelope, settings.max_message_bytes)
     request.canvas = _canvas_request(claim, canvas)
     request.times = _times(envelope.headers)
     if infer.contract != CONTRACT_VERSION:
@@ -206,9 +206,17 @@ def _read_into(request: Request, claim: Claimed, settings: Settings) -> None:
         check_tenant(infer.tenant)
 
 
-def _checked_stream(stream: str) -> str:
-    # The header names a key that the settlement writes to: anything but a client's stream is ignored.
-    return stream if _STREAM.fullmatch(stream) else ""
+def find_who_waits(request: Request, claim: Claimed, settings: Settings) -> None:
+    """Note of a refused message to whom its end is to be told, as far as that is understood."""
+    if request.canvas is not None or request.errand is not None:
+        return
+    limit = settings.max_message_bytes
+    found = who_waits(claim.message, whole=len(claim.message) == claim.size, max_bytes=limit)
+    if found.fields.get("task") in (CHORD_PART_TASK, CANVAS_TASK):
+        found = found._replace(canvas=None)  # it has no next steps of its own
+    request.task_id = request.task_id or found.task_id
+    request.stream = request.stream or found.stream
+    request.canvas = found.canvas
 
 
 def _canvas_request(claim: Claimed, canvas: Canvas | None) -> dict[str, Any] | None:
@@ -243,87 +251,6 @@ def _instant(what: str, value: str | float) -> float:
     if what == "eta" and seconds > time.time() + LONGEST_S:
         raise InvalidInputError(f"expected eta within ten years, given {value[:100]!r}")
     return seconds
-
-
-class Checked(NamedTuple):
-    """What checking a request against a model found out."""
-
-    rows: int
-    version: str
-    nbytes: int
-    batch_key: object
-
-
-class Checker:
-    """Checks requests against one model. Requests alike in all but their numbers are checked once."""
-
-    def __init__(self, signature: ModelSignature, max_request_bytes: int) -> None:
-        self.signature = signature
-        self._max_request_bytes = max_request_bytes
-        self._known: dict[object, Checked] = {}
-
-    def check(self, request: Request) -> None:
-        """Check a request and note what it will take.
-
-        Raises:
-            InvalidInputError: it does not fit the model, or its parts contradict each other.
-        """
-        infer = request.request
-        form = _form(infer)
-        found = self._known.get(form) if form is not None else None
-        if found is None:
-            found = self._check(request)
-            if form is not None and len(self._known) < FORMS_MAX:
-                self._known[form] = found
-        request.rows, request.version, request.nbytes, request.batch_key = found
-
-    def _check(self, request: Request) -> Checked:
-        infer = request.request
-        version = self.signature.resolve(infer.model_version)
-        rows = self.signature.check(infer)
-        sources = [source for tensor in infer.inputs for source in sources_of(tensor)]
-        sizes = [(source.name, _size(source)) for source in sources]
-        check_request_size(sizes, self._max_request_bytes)
-        request.json_values = any(source.data is not UNSET for source in sources)
-        return Checked(rows, version, sum(size for _, size in sizes), _batch_key(infer, version, self.signature))
-
-
-def _form(infer: InferRequest) -> object:
-    """What the check of a small request depends on; None where it depends on more."""
-    if infer.parameters or infer.outputs or infer.model_version:
-        return None
-    parts: list[object] = []
-    for tensor in infer.inputs:
-        if tensor.datatype == "BYTES" or not isinstance(tensor.raw, str) or len(tensor.raw) > FORM_MAX_CHARACTERS:
-            return None
-        if tensor.data is not UNSET or tensor.ref is not UNSET:
-            return None
-        parts += (tensor.name, tensor.datatype, len(tensor.raw), *tensor.shape)
-    return tuple(parts)
-
-
-def _size(tensor: InputTensor) -> int:
-    sources = [source for source in (tensor.data, tensor.raw, tensor.ref) if source is not UNSET]
-    if len(sources) != 1:
-        raise InvalidInputError(
-            f"input {tensor.name!r}: expected exactly one of data, raw, ref and from, given {len(sources)}"
-        )
-    if isinstance(tensor.ref, Ref):
-        if not tensor.ref.key.startswith((keys.BLOB_PREFIX, keys.RESULT_BLOB_PREFIX)):
-            raise InvalidInputError(
-                f"input {tensor.name!r}: expected a ref to a key {keys.BLOB_PREFIX}…, given {tensor.ref.key[:200]!r}"
-            )
-        if not 0 <= tensor.ref.size < 2**63:
-            raise InvalidInputError(f"input {tensor.name!r}: expected a size of at least 0 and below 2**63")
-        return tensor.ref.size
-    claimed = element_count(tensor.shape) * ITEM_SIZES.get(tensor.datatype, 0)
-    text = len(tensor.raw) if isinstance(tensor.raw, str) else len(bytes(tensor.data))  # type: ignore[arg-type]
-    if claimed > 8 * max(text, 1):  # even "0," in JSON gives 8 bytes; more is a shape that lies
-        raise InvalidInputError(
-            f"input {tensor.name!r}: shape {tensor.shape} of {tensor.datatype} takes {claimed} bytes, "
-            f"given {text} characters"
-        )
-    return max(claimed, text)
 
 
 def has_refs(request: Request) -> bool:
@@ -390,19 +317,3 @@ async def _redeem(name: str, ref: Ref, store: Store) -> bytes:
             f"input {name!r}: the bytes behind {ref.key!r} have sha256 {digest}, the request says {ref.sha256[:64]}"
         )
     return data
-
-
-def _batch_key(infer: InferRequest, version: str, signature: ModelSignature) -> object:
-    """What requests must have in common to share a micro-batch; None where none may."""
-    if (
-        not signature.max_batch_size
-        or infer.parameters.get("micro_batch") is False
-        or any(name in infer.parameters for name in _SOLO_PARAMETERS)
-    ):
-        return None
-    return (
-        version,
-        tuple((t.name, t.datatype, *t.shape[1:]) for t in infer.inputs),
-        tuple(output.name for output in infer.outputs),
-        _encode_json(infer.parameters) if infer.parameters else b"",
-    )

@@ -28,6 +28,7 @@ from samphire_broker.store import Store, WorkerInfo
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.events import CeleryEvents
+from samphire_workers.lane.faults import is_shortage
 from samphire_workers.lane.lane import Lane
 from samphire_workers.lane.lease import keep_lease, reap_others
 from samphire_workers.lane.rights import check_rights
@@ -37,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 RESTART_MIN_S = 0.5
 RESTART_MAX_S = 15.0
+STEADY_S = 60.0
+"""A lane that has run for so long has failed for the first time."""
+FAILURES_MAX = 5
+"""A lane that fails so often in a row keeps others from what it holds: its worker ends, and is to be started anew."""
 HAND_BACK_S = 5.0
 STOP_CHECK_S = 0.1
 HAND_BACK_SIGNALS = 2
@@ -174,20 +179,28 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             await store.close()
 
     async def _keep_lane_running(self, store: Store) -> None:
-        delay_s = RESTART_MIN_S
+        failures = 0
         while not self._stopping:
             endpoints = Endpoints(self._settings.triton_urls)
             events = CeleryEvents(self._app, self._info.hostname, self._settings.events_per_s)
             watch = QueueWatch(self._settings.broker_url)
             canvas = Canvas(self._app, self._info.hostname)
             self._lane = Lane(self._settings, store, endpoints, self._info, events, watch, canvas)
+            began = time.monotonic()
             try:
                 await self._lane.run()
-                delay_s = RESTART_MIN_S
-            except ExceptionGroup:
+            except ExceptionGroup as error:
+                if is_shortage(error):
+                    logger.error("the worker is short of resources: it gives back what it holds, and ends")
+                    await store.give_back()
+                    raise
+                failures = 1 if time.monotonic() - began > STEADY_S else failures + 1
+                if failures >= FAILURES_MAX:
+                    logger.error("the lane has failed %d times in a row: the worker ends", failures)
+                    raise  # what it holds is returned by others, as an attempt of what had started
+                delay_s = min(RESTART_MIN_S * 2**failures, RESTART_MAX_S)
                 logger.exception("the lane failed; it starts again in %.1f s", delay_s)
                 await asyncio.sleep(delay_s)
-                delay_s = min(delay_s * 2, RESTART_MAX_S)
             finally:
                 watch.close()
                 canvas.close()

@@ -1,0 +1,95 @@
+"""Tasks that a monitor has seen being sent: producers with `task_send_sent_event` tell it, and it waits for their end.
+
+A lane shows monitors a sample of its successes. Of a task whose sending was told they would wait for ever, so each
+worker listens to what producers tell, and the end of such a task is always sent, at a bounded rate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+logger = logging.getLogger(__name__)
+
+SENT_MAX = 100_000
+"""Tasks that were sent and have not ended, as far as they are remembered; the oldest are forgotten first."""
+ENDED_MAX = 20_000
+"""Tasks that have ended and whose sending was not heard of yet."""
+LISTEN_S = 1.0
+RETRY_S = 1.0
+
+
+class SentTasks:
+    """What is heard of tasks that were sent, and which of their ends are still to be told."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._lock = threading.Lock()
+        self._sent: OrderedDict[str, None] = OrderedDict()
+        self._ended: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        """By task: when it ended, in s since 1970, and how long it ran, in s."""
+        self._to_tell: deque[tuple[str, float, float]] = deque(maxlen=SENT_MAX)
+        self._stopped = threading.Event()
+
+    def ended(self, task_id: str, at: float, runtime_s: float) -> None:
+        """A task has ended of which nothing was shown."""
+        with self._lock:
+            if task_id in self._sent:
+                del self._sent[task_id]
+                self._to_tell.append((task_id, at, runtime_s))
+                return
+            self._ended[task_id] = (at, runtime_s)
+            if len(self._ended) > ENDED_MAX:
+                self._ended.popitem(last=False)
+
+    def shown(self, task_id: str) -> None:
+        """The end of a task was told."""
+        if self._sent:
+            with self._lock:
+                self._sent.pop(task_id, None)
+
+    def take(self, most: int) -> list[tuple[str, float, float]]:
+        """Ends that are to be told now: task, when, and how long it ran."""
+        with self._lock:
+            return [self._to_tell.popleft() for _ in range(min(most, len(self._to_tell)))]
+
+    def listen(self) -> None:
+        """Listen in a thread of its own, until `stop`."""
+        threading.Thread(target=self._listen, name="samphire-sent", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the thread, soon."""
+        self._stopped.set()
+
+    def _sent_event(self, event: dict[str, Any]) -> None:
+        task_id = event.get("uuid")
+        if not isinstance(task_id, str):
+            return
+        with self._lock:
+            if (end := self._ended.pop(task_id, None)) is not None:  # it was quicker than its event
+                self._to_tell.append((task_id, *end))
+                return
+            self._sent[task_id] = None
+            if len(self._sent) > SENT_MAX:
+                self._sent.popitem(last=False)
+
+    def _listen(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                with self._app.connection_for_read() as connection:
+                    handlers = {"task-sent": self._sent_event}
+                    receiver = self._app.events.Receiver(connection, handlers=handlers, routing_key="task.sent")
+                    with receiver.consumer_context():
+                        while not self._stopped.is_set():
+                            with contextlib.suppress(TimeoutError):
+                                connection.drain_events(timeout=LISTEN_S)
+            except (OperationalError, OSError, *self._app.connection_for_read().connection_errors) as error:
+                logger.debug("task-sent events are not heard: %s", error, extra={"action": "sent_failed"})
+                time.sleep(RETRY_S)
