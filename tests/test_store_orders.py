@@ -268,6 +268,26 @@ def test_a_copy_of_what_has_failed_is_known_from_what_is_kept(valkey: Valkey, ke
     run(test)
 
 
+def test_a_copy_of_what_has_failed_that_waits_for_its_time_is_not_cancelled(valkey: Valkey) -> None:
+    """Nothing is written over the failure; the copy is dropped when its time comes."""
+
+    async def test() -> None:
+        message = '{"properties":{"correlation_id":"ta"}}'
+        push(valkey, message, message)
+        async with worker(valkey) as w:
+            one, two = await w.claim()
+            await w.store.settle([end(one, "ta", "retrying", retry=Later(60, ATTEMPT)), fail(two, "ta")])
+            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            assert await w.store.cancel(META) == {"ta": "FAILURE"}
+            valkey.client.zadd(keys.SCHEDULED, {"ta": 1})
+            await w.store.return_due()
+            copy = await claimed(w)
+            assert await w.store.start([(copy.field, "ta")], w.info) == [-2]
+        assert status(valkey, "ta") == "FAILURE"
+
+    run(test)
+
+
 def test_what_was_sent_again_and_waits_can_be_cancelled(valkey: Valkey) -> None:
     """The failure that is stored is that of the run before."""
 

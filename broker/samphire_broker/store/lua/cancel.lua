@@ -81,7 +81,11 @@ local function find_places()
       return
     end
   end
-  add_place(call('HVALS', KEYS[4]))
+  local scheduled = call('HVALS', KEYS[4])
+  for n, value in ipairs(scheduled) do
+    scheduled[n] = match(value, '^%S+ (.*)$') or value -- without its list
+  end
+  add_place(scheduled)
 end
 local function is_coded(message) -- Celery's own steps of a canvas: the ids of those to come cannot be seen in them
   return string.find(message, '"body_encoding": ?"base64"')
