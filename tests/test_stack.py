@@ -402,9 +402,9 @@ def test_a_workers_memory_is_bounded_whatever_is_queued(tmp_path: Path) -> None:
                 list(client.map("identity", ({"input_fp32": large} for _ in range(100)), window=100))
                 huge = np.zeros((1, 4 * 2**20), np.float32)
                 list(client.map("identity", ({"input_fp32": huge} for _ in range(6))))
-                raw = b'{"body": "' + b"[" * 4_000_000 + b'", "headers": {"id": "1", "task": "samphire.infer"}}'
-                for _ in range(40):
-                    server.lpush("inference.identity", raw)
+                for number in range(40):
+                    headers = b'"headers": {"id": "%d", "task": "samphire.infer"}' % number
+                    server.lpush("inference.identity", b'{"body": "' + b"[" * 4_000_000 + b'", ' + headers + b"}")
                 eventually(lambda: server.zcard(keys.DEAD) >= 40, 60, "40 dead letters")
         finally:
             done.set()
