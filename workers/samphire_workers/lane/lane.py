@@ -157,6 +157,7 @@ class Lane:
         )
         self._unseen: set[str] = set()
         """Models that nothing is claimed of before it is known what they are."""
+        self._looking: set[asyncio.Task[None]] = set()
         self._in_order: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._more = False
         """The last claim may have left something in the queues it looked into."""
@@ -178,7 +179,6 @@ class Lane:
         """
         async with asyncio.TaskGroup() as group:
             self._group = group
-            self._look_at_models([])
             background = [
                 group.create_task(self._endpoints.watch()),
                 group.create_task(self._catalogue.watch(self._watch.wake)),
@@ -196,7 +196,7 @@ class Lane:
             while self._work:
                 await asyncio.wait(self._work)
             await self._settler.drain()
-            for task in background:
+            for task in [*background, *self._looking]:
                 task.cancel()
             self._watch.close()
 
@@ -339,7 +339,9 @@ class Lane:
         new = {model for model in models if model != INTAKE_MODEL and self._catalogue.known(model) is None}
         for model in new - self._unseen:
             self._unseen.add(model)
-            self._group.create_task(self._look_at(model))
+            task = self._group.create_task(self._look_at(model))
+            self._looking.add(task)
+            task.add_done_callback(self._looking.discard)
 
     async def _look_at(self, model: str) -> None:
         async with self._lookups:
