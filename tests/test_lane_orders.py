@@ -265,6 +265,36 @@ def test_a_suspect_waits_until_what_was_answered_before_it_is_written(valkey: Va
     run(test)
 
 
+def test_what_need_not_wait_is_not_started_with_what_must(valkey: Valkey) -> None:
+    """It would be started and wait, and who is alone among all workers would wait for it (c19)."""
+
+    async def test() -> None:
+        async with fake_triton("one") as triton, AsyncClient(valkey.url, validate=False) as sdk:
+            worker = LaneWorker(valkey.url, triton, claim_max=1)
+            claim, start = worker.store.claim, worker.store.start
+            batches: list[list[str]] = []
+
+            async def claim_twice(*args: Any) -> Any:
+                first = await claim(*args)
+                if first:
+                    valkey.client.sadd(keys.TRIED, "suspect")
+                return [*first, *await claim(*args)] if first else first
+
+            async def noted(tasks: Any, info: Any) -> Any:
+                batches.append([field for field, _ in tasks])
+                return await start(tasks, info)
+
+            worker.store.claim, worker.store.start = claim_twice, noted  # type: ignore[method-assign]
+            one, two = await sdk.submit("one", x()), await sdk.submit("one", x(2))
+            await worker.up()
+            for task in (one, two):
+                await task.result(20)
+            assert sorted(len({keys.is_first_claim(field) for field in batch}) for batch in batches) == [1, 1]
+            await worker.down()
+
+    run(test)
+
+
 def test_suspects_do_not_stop_what_another_worker_waits_for(valkey: Valkey) -> None:
     """Many of them at one worker, and one at another that has to be alone among all workers (c18)."""
 

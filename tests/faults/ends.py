@@ -9,7 +9,8 @@ from collections import Counter
 import redis
 
 from samphire import keys
-from tests.faults.model import TERMINAL
+
+TERMINAL = {"SUCCESS", "FAILURE", "REVOKED"}
 
 
 class Ends:

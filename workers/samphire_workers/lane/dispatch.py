@@ -29,7 +29,7 @@ from samphire_broker.settings import Settings
 from samphire_broker.store import CANCELLED, NOT_YET, Store, Tried, WorkerInfo
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane import batching
-from samphire_workers.lane.alone import LOOK_LEAST_S, LOOK_S, Alone
+from samphire_workers.lane.alone import LOOK_LEAST_S, LOOK_S
 from samphire_workers.lane.answers import UnevenRowsError, check_answer
 from samphire_workers.lane.budget import ByteBudget
 from samphire_workers.lane.catalogue import Catalogue
@@ -41,6 +41,7 @@ from samphire_workers.lane.outcome import TimeLimitError
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
 from samphire_workers.lane.request import Request, fetch, has_refs, load
+from samphire_workers.lane.suspects import LOSSES_MAX, Suspects, is_suspect
 from samphire_workers.lane.turnstile import Turnstile
 from samphire_workers.lane.unwritten import Unwritten
 from samphire_workers.triton import Endpoint, Running, Tensor
@@ -52,19 +53,6 @@ BEYOND_RELOAD_S = 10.0
 """Between two tries of a model whose process has died, where the worker may not reload it."""
 BUSY_S = 1.0
 """Longest rest of a model whose queue at Triton is full, where Triton does not say how long."""
-
-
-LOSSES_MAX = 2
-"""Endpoints that may die with a task before it is suspected: then it runs alone, without any other of any model."""
-
-
-def is_suspect(before: Tried, max_attempts: int) -> bool:
-    """Whether a task is to be alone with its model.
-
-    All that a lost worker had started comes back at once, and most of it is innocent: it gets a second chance in
-    company, if it has a third one alone.
-    """
-    return before.crashes > 0 and (before.crashes > 1 or before.attempts + 1 >= max_attempts)
 
 
 def _continues_sequence(request: Request) -> bool:
@@ -128,10 +116,15 @@ class Dispatcher:
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
         self._turnstiles: defaultdict[str, Turnstile] = defaultdict(Turnstile)
         self._all_models = Turnstile()
-        self._suspects: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """One suspect of a model at a time stands at its gate."""
         self._unwritten = Unwritten()
-        self._alone = Alone(store, lambda: self._ending is not None)
+        self._suspects = Suspects(
+            store,
+            self._all_models,
+            self._turnstiles,
+            self._unwritten,
+            settings.triton_timeout_s,
+            lambda: bool(self._ending),
+        )
         self._beyond_reload: set[tuple[str, str]] = set()
         """Models, by endpoint, whose process has died and that may not be reloaded from here."""
         self._reloads: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -222,51 +215,32 @@ class Dispatcher:
                 most = policy_for(request.infer, self._settings).max_attempts
                 if before.attempts >= most:
                     self._exhausted(request, before)
-                elif before.losses >= LOSSES_MAX:
-                    group.create_task(self._run_alone(model, request, all_models=True, among_workers=True))
-                elif is_suspect(before, most):
-                    group.create_task(self._run_alone(model, request, among_workers=before.shared > 0))
+                elif before.losses >= LOSSES_MAX or is_suspect(before, most):
+                    group.create_task(self._run_alone(model, request, before))
                 elif before.attempts:
                     again.append(request)
                 else:
                     calm.append(request)
-            group.create_task(self._start_then_infer(model, calm))
+            # Who is alone among workers waits for what was claimed before anything was tried: that waits for nobody.
+            group.create_task(self._start_then_infer(model, [request for request in calm if request.claim.is_first]))
+            group.create_task(self._start_then_infer(model, [r for r in calm if not r.claim.is_first]))
             await self._start_then_infer(model, again)
 
-    async def _run_alone(
-        self, model: str, request: Request, *, all_models: bool = False, among_workers: bool = False
-    ) -> None:
-        whom = "" if all_models else model
-        while self._ending is None:
-            # Who waits until another worker is alone no more does not stand at the gates meanwhile, and at most one
-            # does at a time: that worker may wait for what these would hold up.
-            async with self._suspects[model]:
-                if not among_workers:
-                    await self._alone.until_nobody_else(whom)
-                async with (
-                    self._alone.hold(whom) if among_workers else nullcontext(),
-                    self._all_models.through(alone=all_models),
-                    self._turnstiles[model].through(alone=True),
-                ):
-                    if await self._run_inside(model, request, whom, among_workers):
-                        return
-            await asyncio.sleep(LOOK_S)
-        await self._release([request])
+    async def _run_alone(self, model: str, request: Request, before: Tried) -> None:
+        async def run() -> bool:
+            self._give_up_late([request])
+            if request.over:
+                return True
+            started = await self._try_start([request])
+            if started is not None:
+                await self._infer(model, started, alone=True)
+            return started is not None
 
-    async def _run_inside(self, model: str, request: Request, whom: str, among_workers: bool) -> bool:
-        """Run a suspect that is alone in this worker; False if another worker must come to its end first."""
-        await self._unwritten.none_of(whom)  # what has been answered is not to be taken for the cause
-        self._give_up_late([request])
-        if request.over:
-            return True
-        if among_workers and not await self._alone.others_end(whom, self._settings.triton_timeout_s):
-            return False
-        started = await self._try_start([request])
-        if started is None:
-            return False
-        await self._infer(model, started, alone=True)
-        await self._unwritten.none_of(whom)  # the next one may take the worker down, and with it what is not written
-        return True
+        all_models = before.losses >= LOSSES_MAX
+        if not await self._suspects.run(
+            model, run, all_models=all_models, among_workers=all_models or before.shared > 0
+        ):
+            await self._release([request])
 
     def _exhausted(self, request: Request, before: Tried) -> None:
         """Fail a task that has had all its attempts; this one is not made."""
