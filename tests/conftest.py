@@ -15,7 +15,7 @@ settings.register_profile("samphire", deadline=None, derandomize=True)  # a slow
 settings.load_profile("samphire")
 
 
-SHARED = ("stack", "stand", "own_stack", "up", "services", "wheel", "server", "hands", "reports")
+SHARED = ("stack", "stand", "own_stack", "up", "services", "wheel", "server", "hands", "checker")
 """Fixtures that live longer than one test."""
 
 
