@@ -6,17 +6,20 @@ import asyncio
 import itertools
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
-from redis.exceptions import ResponseError
 
-from samphire import BrokerRightError, keys
+from samphire import AsyncClient, BrokerRightError, ModelFaultError, keys
+from samphire.ended import ended_states
 from samphire.publisher import Publisher
 from samphire_broker.settings import Settings
-from samphire_broker.store import Claimed, Later, Letter, Settlement, Store
+from samphire_broker.store import Claimed, Later, Letter, Settlement, Store, Turn
 from samphire_workers.lane import lease
 from samphire_workers.lane.lease import BrokerAge, Reaper
 from samphire_workers.lane.rights import check_rights
@@ -26,6 +29,9 @@ from tests.test_store import ATTEMPT, META, QUEUE, Worker, everywhere, push, run
 from tests.test_store_orders import end
 
 PASSWORD = "secret"
+FAILURE = (
+    '{"status":"FAILURE","task_id":"%s","result":{"exc_type":"ModelFaultError","exc_message":"x","exc_module":""}}'
+)
 EVERYTHING = ("on", f">{PASSWORD}", "~*", "&*", "+@all")
 
 
@@ -372,13 +378,58 @@ def examine_rights(url: str) -> list[dict[str, str]]:
         return [vars(finding) for finding in look(client) if finding.state != "ok"]
 
 
-def test_the_rights_are_those_of_the_scripts(valkey: Valkey) -> None:
-    """A user that has each of them by name, and no more, can do all that a worker does."""
-    from samphire_broker.store.rights import RIGHTS
+def rules() -> dict[str, str]:
+    """The rules of docs/deployment.md, by user."""
+    text = (Path(__file__).parents[1] / "docs" / "deployment.md").read_text()
+    return {found[1]: found[2] for found in re.finditer(r"^ACL SETUSER (\w+) on >password (.*)$", text, re.MULTILINE)}
 
-    commands = {right.command for right in RIGHTS}
-    for command in commands:
-        try:
-            valkey.client.execute_command("ACL", "DRYRUN", "default", *command)
-        except ResponseError as error:
-            raise AssertionError(f"{command}: {error}") from error
+
+def test_the_documented_rule_is_enough_for_a_worker(valkey: Valkey) -> None:
+    """Nothing is missing, not even what is only advisable; and all transitions go through."""
+
+    async def test() -> None:
+        url = user_of(valkey, "worker", "on", f">{PASSWORD}", *rules()["worker"].split(" "))
+        w = Worker(url, "w1")
+        assert await w.store.missing_rights() == []
+        await w.beat()
+        push(valkey, "a", "b", "c", "d")
+        claims = {claim.message.decode(): claim for claim in await w.claim()}
+        await w.start(list(claims.values()))
+        assert await settle_all(w, claims) == [1, 1, 1, 1]
+        for call in (return_due, cancel_some, serve_letters, claim_more, reap_other):
+            await call(w, {})
+        assert await w.store.lead("m") == 1
+        await w.store.leave()
+        await w.named.close()
+        await w.store.close()
+
+    run(test)
+
+
+def test_the_documented_rule_is_enough_for_a_producer(valkey: Valkey) -> None:
+    """Submit, wait, cancel, delete, and look at letters; it can write to nothing that workers own."""
+
+    async def test() -> None:
+        url = user_of(valkey, "producer", "on", f">{PASSWORD}", *rules()["producer"].split(" "))
+        async with AsyncClient(url, validate=False) as client:
+            task = await client.submit("m", {"x": np.ones((1, 5000), np.float32)}, idempotency_key="k")
+            w = Worker(valkey.url, "w1")
+            await w.beat()
+            (claim,) = await w.store.claim([Turn(keys.queue_list("inference.m", 3), 1, 0)], [1], 1, 10**9)
+            ended = Settlement(
+                claim.field, task.id, "failed", FAILURE % task.id, client._stream, letter=letter(task.id)
+            )
+            assert await w.store.settle([ended]) == [1]
+            with pytest.raises(ModelFaultError):
+                await task.result(10)
+            assert await task.cancel() is False
+            assert await ended_states(client._publisher.connection, [task.id]) == {task.id: "failed"}
+            (found,) = await client.dead_letters.list()
+            assert found.task_id == task.id
+            for key in (keys.meta_key(task.id), keys.ENDED, keys.DEAD, "worker:w1:inflight"):
+                with pytest.raises(BrokerRightError):
+                    await client._publisher.connection.execute("DEL", key)
+            await w.named.close()
+            await w.store.close()
+
+    run(test)

@@ -59,6 +59,7 @@ RIGHTS: Sequence[Right] = (
     *_all("events", f"PUBLISH {keys.WAKE_CHANNEL} x"),
     *_all("attempts", f"HSET {_TASK} x x", f"HINCRBY {_TASK} x 1", f"HMGET {_TASK} x", f"UNLINK {_TASK}"),
     *_all("attempts", f"SADD {keys.TRIED} x", f"SREM {keys.TRIED} x", f"SMISMEMBER {keys.TRIED} x"),
+    *_all("sequences", f"HGET {keys.LEADERS} x", f"HSET {keys.LEADERS} x x", f"HDEL {keys.LEADERS} x"),
     *_all("attempts", f"SET {keys.ALONE} x", f"DEL {keys.ALONE}", f"GET {keys.ALONE}"),
     *_all("the schedule", f"ZADD {keys.SCHEDULED} 0 x", f"ZREM {keys.SCHEDULED} x", f"ZRANGE {keys.SCHEDULED} 0 0"),
     *_all("the schedule", f"HSET {keys.SCHEDULED_MESSAGES} x x", f"HDEL {keys.SCHEDULED_MESSAGES} x"),

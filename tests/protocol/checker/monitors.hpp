@@ -141,6 +141,39 @@ inline void watch_runs(const Seen& seen) {
   }
 }
 
+// Claims of a task that this call has ended, dropped or put aside.
+inline vector<Claim> claims_gone(const Seen& seen, int task) {
+  vector<Claim> gone;
+  for (const auto& claim : seen.before.claims) {
+    bool still_there = false;
+    for (const auto& after : seen.after.claims) still_there |= claim.same_as(after);
+    if (claim.task == task && !still_there) gone.push_back(claim);
+  }
+  return gone;
+}
+
+inline bool is_end_published(const Seen& seen, int task) {
+  for (const auto& effect : seen.done.effects)
+    if (effect.kind == 'P' && effect.where == META + TASK_NAMES[task] && is_end(meta_of(effect.what))) return true;
+  return false;
+}
+
+// What failed has a letter; what was sent again has its own end, and a copy of what has failed has none.
+inline void watch_failures(const Seen& seen) {
+  if (seen.verb != "start" && seen.verb != "settle") return;
+  for (int task = 0; task < TASKS; task++) {
+    bool was = was_failed(seen.before, task), is = was_failed(seen.after, task);
+    vector<Claim> gone = claims_gone(seen, task);
+    bool some_new = false;
+    for (const auto& claim : gone) some_new |= !(seen.state.failed[task] >> claim.sending & 1);
+    if (!was && is && !gone.empty() && !seen.after.letter[task]) monitors.violated("P9 a failure leaves no letter");
+    if (was && is && some_new && !is_end_published(seen, task))
+      monitors.violated("P2 what was sent again after a failure is dropped");
+    if (!gone.empty() && !some_new && is_end_published(seen, task))
+      monitors.violated("P2 a copy of a message that has failed ends a run");
+  }
+}
+
 inline void watch_letters(const Seen& seen) {
   const View &before = seen.before, &after = seen.after;
   State& state = seen.state;
@@ -217,11 +250,7 @@ inline void watch_settled_push(const Seen& seen, const Effect& effect) {
 // How many different messages of a task this call has ended.
 inline int messages_ended(const Seen& seen, int task) {
   int sendings = 0;
-  for (const auto& claim : seen.before.claims) {
-    bool still_there = false;
-    for (const auto& after : seen.after.claims) still_there |= claim.same_as(after);
-    if (claim.task == task && !still_there) sendings |= 1 << claim.sending;
-  }
+  for (const auto& claim : claims_gone(seen, task)) sendings |= 1 << claim.sending;
   return __builtin_popcount(sendings);
 }
 
@@ -254,6 +283,7 @@ inline const Done& perform(State& state, const Call& call) {
   if (call.verb == "cancel") watch_cancel(seen);
   watch_runs(seen);
   watch_attempts(seen);
+  watch_failures(seen);
   watch_letters(seen);
   if (call.verb == "start") watch_starts(seen);
   watch_effects(seen);
