@@ -14,7 +14,12 @@ SYSTEM_FILES := /usr/include/lua5.1/lua.h:liblua5.1-0-dev
 # Tests wait more than they compute: on two cores this many processes at once are done soonest.
 TEST_PROCESSES ?= 4
 
-.PHONY: help demo up test check bench faults model digits images screenshots system-packages clean
+# The machine with the GPU: the wheels for it, its version of Python, and the Python there that has torch.
+GPU_WHEELS ?= build/gpu-wheels
+GPU_PYTHON ?= 3.12
+GPU_RUN ?= python3
+
+.PHONY: help demo up test check bench bench-gpu gpu-wheels faults model digits images screenshots system-packages clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -34,8 +39,14 @@ check: $(VENV)/.dev  ## formatting, lints, types, import rules
 	$(BIN)/mypy
 	PYTHONPATH=clients/python:broker:workers $(BIN)/lint-imports --no-cache
 
-bench: $(VENV)/.dev  ## measure Samphire beside a straight client and a plain Celery worker
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.dev  ## measure beside a straight client and plain Celery (ARGS="--only drain", "--runs 9"); BASE=COMMIT: by turns with it
+	$(BIN)/python -m benchmarks $(if $(BASE),--base $(BASE)) $(ARGS)
+
+bench-gpu:  ## measure on a GPU, with the wheels of gpu-wheels and the machine's own Python and torch
+	GPU_WHEELS=$(GPU_WHEELS) $(GPU_RUN) benchmarks/gpu_setup.py $(ARGS)
+
+gpu-wheels: $(VENV)/.dev  ## collect what bench-gpu needs on a machine without a network, 60 MiB at most (GPU_PYTHON=3.12)
+	$(BIN)/python -m benchmarks.gpu_wheels --python $(GPU_PYTHON) --folder $(GPU_WHEELS)
 
 faults: $(VENV)/.dev  ## kill, stop and restart every part under load, up to two hours (ARGS="--worker-kill 50", ARGS=--soak)
 	$(BIN)/python -m tests.faults $(ARGS)
@@ -69,8 +80,8 @@ system-packages:
 	  echo "not installed, some tests need them:$$missing"; \
 	fi
 
-clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean:  ## remove the virtual environment, caches and wheels
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	@test "$$($(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))')" = True || \

@@ -6,9 +6,10 @@ The names of keys and fields are those of the wire, not of a version's code: ver
 from __future__ import annotations
 
 import base64
+import operator
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import msgspec
@@ -131,19 +132,29 @@ def check_backlog(server: redis.Redis, messages: Sequence[bytes], ends: Counter[
     asked = dict(_question(message) for message in messages)
     if len(asked) != len(messages):
         raise WrongAnswerError(f"{len(messages)} messages have only {len(asked)} ids")
-    _complain("have no answer, or a wrong one", _wrong(server, asked), len(asked))
-    _complain("have not ended exactly once", [task_id for task_id in asked if ends[task_id] != 1], len(asked))
-    if server.zcard(LETTERS):
-        raise WrongAnswerError(f"{server.zcard(LETTERS)} dead letters")
+    check_ended(server, asked, ends, operator.eq)
 
 
-def _wrong(server: redis.Redis, asked: dict[str, bytes]) -> list[str]:
-    ids, wrong = list(asked), list[str]()
+def check_ended(
+    server: redis.Redis, expected: Mapping[str, bytes], ends: Counter[str], same: Callable[[bytes, bytes], bool]
+) -> None:
+    """Each of these tasks has succeeded with the numbers that are expected of it, and has ended once.
+
+    Raises:
+        WrongAnswerError: some have not.
+    """
+    ids, wrong = list(expected), list[str]()
     for begin in range(0, len(ids), PAGE):
         page = ids[begin : begin + PAGE]
         metas: Any = server.mget([META_PREFIX + task_id for task_id in page])
-        wrong += [task_id for task_id, meta in zip(page, metas, strict=True) if _answer(meta) != asked[task_id]]
-    return wrong
+        for task_id, meta in zip(page, metas, strict=True):
+            answer = _answer(meta)
+            if answer is None or not same(expected[task_id], answer):
+                wrong.append(task_id)
+    _complain("have no answer, or a wrong one", wrong, len(ids))
+    _complain("have not ended exactly once", [task_id for task_id in ids if ends[task_id] != 1], len(ids))
+    if letters := server.zcard(LETTERS):
+        raise WrongAnswerError(f"{letters} dead letters")
 
 
 def _complain(what: str, task_ids: Sequence[str], count: int) -> None:

@@ -9,21 +9,21 @@ import json
 import sys
 
 from benchmarks.parts import run
-from benchmarks.stack import Figures
 
 WITHOUT = (AttributeError, ImportError, TypeError)
 """What a version raises that has another interface."""
 
 
+def has_none(part: str, error: Exception) -> bool:
+    """Whether the version lacks what the part needs."""
+    if isinstance(error, WITHOUT):
+        print(f"{part} cannot be measured here: {error!r}", file=sys.stderr)
+    return isinstance(error, WITHOUT)
+
+
 def main(scale: float, parts: list[str]) -> None:
-    """Run each part on a stack of its own, print."""
-    figures = Figures()
-    for part in parts:
-        try:
-            figures |= run([part], scale, lambda _name, _value: None, {})
-        except WITHOUT as error:
-            print(f"{part} cannot be measured here: {error!r}", file=sys.stderr)
-    print(json.dumps(figures))
+    """Measure, print."""
+    print(json.dumps(run(parts, scale, lambda _name, _value: None, {}, has_none)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from benchmarks.answers import (
     stream_of,
 )
 from benchmarks.rivals import infer, rate
-from benchmarks.stack import BenchStack, Figures, Memory
+from benchmarks.stack import BenchStack, Figures, Memory, drain_rate
 from samphire import AsyncClient
 
 TASKS = 100_000
@@ -48,10 +48,13 @@ def percentile(values: Sequence[float], share: float) -> float:
 async def publish(client: AsyncClient, server: redis.Redis, questions: Sequence[FloatArray], queue: str) -> float:
     """Publish through `map`, and return the seconds until the broker has all of it."""
     inputs = [{"input_fp32": question} for question in questions]
-    results = client.map("identity", inputs, window=len(inputs), window_bytes=2**40)
+    results = client.map("identity", iter(inputs), window=len(inputs))
     began = time.perf_counter()
     first = asyncio.ensure_future(anext(results))
     while server.llen(queue + NORMAL) < len(inputs):
+        if first.done():
+            first.result()  # its error, or else somebody has answered although the worker stands still
+            raise AssertionError("an answer came before all was published")
         await asyncio.sleep(0.01)
     elapsed = time.perf_counter() - began
     first.cancel()
@@ -90,15 +93,10 @@ def drain(stack: BenchStack, scale: float) -> Figures:
         with stack.worker_stopped():  # the lease outlives the publication; nothing is claimed meanwhile
             figures |= asyncio.run(_backlog(stack, server, questions))
             messages = queued(server)
-        already = ended(server)
+            already = ended(server)
         with Memory(stack.worker_pid) as memory:
             with ends_of(stack, messages) as ends:
-                while (left := unsettled(server)) > len(questions) * 0.95:
-                    time.sleep(0.02)
-                began = time.perf_counter()
-                while unsettled(server):
-                    time.sleep(0.02)
-                figures["drain_per_s"] = left / (time.perf_counter() - began)
+                figures["drain_per_s"] = drain_rate(len(questions), lambda: unsettled(server))
             assert ended(server) - already == len(questions)
             check_backlog(server, messages, ends)
             figures["end_to_end_per_s"] = asyncio.run(_end_to_end(stack, rows(max(300, int(END_TO_END * scale)))))
@@ -122,7 +120,7 @@ async def _end_to_end(stack: BenchStack, questions: Sequence[FloatArray]) -> flo
     inputs = [{"input_fp32": question} for question in questions]
     async with AsyncClient(stack.broker_url) as client:
         began = time.perf_counter()
-        results = [result async for result in client.map("identity", inputs)]
+        results = [result async for result in client.map("identity", iter(inputs))]
         elapsed = time.perf_counter() - began
     check_equal("end to end", questions, [result.outputs["output_fp32"] for result in results])
     check_once("end to end", (result.task_id for result in results))

@@ -111,11 +111,25 @@ def measured(figures: Figures, parts: Collection[str]) -> dict[str, float | None
     """All figures, and those that these parts make beside each other; None for what was not reached."""
     made = {name: ratio.compute(figures) for name, ratio in RATIOS.items() if set(ratio.parts) <= set(parts)}
     found: dict[str, float | None] = {**figures, **made}
-    return {name: None if value is None else round(value, 4) for name, value in found.items()}
+    return {name: None if value is None else round(float(value), 4) for name, value in found.items()}
 
 
-def run(parts: Sequence[str], scale: float, note: Note, options: Mapping[str, Mapping[str, float]]) -> Figures:
-    """Measure some parts, those of the same durability on one stack; `options` are those of single parts."""
+def run(
+    parts: Sequence[str],
+    scale: float,
+    note: Note,
+    options: Mapping[str, Mapping[str, float]],
+    skip: Callable[[str, Exception], bool] = lambda _part, _error: False,
+) -> Figures:
+    """Measure some parts, those of the same durability on one stack.
+
+    Args:
+        parts: their names.
+        scale: share of the whole work.
+        note: is told of each figure as soon as it is known.
+        options: of single parts.
+        skip: whether to go on without a part that has raised this error.
+    """
     figures = Figures()
     for fsync in ("everysec", "always"):
         chosen = {name: PARTS[name] for name in parts if PARTS[name].fsync == fsync}
@@ -123,7 +137,13 @@ def run(parts: Sequence[str], scale: float, note: Note, options: Mapping[str, Ma
             continue
         with bench_stack(fsync) as stack:
             for name, part in chosen.items():
-                for found, value in functools.partial(part.measure, **options.get(name, {}))(stack, scale).items():
-                    figures[found + part.suffix] = value
-                    note(found + part.suffix, value)
+                try:
+                    found = functools.partial(part.measure, **options.get(name, {}))(stack, scale)
+                except Exception as error:
+                    if skip(name, error):
+                        continue
+                    raise
+                for figure_name, value in found.items():
+                    figures[figure_name + part.suffix] = value
+                    note(figure_name + part.suffix, value)
     return figures

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -75,6 +75,21 @@ def bench_stack(fsync: str) -> Iterator[BenchStack]:
         finally:
             process.terminate()
             process.wait()
+
+
+def drain_rate(count: int, left: Callable[[], int]) -> float:
+    """Tasks a second from now on, until none of `count` is left; what comes before the first twentieth does not count.
+
+    A backlog that is gone before it was looked at is one that took the time of the look.
+    """
+    began, begun = time.perf_counter(), count
+    while (now := left()) > count * 0.95:
+        time.sleep(0.005)
+    if now > count / 2:
+        began, begun = time.perf_counter(), now
+    while left():
+        time.sleep(0.005)
+    return begun / (time.perf_counter() - began)
 
 
 class Memory:

@@ -1,8 +1,7 @@
-"""What a new user runs first: the demo, the training script, the benchmark."""
+"""What a new user runs first: the demo, the training script."""
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -55,26 +54,6 @@ def test_the_digits_model_is_trained_by_its_script(tmp_path: Path) -> None:
         trained = tmp_path / "digits" / version / "model.onnx"
         shipped = ROOT / "model_repository" / "digits" / version / "model.onnx"
         assert trained.stat().st_size == pytest.approx(shipped.stat().st_size, rel=0.05)
-
-
-def test_the_benchmark_runs_and_writes_its_report(tmp_path: Path) -> None:
-    """A twentieth of the work: every ratio is there; how large they are is not for a test."""
-    ended = run(sys.executable, "-m", "benchmarks", "--quick", "--results", str(tmp_path), timeout_s=280)
-    assert ended.returncode == 0, ended.stderr
-    report = json.loads((tmp_path / "latest.json").read_text())
-    expected = {
-        "drain_vs_direct",
-        "drain_vs_celery",
-        "end_to_end_vs_celery",
-        "p50_over_direct_ms",
-        "p99_over_direct_ms",
-        "publish_per_s",
-        "publish_vs_send_task",
-        "claim_cost_1m_vs_1k",
-    }
-    assert expected <= set(report["ratios"])
-    assert all(isinstance(value, int | float) for value in report["ratios"].values())
-    assert (tmp_path / "latest.png").stat().st_size > 0
 
 
 def test_queues_are_declared_for_celery_applications() -> None:
