@@ -204,7 +204,7 @@ def test_a_chord_that_fails_is_ended_and_its_client_told(valkey: Valkey) -> None
             with pytest.raises(SamphireError):
                 await chain.result(20)
             assert state(valkey.client, chain.id) == "FAILURE"
-            told = [fields for _, fields in valkey.client.xrange(sdk._stream)]
+            told = [fields for _, fields in valkey.client.xrange(sdk._session.stream)]
             assert {b"failed": chain.id.encode()} in told
 
     run(test)

@@ -224,7 +224,7 @@ def test_a_redriven_task_begins_a_new_run(client: Client, stack: Up) -> None:
 
 
 def client_stream(client: Client) -> str:
-    return client._client._stream
+    return client._client._session.stream
 
 
 @pytest.mark.parametrize(

@@ -417,18 +417,18 @@ def test_the_documented_rule_is_enough_for_a_producer(valkey: Valkey) -> None:
             await w.beat()
             (claim,) = await w.store.claim([Turn(keys.queue_list("inference.m", 3), 1, 0)], [1], 1, 10**9)
             ended = Settlement(
-                claim.field, task.id, "failed", FAILURE % task.id, client._stream, letter=letter(task.id)
+                claim.field, task.id, "failed", FAILURE % task.id, client._session.stream, letter=letter(task.id)
             )
             assert await w.store.settle([ended]) == [1]
             with pytest.raises(ModelFaultError):
                 await task.result(10)
             assert await task.cancel() is False
-            assert await ended_states(client._publisher.connection, [task.id]) == {task.id: "failed"}
+            assert await ended_states(client._session.publisher.connection, [task.id]) == {task.id: "failed"}
             (found,) = await client.dead_letters.list()
             assert found.task_id == task.id
             for key in (keys.meta_key(task.id), keys.ENDED, keys.DEAD, "worker:w1:inflight"):
                 with pytest.raises(BrokerRightError):
-                    await client._publisher.connection.execute("DEL", key)
+                    await client._session.publisher.connection.execute("DEL", key)
             await w.named.close()
             await w.store.close()
 

@@ -67,7 +67,7 @@ def remembered(valkey: Valkey, *task_ids: str) -> dict[str, str]:
 
     async def ask() -> dict[str, str]:
         async with AsyncClient(valkey.url) as client:
-            return dict(await ended_states(client._publisher.connection, task_ids))
+            return dict(await ended_states(client._session.publisher.connection, task_ids))
 
     return asyncio.run(ask())
 
@@ -151,7 +151,7 @@ def test_a_purge_names_the_run_of_the_letter_that_was_read(valkey: Valkey) -> No
         async with worker(valkey) as w, AsyncClient(valkey.url) as client:
             await w.store.settle([fail(await claimed(w), "ta")])
             go = asyncio.Event()
-            connection = client._publisher.connection
+            connection = client._session.publisher.connection
             execute = connection.execute
 
             async def slow(*command: object, **options: object) -> object:

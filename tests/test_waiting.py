@@ -112,7 +112,7 @@ def test_many_are_submitted_and_then_read_one_by_one(valkey: Valkey) -> None:
 
 
 def _stream_of(client: Client) -> str:
-    return client._client._stream.removeprefix(keys.STREAM_PREFIX)
+    return client._client._session.stream.removeprefix(keys.STREAM_PREFIX)
 
 
 def test_the_same_asynchronously(valkey: Valkey) -> None:
@@ -156,7 +156,7 @@ def test_events_that_are_trimmed_before_they_are_read(valkey: Valkey) -> None:
             tasks = [await client.submit("m", inputs()) for _ in range(MANY)]
             waiting = [asyncio.create_task(task.result()) for task in tasks]
             await asyncio.sleep(0)
-            async with client._waiter._events._lock:  # its reader stands still
+            async with client._session.waiter._events._lock:  # its reader stands still
                 assert await worker.settle(MANY) == MANY
             async with asyncio.timeout(TIMEOUT_S):
                 assert all(map(right, await asyncio.gather(*waiting)))

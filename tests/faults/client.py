@@ -62,7 +62,7 @@ async def produce(broker_url: str, journal: Journal, outstanding: int, first: in
     loop.add_signal_handler(signal.SIGUSR1, rest)
     loop.add_signal_handler(signal.SIGUSR2, working.set)
     async with AsyncClient(broker_url) as client:
-        journal.write("S", client._stream)  # the harness reads it as well
+        journal.write("S", client._session.stream)  # the harness reads it as well
 
         async def one_after_the_other() -> None:
             while True:

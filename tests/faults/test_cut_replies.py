@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from samphire import (
     AsyncClient,
+    AsyncTask,
     BrokerUnavailableError,
     LetterGoneError,
     ModelFaultError,
@@ -30,7 +31,6 @@ from samphire import (
     Step,
     keys,
 )
-from samphire.aio import AsyncTask
 from samphire.dead_letters import AsyncDeadLetters
 from samphire.direct import Script
 from samphire_broker.store import CANCELLED, Claimed, OtherEnd, Settlement, Store, Tried

@@ -6,7 +6,7 @@
 ...     task.result(timeout_s=10).outputs["probabilities"]      # float32 [1, 10]
 """
 
-from samphire.aio import AsyncClient, AsyncTask, TaskEvent
+from samphire.aio import AsyncClient
 from samphire.contract import Backoff
 from samphire.dead_letters import Attempt, DeadLetter, LetterFilter
 from samphire.errors import (
@@ -40,6 +40,7 @@ from samphire.errors import (
 from samphire.pipeline import Output, Step
 from samphire.results import InferResult
 from samphire.sync import Client, Task
+from samphire.task import AsyncTask, TaskEvent
 from samphire.validation import ModelSignature, TensorSpec
 
 __all__ = [

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import time
-import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from samphire import keys
-from samphire.catalogue import Catalogue
-from samphire.clock import BrokerClock
 from samphire.connection import DEFAULT_BROKER_URL, redact
 from samphire.contract import Backoff, check_tenant
 from samphire.dead_letters import AsyncDeadLetters
 from samphire.encoder import (
-    Encoded,
     Encoder,
     Inputs,
     Limits,
@@ -29,138 +21,18 @@ from samphire.encoder import (
     idempotency,
     priority_step,
     request_for,
-    when,
 )
 from samphire.errors import (
-    BrokerMemoryFullError,
-    BrokerUnavailableError,
-    ClientClosedError,
     InvalidInputError,
-    ResultTimeoutError,
     SamphireError,
-    UnknownTaskError,
 )
 from samphire.keys import Priority
+from samphire.mapping import Counted, Map, Progress, Sizes
 from samphire.pipeline import Stage, StepOptions, encode_chain, stages_of
-from samphire.publisher import Publisher
-from samphire.results import TERMINAL, InferResult, Status
+from samphire.results import InferResult
+from samphire.session import Session
+from samphire.task import AsyncTask
 from samphire.validation import ModelSignature
-from samphire.waiter import Look, Waiter
-
-MAP_CHUNK = 256
-MAP_CHUNK_BYTES = 4 * 2**20
-LOOK_MIN_S = 0.01
-LOOK_MAX_S = 0.5
-CANCEL_AGAIN_S = 1.0
-"""Between two requests to cancel a task that has not been answered."""
-
-_END = object()
-
-Progress = Callable[[int, int | None], None]
-"""Called with how many results there are, and how many there will be if that is known."""
-
-
-@dataclass(frozen=True)
-class TaskEvent:
-    """A state that a task was seen in."""
-
-    task_id: str
-    status: Status
-    at: float
-    """When it was seen, in s since 1970."""
-
-
-class AsyncTask:
-    """A handle of one submitted task."""
-
-    def __init__(self, client: AsyncClient, task_id: str, look: Look) -> None:
-        self._client = client
-        self._look: Look = look
-        self.id = task_id
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id}>"
-
-    async def status(self) -> Status:
-        """The task's state; a task that nobody knows counts as queued, as in Celery."""
-        self._client._check_usable()
-        return await self._client._waiter.status(self.id)
-
-    async def result(self, timeout_s: float | None = None, *, delete: bool = False) -> InferResult:
-        """Wait for the result.
-
-        Args:
-            timeout_s: how long; for ever by default.
-            delete: the result is deleted once it was read; a later read raises `ResultDeletedError`. Should the
-                broker go away meanwhile, it stays until its lifetime is over.
-
-        Raises:
-            ResultTimeoutError: it did not come within `timeout_s`; the task goes on.
-            ResultExpiredError: the task has ended, and its result's lifetime is over.
-            SamphireError: what the task ended with.
-        """
-        look = self._look
-        if isinstance(look, int):
-            self._look = "now"  # its end may have been told to the first who asked
-        result = await self._client._result(self.id, timeout_s, look)
-        if delete:
-            # The caller must not lose the result because nobody hears that it may go: then it goes with its lifetime.
-            with contextlib.suppress(BrokerUnavailableError, BrokerMemoryFullError):
-                await self._client._publisher.request(keys.DELETES, self.id)
-        return result
-
-    async def cancel(self, timeout_s: float = 5.0) -> bool:
-        """End the task, whether it is queued, scheduled or running; whether it has ended so.
-
-        A running request is cancelled at Triton when every member of its micro-batch is; otherwise its answer is
-        dropped. The error of `result` says which it was. A task that has ended before is left as it is: then the
-        answer is False.
-
-        Raises:
-            UnknownTaskError: it is nowhere; nothing was changed. Where thousands of messages are queued nobody looks
-                for it, and an id is believed.
-            ResultTimeoutError: the task has not ended within `timeout_s`; the request stands.
-        """
-        client = self._client
-        client._check_usable()
-        request = f"{client._stream} {self.id}"
-        await client._publisher.request(keys.CANCELS, request)
-        asked_at, interval_s = time.monotonic(), LOOK_MIN_S
-        try:
-            async with asyncio.timeout(timeout_s):
-                while (status := await self.status()) not in TERMINAL:
-                    is_stored = status not in ("queued", "scheduled")
-                    answer = "" if is_stored else await client._waiter.cancel_answer(self.id)
-                    if answer == "unknown":
-                        raise UnknownTaskError(f"no task {self.id} is queued, scheduled, running or ended")
-                    if answer in TERMINAL:  # before, and its result has expired
-                        return answer == "cancelled"
-                    if time.monotonic() - asked_at >= CANCEL_AGAIN_S:  # the worker that took it up may have died
-                        await client._publisher.request(keys.CANCELS, request)
-                        asked_at = time.monotonic()
-                    await asyncio.sleep(interval_s)
-                    interval_s = min(interval_s * 1.2, LOOK_MAX_S)
-        except TimeoutError as error:
-            message = f"task {self.id} has not ended within {timeout_s} s of its cancellation; the request stands"
-            raise ResultTimeoutError(message) from error
-        return status == "cancelled"
-
-    async def events(self, after: Status | None = None) -> AsyncIterator[TaskEvent]:
-        """The task's states as they are seen, until it has ended; a state that passes between two looks is not seen.
-
-        Args:
-            after: begin once the task is seen in another state than this one, the last that the caller knows.
-        """
-        last, interval_s = after, LOOK_MIN_S
-        while True:
-            status = await self.status()
-            if status != last:
-                last, interval_s = status, LOOK_MIN_S
-                yield TaskEvent(self.id, status, time.time())
-            if status in TERMINAL:
-                return
-            await asyncio.sleep(interval_s)
-            interval_s = min(interval_s * 1.2, LOOK_MAX_S)
 
 
 class AsyncClient:
@@ -196,19 +68,11 @@ class AsyncClient:
             raise InvalidInputError(f"expected idempotency_ttl_s of at least 1, given {idempotency_ttl_s}")
         self._idempotency_ttl_s = idempotency_ttl_s
         self._limits = Limits(inline_limit_bytes, max_request_bytes)
-        self._stream = keys.stream_key(uuid.uuid4().hex)
-        self._publisher = Publisher(self.broker_url, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
-        self._waiter = Waiter(self.broker_url, self._stream)
-        self._catalogue = Catalogue(self._publisher.connection)
-        self._clock = BrokerClock(self._publisher.connection)
-        self._validate = validate
-        self._process = os.getpid()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
+        self._session = Session(self.broker_url, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s, validate=validate)
 
     def __repr__(self) -> str:
         tenant = f" tenant={self.tenant}" if self.tenant else ""
-        closed = " closed" if self._closed else ""
+        closed = " closed" if self._session.closed else ""
         return f"<{type(self).__name__} {redact(self.broker_url)}{tenant}{closed}>"
 
     async def __aenter__(self) -> Self:
@@ -221,9 +85,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close all connections; who still waits for a result gets `ClientClosedError`."""
-        self._closed = True
-        await self._waiter.close()
-        await self._publisher.close()
+        await self._session.close()
 
     async def submit(
         self,
@@ -266,15 +128,15 @@ class AsyncClient:
             QueueFullError, BrokerMemoryFullError: refused; nothing was queued.
             BrokerUnavailableError: no answer; the task may or may not be queued.
         """
-        headers = await self._when(eta, delay_s, deadline_s)
+        headers = await self._session.when(eta, delay_s, deadline_s)
         encode = await self._encoder(model, version, priority, outputs, parameters, headers, max_attempts, backoff)
-        task_id, message, blobs = await self._encode(encode, model, inputs)
-        queue, step, key = keys.queue_name(model, self.tenant), priority_step(priority), None
+        task_id, message, blobs = await self._session.encode(encode, inputs)
+        key = None
         if idempotency_key is not None:
             key = idempotency(idempotency_key, encode.request, task_id, self._idempotency_ttl_s)
-        epoch = self._waiter.epoch  # before the task can end
-        known = await self._publisher.publish(queue, step, [message], blobs, key)
-        return AsyncTask(self, known, "often") if known else AsyncTask(self, task_id, epoch)
+        epoch = self._session.waiter.epoch  # before the task can end
+        known = await self._session.publisher.publish(encode.queue, encode.priority, [message], blobs, key)
+        return AsyncTask(self._session, known, "often") if known else AsyncTask(self._session, task_id, epoch)
 
     async def chain(
         self,
@@ -295,19 +157,19 @@ class AsyncClient:
                 nothing was queued.
             QueueFullError, BrokerMemoryFullError, BrokerUnavailableError: as in `submit`.
         """
-        self._check_usable()
+        self._session.check_usable()
         listed = stages_of(stages)
-        headers = {**await self._when(eta, delay_s, deadline_s), "samphire_stream": self._stream}
+        headers = {**await self._session.when(eta, delay_s, deadline_s), "samphire_stream": self._session.stream}
         options = StepOptions(self.tenant, priority_step(priority), headers, self._limits)
         models = {step.model for stage in listed for step in stage}
-        signatures = {model: await self._signature(model) for model in models}
+        signatures = {model: await self._session.signature(model) for model in models}
         try:
             task_id, message, blobs = encode_chain(listed, options, signatures)
         except InvalidInputError:  # perhaps a model has changed
-            fresh = {model: await self._signature(model, fresh=True) for model in models}
+            fresh = {model: await self._session.signature(model, fresh=True) for model in models}
             task_id, message, blobs = encode_chain(listed, options, fresh)
-        await self._publisher.publish(keys.INTAKE, options.priority, [message], blobs)
-        return AsyncTask(self, task_id, "often")  # of a chord that fails no event tells
+        await self._session.publisher.publish(keys.INTAKE, options.priority, [message], blobs)
+        return AsyncTask(self._session, task_id, "often")  # of a chord that fails no event tells
 
     @overload
     def map(
@@ -387,8 +249,8 @@ class AsyncClient:
     @property
     def dead_letters(self) -> AsyncDeadLetters:
         """What failed for good, or was no task; see `AsyncDeadLetters`."""
-        self._check_usable()
-        return AsyncDeadLetters(self._publisher.connection)
+        self._session.check_usable()
+        return AsyncDeadLetters(self._session.publisher.connection)
 
     async def signature(self, model: str) -> ModelSignature | None:
         """What a model takes and returns, as the workers tell it; None where no worker has told.
@@ -396,8 +258,8 @@ class AsyncClient:
         Raises:
             UnknownModelError: the workers know all models, and there is none of that name.
         """
-        self._check_usable()
-        return await self._catalogue.signature(model)
+        self._session.check_usable()
+        return await self._session.catalogue.signature(model)
 
     def task(self, task_id: str) -> AsyncTask:
         """A handle of a task that anybody submitted.
@@ -407,23 +269,9 @@ class AsyncClient:
         """
         if not isinstance(task_id, str) or not 1 <= len(task_id) <= 255:
             raise InvalidInputError(f"expected a task id of 1 to 255 characters, given {task_id!r}")
-        return AsyncTask(self, task_id, "often")
+        return AsyncTask(self._session, task_id, "often")
 
     # -- the parts ----------------------------------------------------------------------------------
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise ClientClosedError
-        if self._process != os.getpid():
-            raise SamphireError("an AsyncClient does not survive a fork: make one in each process")
-        loop = asyncio.get_running_loop()
-        if self._loop is None:
-            self._loop = loop
-        elif self._loop is not loop:
-            raise SamphireError(
-                "an AsyncClient belongs to the event loop that first used it: make one in each, or use Client, "
-                "which threads and loops may share"
-            )
 
     async def _map_chunks(
         self,
@@ -441,62 +289,10 @@ class AsyncClient:
         if window < 1 or window_bytes < 1:
             raise InvalidInputError(f"expected a window of at least 1, given {window} tasks, {window_bytes} bytes")
         encode = await self._encoder(model, version, priority, outputs, parameters, {})
-        queue, step = keys.queue_name(model, self.tenant), priority_step(priority)
-        source: Iterator[Any] = iter(batches)
-        waiting: deque[tuple[str, asyncio.Future[InferResult]]] = deque()
-        sizes = _Sizes(window, window_bytes)
-        exhausted = False
-        try:
-            while True:
-                while not exhausted and len(waiting) < sizes.window:
-                    encoded: list[Encoded] = []
-                    nbytes = 0
-                    most = min(MAP_CHUNK, sizes.window - len(waiting))
-                    encode.headers(await self._when(None, None, deadline_s))
-                    while len(encoded) < most and nbytes < min(MAP_CHUNK_BYTES, window_bytes) and not exhausted:
-                        inputs: Any = next(source, _END)
-                        if inputs is _END:
-                            exhausted = True
-                            break
-                        try:
-                            one = encode(inputs)
-                        except InvalidInputError:
-                            one = await self._encode(encode, model, inputs)
-                        encoded.append(one)
-                        nbytes += len(one.message)
-                        if one.blobs:
-                            nbytes += sum(len(data) for _, data in one.blobs)
-                    if not encoded:
-                        break
-                    sizes.sent(len(encoded), nbytes)
-                    waiting.extend((one.task_id, self._waiter.expect(one.task_id, "never")) for one in encoded)
-                    await self._publisher.publish(
-                        queue,
-                        step,
-                        [one.message for one in encoded],
-                        [blob for one in encoded for blob in one.blobs],
-                    )
-                if not waiting:
-                    return
-                ready: list[InferResult | SamphireError] = []
-                await asyncio.wait([waiting[0][1]])
-                while waiting and waiting[0][1].done():
-                    task_id, future = waiting.popleft()
-                    self._waiter.forget([task_id])
-                    error = future.exception()
-                    if error is not None and not isinstance(error, SamphireError):
-                        raise error
-                    ready.append(error if error is not None else future.result())
-                sizes.returned(ready)
-                yield ready
-        finally:
-            self._waiter.forget(task_id for task_id, _ in waiting)
-
-    async def _when(self, eta: datetime | None, delay_s: float | None, deadline_s: float | None) -> dict[str, Any]:
-        """The headers that say when a task may start, and until when it is of use, by the broker's clock."""
-        if eta is None and delay_s is None and deadline_s is None:
-            return {}
-        return when(eta, delay_s, deadline_s, await self._clock.fresh_now()).headers()
+        under_way = Map(self._session, encode, batches, Sizes(window, window_bytes), deadline_s)
+        async with contextlib.aclosing(under_way.chunks()) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def _encoder(
         self,
@@ -509,75 +305,9 @@ class AsyncClient:
         max_attempts: int | None = None,
         backoff: Backoff | None = None,
     ) -> Encoder:
-        self._check_usable()
+        self._session.check_usable()
         template = request_for(model, version, outputs, parameters, self.tenant, max_attempts, backoff)
-        encoder = Encoder(template, priority_step(priority), self._stream, self._limits)
+        encoder = Encoder(template, priority_step(priority), self._session.stream, self._limits)
         encoder.headers(headers)
-        encoder.check_against(await self._signature(model))
+        encoder.check_against(await self._session.signature(model))
         return encoder
-
-    async def _encode(self, encode: Encoder, model: str, inputs: Inputs) -> Encoded:
-        try:
-            return encode(inputs)
-        except InvalidInputError:
-            # Perhaps the model has changed since its signature was read.
-            if not encode.check_against(await self._signature(model, fresh=True)):
-                raise
-            return encode(inputs)
-
-    async def _signature(self, model: str, *, fresh: bool = False) -> ModelSignature | None:
-        return await self._catalogue.signature(model, fresh=fresh) if self._validate else None
-
-    async def _result(self, task_id: str, timeout_s: float | None, look: Look) -> InferResult:
-        self._check_usable()
-        future = self._waiter.expect(task_id, look)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(future)  # others may wait for the same
-        except TimeoutError as error:
-            if future.done():
-                raise  # the task's own error
-            message = f"task {task_id} has no result after {timeout_s} s; it goes on"
-            raise ResultTimeoutError(message) from error
-        finally:
-            self._waiter.forget([task_id])
-
-
-class Counted:
-    """Tells how far a map has come."""
-
-    def __init__(self, batches: Iterable[Inputs], progress: Progress | None) -> None:
-        self._progress = progress
-        self._done = 0
-        self._total = len(batches) if isinstance(batches, Sized) else None
-
-    def one_more(self) -> None:
-        """A result is there."""
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
-class _Sizes:
-    """How many tasks a map may have under way, given what they and their results take."""
-
-    def __init__(self, window: int, window_bytes: int) -> None:
-        self._most = window
-        self._bytes = window_bytes
-        self._in = self._out = 0.0
-        self.window = window
-
-    def sent(self, count: int, nbytes: int) -> None:
-        """So many were sent, with so many bytes."""
-        self._in = nbytes / count
-        self._adapt()
-
-    def returned(self, results: list[InferResult | SamphireError]) -> None:
-        """These came back."""
-        outputs = [result.outputs.values() for result in results if isinstance(result, InferResult)]
-        if outputs:
-            self._out = sum(array.nbytes for arrays in outputs for array in arrays) / len(outputs)
-            self._adapt()
-
-    def _adapt(self) -> None:
-        self.window = max(1, min(self._most, int(self._bytes / max(1.0, self._in + self._out))))

@@ -212,11 +212,12 @@ class Encoder:
 
     def __init__(self, template: InferRequest, priority: int, stream: str, limits: Limits) -> None:
         self._template = template
-        self._priority = priority
+        self.model = template.model_name
+        self.priority = priority
         self._stream = stream
         self._headers: Mapping[str, Any] = {"samphire_stream": stream}
         self._limits = limits
-        self._queue = keys.queue_name(template.model_name, template.tenant)
+        self.queue = keys.queue_name(template.model_name, template.tenant)
         self._signature: ModelSignature | None = None
         self._forms: set[object] = set()
         self.request = template
@@ -253,8 +254,8 @@ class Encoder:
             INFER_TASK,
             task_id,
             request,
-            self._queue,
-            self._priority,
+            self.queue,
+            self.priority,
             kwargsrepr=describe(request),
             headers=self._headers,
         )

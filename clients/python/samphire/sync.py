@@ -14,14 +14,16 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
-from samphire.aio import AsyncClient, AsyncTask, Counted, Progress, TaskEvent
+from samphire.aio import AsyncClient
 from samphire.contract import Backoff
 from samphire.dead_letters import AsyncDeadLetters, DeadLetter, LetterFilter, Letters
 from samphire.encoder import Inputs, Parameters
 from samphire.errors import ClientClosedError, SamphireError
 from samphire.keys import Priority
+from samphire.mapping import Counted, Progress
 from samphire.pipeline import Stage
 from samphire.results import InferResult, Status
+from samphire.task import AsyncTask, TaskEvent
 from samphire.validation import ModelSignature
 from samphire.waiter import Look
 
@@ -112,7 +114,7 @@ class Task:
             self._look = "now"
 
         async def run() -> T:
-            return await use(AsyncTask(self._client._client, self.id, look))
+            return await use(AsyncTask(self._client._client._session, self.id, look))
 
         return self._client._run(run)
 
@@ -130,7 +132,7 @@ class Task:
 
     def events(self, after: Status | None = None) -> Iterator[TaskEvent]:
         """See `AsyncTask.events`."""
-        events = AsyncTask(self._client._client, self.id, "often").events(after)
+        events = AsyncTask(self._client._client._session, self.id, "often").events(after)
         with self._client._iterating(events) as iterator:
             yield from iterator
 
