@@ -19,6 +19,8 @@ import redis
 from samphire import Client, EndpointTimeoutError, keys
 from samphire.clock import BrokerClock
 from samphire.direct import DirectConnection
+from samphire_broker.doctor import check_work
+from samphire_broker.overview import look
 from tests.stacks import Up, Valkey, clean_environment, eventually
 from tests.workers import running_worker
 
@@ -86,6 +88,8 @@ def test_a_worker_whose_clock_is_wrong(
             blocker.result(TIMEOUT_S)
         said = rf"this machine's clock is \{skew[0]}(59|60|61)\.\d s from the broker's"
         eventually(lambda: re.search(said, worker.log()), TIMEOUT_S, "the log")
+        warned = [f.found for f in check_work(valkey.client, look(valkey.client)) if f.name == "clock"]
+        assert re.fullmatch(rf"worker \S+: its clock is \{skew[0]}(59|60|61)\.\d s from the broker's", warned[0])
 
 
 @pytest.mark.parametrize("skew", SKEWS)

@@ -162,15 +162,16 @@ def check_broker(client: redis.Redis) -> Iterator[Finding]:
     yield _eviction(client, info)
     yield _memory(info)
     seconds, microseconds = client.time()
-    skew_s = abs(seconds + microseconds / 1e6 - time.time())
-    if skew_s > CLOCK_SKEW_S:
-        found = f"the broker's clock and this one's differ by {skew_s:.1f} s"
-        remedy = (
-            "synchronise them: SDK and workers go by the broker's, the eta and expires of plain producers by theirs"
-        )
-        yield Finding("clock", "warning", found, remedy)
+    skew_s = time.time() - (seconds + microseconds / 1e6)
+    if abs(skew_s) > CLOCK_SKEW_S:
+        yield _clock("this machine's", skew_s)
     else:
         yield Finding("clock", "ok", f"within {CLOCK_SKEW_S:.0f} s of the broker's")
+
+
+def _clock(whose: str, ahead_s: float) -> Finding:
+    remedy = "synchronise them: SDK and workers go by the broker's, the eta and expires of plain producers by theirs"
+    return Finding("clock", "warning", f"{whose} clock is {ahead_s:+.1f} s from the broker's", remedy)
 
 
 def _append_only_file(client: redis.Redis, info: dict[str, Any]) -> Finding:
@@ -241,6 +242,9 @@ def check_work(client: redis.Redis, seen: Overview) -> Iterator[Finding]:
         yield Finding(
             "lost workers", "warning", found, "nothing, if it goes within seconds; else look at the workers' logs"
         )
+    for worker in alive:
+        if abs(worker.clock_ahead_s) > CLOCK_SKEW_S:
+            yield _clock(f"worker {worker.hostname}: its", worker.clock_ahead_s)
     known = {key_text(name) for name in client.hkeys(keys.CATALOGUE)}
     if keys.CATALOGUE_COMPLETE in known:
         for queue, count in waiting.items():

@@ -43,6 +43,8 @@ class WorkerState:
     hostname: str
     alive: bool
     in_flight: int
+    clock_ahead_s: float
+    """How far its machine's clock is ahead of the broker's, as it has found."""
 
 
 @dataclass(frozen=True)
@@ -118,5 +120,11 @@ def _queue_names(client: redis.Redis) -> set[str]:
 def _worker(client: redis.Redis, worker_id: str) -> WorkerState:
     lease = keys.WORKER_PREFIX + worker_id
     info = client.get(f"{lease}:info")
-    hostname = msgspec.json.decode(info).get("hostname", "") if info else ""
-    return WorkerState(worker_id, hostname, bool(client.exists(lease)), int(client.hlen(f"{lease}:inflight")))
+    told = msgspec.json.decode(info) if info else {}
+    return WorkerState(
+        worker_id,
+        told.get("hostname", ""),
+        bool(client.exists(lease)),
+        int(client.hlen(f"{lease}:inflight")),
+        told.get("clock_ahead_s", 0.0),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 
 import msgspec
 
@@ -23,7 +24,8 @@ class Liveness(Calls):
     async def beat(self, info: WorkerInfo, connection: DirectConnection) -> int:
         """Renew the lease, on the worker's named connection; 1 means that it had been lost, or is new."""
         key_names = [self._lease, f"{self._lease}:info", keys.WORKERS]
-        args: list[Argument] = [self.worker_id, self._settings.lease_ms, msgspec.json.encode(info)]
+        told = {**asdict(info), "clock_ahead_s": round(self.clock.skew_s, 1)}
+        args: list[Argument] = [self.worker_id, self._settings.lease_ms, msgspec.json.encode(told)]
         return int(await self._run("beat", key_names, args, connection))
 
     async def others(self) -> dict[str, int | None]:
