@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from celery.result import AsyncResult
 
 from samphire import keys
 from tests.stacks import Up, bound, clean_environment, eventually, standing_still
+from tests.support.plain import plain_celery
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
@@ -59,21 +58,10 @@ def values(answer: dict[str, Any]) -> list[float]:
     return data
 
 
-@contextlib.contextmanager
-def plain_app(url: str) -> Iterator[Celery]:
-    """An application whose connections are all closed at the end."""
-    with Celery("plain", broker=url, backend=url, set_as_current=False) as app:
-        app.conf.result_chord_join_timeout = 10
-        yield app
-        app.backend.result_consumer.stop()
-        app.backend.client.connection_pool.disconnect()
-    gc.collect()  # what Celery leaves open is complained of here, where that is expected
-
-
 @pytest.fixture
 def app(stack: Up) -> Iterator[Celery]:
     """The plain application."""
-    with plain_app(stack.broker_url) as app:
+    with plain_celery(stack.broker_url) as app:
         yield app
 
 
@@ -105,7 +93,7 @@ def foreign(stack: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
             bound(command), cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        with plain_app(stack.broker_url) as probe:
+        with plain_celery(stack.broker_url) as probe:
             eventually(lambda: probe.control.ping(["foreign@" + _host()], timeout=0.5), 30, "the foreign worker")
         yield queue
     finally:
@@ -476,7 +464,7 @@ app.conf.beat_schedule = {{"often": {{
             bound(command), cwd=tmp_path, env=clean_environment(), stdout=log, stderr=log, start_new_session=True
         )
     try:
-        with plain_app(stack.broker_url) as reader:
+        with plain_celery(stack.broker_url) as reader:
             answer = AsyncResult("beaten-by-test", app=reader).get(timeout=TIMEOUT_S)
         assert values(answer) == [4]
     finally:

@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from celery import Celery
 from kombu import Connection
 from kombu.compression import compress
 
@@ -22,6 +21,7 @@ from samphire.envelope import decode_body, decode_envelope, describe, encode_tas
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 from samphire_broker.queues import inference_queue, intake
 from tests.stacks import Valkey
+from tests.support.plain import plain_celery
 
 REQUEST = InferRequest("digits", [InputTensor("image", "FP32", [1, 1], raw="AAAAAA==")], tenant="acme")
 
@@ -53,8 +53,7 @@ def test_task_ids_are_random_uuids() -> None:
 @pytest.mark.parametrize("compression", [None, "zlib", "bzip2", "lzma"])
 def test_the_lane_reads_what_celery_writes(valkey: Valkey, compression: str | None) -> None:
     """A plain `send_task` decodes to the same request, compressed or not."""
-    app = Celery("plain", broker=valkey.url, set_as_current=False)
-    with app:
+    with plain_celery(valkey.url) as app:
         kwargs = msgspec.to_builtins(REQUEST)
         app.send_task("samphire.infer", kwargs=kwargs, queue=intake(), compression=compression, task_id="an id")
     (raw,) = valkey.client.lrange(keys.INTAKE, 0, -1)

@@ -20,12 +20,12 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from celery import Celery
 
 from samphire import Client, keys
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.ports import choose_port
 from tests.stacks import Up, bound, clean_environment, eventually, running_valkey
+from tests.support.plain import plain_celery
 
 EXAMPLES = Path(__file__).parents[1] / "clients" / "python" / "examples"
 GUNICORN = ("gunicorn", "--preload", "--workers", "2", "--no-control-socket", "--bind", "127.0.0.1:{port}")
@@ -269,8 +269,10 @@ def test_a_celery_task_as_producer(stack: Up, client: Client, tmp_path: Path) ->
     """Two forked children queue a hundred images, each through a client of its own."""
     name = "examples@localhost"
     worker = ("celery", "-A", "celery_producer", "worker", "--concurrency", "2", "--hostname", name)
-    producers = Celery("caller", broker=stack.broker_url, backend=stack.broker_url, set_as_current=False)
-    with producers, running(tmp_path, stack.broker_url, *worker, "--queues", "examples"):
+    with (
+        plain_celery(stack.broker_url) as producers,
+        running(tmp_path, stack.broker_url, *worker, "--queues", "examples"),
+    ):
         sent = [
             producers.send_task("celery_producer.recognize", [image.tolist()], queue="examples")
             for image in hundred()[0]

@@ -28,6 +28,7 @@ from samphire_broker.settings import Settings
 from samphire_workers.lane.events import EVENTS_A_TASK
 from tests.browser import open_page
 from tests.stacks import SAMPHIRE, Up, clean_environment, eventually, running_stack, running_valkey
+from tests.support.plain import plain_celery
 
 TIMEOUT_S = 30
 SECRET = 987654.125
@@ -99,7 +100,7 @@ def flower(stack: Up) -> Flower:
 @pytest.fixture
 def plain(stack: Up) -> Iterator[Celery]:
     """A Celery application that knows nothing of Samphire."""
-    with Celery("plain", broker=stack.broker_url, backend=stack.broker_url, set_as_current=False) as app:
+    with plain_celery(stack.broker_url) as app:
         yield app
 
 

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from celery import Celery
 
 from samphire import AsyncClient, Step, UnknownTaskError, keys
 from samphire.errors import BrokerUnavailableError, ModelFaultError, SamphireError, TaskCancelledError
@@ -27,6 +26,7 @@ from tests.support.lane import (
     until,
     x,
 )
+from tests.support.plain import plain_celery
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -116,9 +116,9 @@ def test_a_task_in_a_queue_that_nobody_knows_yet_can_be_cancelled(valkey: Valkey
 
                 worker.store.known_queues = none  # type: ignore[method-assign]
                 valkey.client.delete(keys.QUEUES)
-                app = Celery(broker=valkey.url)
                 options = {"queue": "inference.one@tenant", "kwargs": body("one") | {"tenant": "tenant"}}
-                sent = await asyncio.to_thread(lambda: app.send_task("samphire.infer", **options))
+                with plain_celery(valkey.url) as app:
+                    sent = await asyncio.to_thread(lambda: app.send_task("samphire.infer", **options))
                 assert await sdk.task(sent.id).cancel() is True
                 assert state(valkey.client, sent.id) == "REVOKED"
                 del triton.behave["one"]

@@ -33,6 +33,7 @@ from samphire import (
 from samphire.keys import Priority
 from samphire_broker.digits import load_split
 from tests.stacks import Up, eventually, standing_still
+from tests.support.plain import plain_celery
 
 TIMEOUT_S = 30
 MOST_CONNECTIONS = 3
@@ -42,8 +43,7 @@ MOST_CONNECTIONS = 3
 @pytest.fixture
 def plain(stack: Up) -> Iterator[Celery]:
     """A Celery application that knows nothing of Samphire."""
-    app = Celery("plain", broker=stack.broker_url, backend=stack.broker_url, set_as_current=False)
-    with app:
+    with plain_celery(stack.broker_url) as app:
         yield app
 
 

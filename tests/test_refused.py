@@ -23,6 +23,7 @@ from samphire_broker.store import Claimed
 from samphire_workers.lane.request import read
 from samphire_workers.lane.who_waits import who_waits
 from tests.stacks import Up, Valkey, eventually
+from tests.support.plain import plain_celery
 from tests.workers import running_worker
 
 TIMEOUT_S = 30
@@ -37,9 +38,8 @@ def tensor(value: float) -> dict[str, Any]:
 
 @pytest.fixture
 def app(stack: Up) -> Iterator[Celery]:
-    made = Celery("plain", broker=stack.broker_url, backend=stack.broker_url, set_as_current=False)
-    yield made
-    made.close()
+    with plain_celery(stack.broker_url) as app:
+        yield app
 
 
 def infer(app: Celery, *inputs: dict[str, Any], **options: Any) -> Signature:
@@ -134,14 +134,15 @@ def test_a_chord_of_which_nothing_is_understood(app: Celery, stack: Up) -> None:
 
 def test_a_chord_whose_parts_end_further_apart_than_results_live(stack: Up, valkey: Valkey, tmp_path: Path) -> None:
     """Its counters live longer than its parts can wait."""
-    with running_worker(tmp_path / "short", valkey.url, stack.triton_grpc, result_ttl_s="1"):
-        app = Celery("plain", broker=valkey.url, backend=valkey.url, set_as_current=False)
+    with (
+        running_worker(tmp_path / "short", valkey.url, stack.triton_grpc, result_ttl_s="1"),
+        plain_celery(valkey.url) as app,
+    ):
         later = infer(app, tensor(2), countdown=4)
         sent = chord([infer(app, tensor(1)), later], infer(app, FROM_PARENT)).apply_async()
         began = time.monotonic()
         answer = AsyncResult(sent.id, app=app).get(timeout=TIMEOUT_S)
         assert answer["outputs"][0]["data"] == [1.0, 2.0] and time.monotonic() - began > 2
-        app.close()
 
 
 def test_a_chord_whose_producer_lets_it_be_forgotten(app: Celery, stack: Up) -> None:

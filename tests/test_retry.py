@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from celery import Celery
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +36,7 @@ from samphire_broker.retry import REASONS, DeadLetter, Retry, RetryPolicy, decid
 from samphire_broker.settings import Settings
 from samphire_workers.lane.outcome import TimeLimitError
 from tests.stacks import Up, eventually
+from tests.support.plain import plain_celery
 
 TIMEOUT_S = 30
 POLICY = RetryPolicy(3, Backoff())
@@ -242,9 +242,8 @@ def test_a_budget_that_cannot_be_is_refused(client: Client, options: dict[str, A
 )
 def test_a_plain_producers_budget_is_checked_too(stack: Up, options: dict[str, Any], told: str) -> None:
     """It becomes a dead letter with the reason."""
-    app = Celery("plain", broker=stack.broker_url, backend=stack.broker_url, set_as_current=False)
     tensor = {"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1]}
-    with app:
+    with plain_celery(stack.broker_url) as app:
         sent = app.send_task(
             "samphire.infer", kwargs={"model_name": "picky", "inputs": [tensor], **options}, queue="inference"
         )
@@ -259,8 +258,7 @@ def test_a_plain_producer_sees_the_retry(stack: Up) -> None:
         {"name": name, "datatype": "INT64", "shape": [1, 1], "data": [value]}
         for name, value in (("task", number), ("failures", 1))
     ]
-    app = Celery("plain", broker=stack.broker_url, backend=stack.broker_url, set_as_current=False)
-    with app:
+    with plain_celery(stack.broker_url) as app:
         kwargs = {"model_name": "flaky", "inputs": inputs, "backoff": {"base_s": 1.5, "jitter": 0}}
         sent = app.send_task("samphire.infer", kwargs=kwargs, queue="inference")
         eventually(lambda: sent.state == "RETRY", TIMEOUT_S, "the retry")

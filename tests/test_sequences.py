@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from celery import Celery
 
 from samphire import Client, InvalidInputError, ModelFaultError, SamphireError, Task, keys
 from tests.stacks import Up, Valkey, eventually
+from tests.support.plain import plain_celery
 from tests.workers import running_worker
 
 TIMEOUT_S = 60
@@ -86,14 +86,13 @@ def test_what_nothing_keeps_in_order_is_refused(client: Client, stack: Up) -> No
         task = careless.submit("identity", one, parameters={"sequence_id": 1, "sequence_start": True})
         with pytest.raises(InvalidInputError, match="has no sequence_batching in its config"):
             task.result(TIMEOUT_S)
-    app = Celery("plain", broker=stack.broker_url, backend=stack.broker_url, set_as_current=False)
     numbers = [{"name": name, "datatype": "INT32", "shape": [1, 1], "data": [0]} for name in ("x", "ms")]
     start = {"sequence_id": "plain", "sequence_start": True}
     body = {"model_name": "counter", "inputs": numbers, "parameters": start}
-    with pytest.raises(Exception, match=r"send them to inference\.counter"):
-        app.send_task("samphire.infer", kwargs=body, queue="inference").get(timeout=TIMEOUT_S)
-    assert app.send_task("samphire.infer", kwargs=body, queue="inference.counter").get(timeout=TIMEOUT_S)
-    app.close()
+    with plain_celery(stack.broker_url) as app:
+        with pytest.raises(Exception, match=r"send them to inference\.counter"):
+            app.send_task("samphire.infer", kwargs=body, queue="inference").get(timeout=TIMEOUT_S)
+        assert app.send_task("samphire.infer", kwargs=body, queue="inference.counter").get(timeout=TIMEOUT_S)
 
 
 def test_two_workers(stack: Up, valkey: Valkey, tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""A Celery application that knows nothing of Samphire."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+from celery import Celery
+
+
+@contextlib.contextmanager
+def plain_celery(url: str) -> Iterator[Celery]:
+    """An application whose connections are all closed at the end."""
+    with Celery("plain", broker=url, backend=url, set_as_current=False) as app:
+        app.conf.result_chord_join_timeout = 10
+        try:
+            yield app
+        finally:
+            # A result that is collected later would unsubscribe, on a new connection that nobody closes.
+            app.backend.result_consumer.subscribed_to.clear()
+            app.backend.result_consumer.stop()
+            app.backend.client.connection_pool.disconnect()
+    gc.collect()  # what Celery leaves open is complained of here, where that is expected
