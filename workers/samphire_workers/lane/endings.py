@@ -147,7 +147,7 @@ class Endings:
         done = Settlement(request.claim.field, "", "succeeded", "", "")
         try:
             if isinstance(errand, ChordPart):
-                await persist(lambda: self._canvas.return_part(errand, self._end_other))
+                await persist(lambda: self._canvas.chords.return_part(errand, self._end_other))
             elif await persist(lambda: self._store.is_cancelled(request.task_id)):
                 self.revoke(request, "cancelled")
                 return
