@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, Literal
 
 from samphire import keys
@@ -134,17 +134,20 @@ class Endings:
         request.over = True
         self.revoke(request, "cancelled")
 
-    def give_up(self, request: Request) -> None:
-        """End a task whose deadline has passed while it is held; Triton may work on it."""
-        request.over = True
-        self.fail(request, EndpointTimeoutError("the deadline has passed before the model has answered"))
+    def give_up_late(self, requests: Iterable[Request]) -> None:
+        """End those tasks whose deadline has passed while they are held; Triton may work on them."""
+        now = self._store.clock.now()
+        for request in requests:
+            if request.times.deadline <= now and not request.over:
+                request.over = True
+                self.fail(request, EndpointTimeoutError("the deadline has passed before the model has answered"))
 
     async def run_errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
         """Do what a message that is no inference asks for, and end it; it has no result of its own."""
         done = Settlement(request.claim.field, "", "succeeded", "", "")
         try:
             if isinstance(errand, ChordPart):
-                await persist(lambda: self._canvas.return_part(errand, self._end_other))
+                await persist(lambda: self._canvas.chords.return_part(errand, self._end_other))
             elif await persist(lambda: self._store.is_cancelled(request.task_id)):
                 self.revoke(request, "cancelled")
                 return

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 
 from samphire_broker.store import Store, Tried
 from samphire_workers.lane.alone import LOOK_S, Alone
-from samphire_workers.lane.turnstile import Turnstile
+from samphire_workers.lane.turnstile import Turnstiles
 from samphire_workers.lane.unwritten import Unwritten
 
 LOSSES_MAX = 2
@@ -30,8 +30,7 @@ class Suspects:
 
     Args:
         store: where it is known who is alone among all workers.
-        all_models: the turnstile of all models.
-        turnstiles: those of each model.
+        turnstiles: what everybody else goes through.
         unwritten: what has been at Triton, and whose end is not on the broker yet.
         others_end_s: how long a suspect waits for what other workers have under way, before it lets others go first.
         is_ending: whether this worker hands everything back.
@@ -40,14 +39,12 @@ class Suspects:
     def __init__(
         self,
         store: Store,
-        all_models: Turnstile,
-        turnstiles: Mapping[str, Turnstile],
+        turnstiles: Turnstiles,
         unwritten: Unwritten,
         others_end_s: float,
         is_ending: Callable[[], bool],
     ) -> None:
         self._alone = Alone(store, is_ending)
-        self._all_models = all_models
         self._turnstiles = turnstiles
         self._unwritten = unwritten
         self._others_end_s = others_end_s
@@ -78,8 +75,7 @@ class Suspects:
                     await self._alone.until_nobody_else(whom)
                 async with (
                     self._alone.hold(whom) if among_workers else nullcontext(),
-                    self._all_models.through(alone=all_models),
-                    self._turnstiles[model].through(alone=True),
+                    self._turnstiles.through(model, alone=True, all_models=all_models),
                 ):
                     if await self._run_inside(run, whom, among_workers):
                         return True

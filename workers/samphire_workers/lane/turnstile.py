@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -42,3 +43,17 @@ class Turnstile:
     def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+class Turnstiles:
+    """One of each model, and before it one of all models."""
+
+    def __init__(self) -> None:
+        self._all_models = Turnstile()
+        self._by_model: defaultdict[str, Turnstile] = defaultdict(Turnstile)
+
+    @asynccontextmanager
+    async def through(self, model: str, *, alone: bool = False, all_models: bool = False) -> AsyncIterator[None]:
+        """Be with a model; with `alone` nobody else is meanwhile, and with `all_models` nobody is with any other."""
+        async with self._all_models.through(alone=all_models), self._by_model[model].through(alone=alone):
+            yield
