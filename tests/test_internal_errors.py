@@ -23,7 +23,6 @@ from samphire_broker.retry import DeadLetter, Retry, RetryPolicy, decide
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
 from samphire_workers.endpoints import Endpoints
-from samphire_workers.lane import lane as lane_module
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.events import CeleryEvents
 from samphire_workers.lane.faults import ShortageError, our_error
@@ -117,7 +116,7 @@ def test_a_bug_of_ours_is_retried_and_leaves_its_traceback(
 
     def break_it() -> None:
         if where == "read":
-            monkeypatch.setattr(lane_module, "read", bug)
+            monkeypatch.setattr("samphire_workers.lane.sorting.read", bug)
         elif where == "check":
             monkeypatch.setattr("samphire_workers.lane.checking._form", bug)
         elif where == "load":

@@ -194,6 +194,9 @@ def test_a_result_that_has_expired_is_told(valkey: Valkey, how: str) -> None:
         task = client.submit("m", inputs())
         settle(valkey.url, 1 if how == "the client that has waited" else 2)
         valkey.client.delete(keys.meta_key(task.id))  # its lifetime is over
+        if how == "the client that has waited":
+            passed = client._client._session.waiter._passed
+            eventually(lambda: task.id in passed, TIMEOUT_S, "its event, unheeded")
         asked = other.task(task.id) if how == "another client" else task
         if how == "the client that has not":
             assert right(asked.result(TIMEOUT_S)), "the event of a task that was settled alone has its result"

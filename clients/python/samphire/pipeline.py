@@ -79,19 +79,7 @@ def stages_of(stages: Sequence[Stage]) -> list[list[Step]]:
         InvalidInputError: there is nothing to run, or no single step at the end, whose result it could be.
     """
     listed = [[stage] if isinstance(stage, Step) else list(stage) for stage in stages]
-    if not listed:
-        raise InvalidInputError("expected at least one step, given none")
-    for number, stage in enumerate(listed, 1):
-        for step in stage:
-            if not isinstance(step, Step):
-                raise InvalidInputError(f"stage {number}: expected a Step or a list of such, given {step!r}")
-        if not stage:
-            raise InvalidInputError(f"stage {number} is an empty list")
-    if len(listed[-1]) > 1:
-        raise InvalidInputError(
-            f"the last stage has {len(listed[-1])} steps, and a chain has one result: end with a step that joins "
-            "them, or submit several chains"
-        )
+    _check_stages(listed)
     positions: dict[int, int] = {}
     for number, stage in enumerate(listed, 1):
         for step in stage:
@@ -106,6 +94,22 @@ def stages_of(stages: Sequence[Stage]) -> list[list[Step]]:
                     _check_place(number, name, output, positions.get(id(output.step)))
                 _check_joined(name, value, before)
     return listed
+
+
+def _check_stages(listed: list[list[Step]]) -> None:
+    if not listed:
+        raise InvalidInputError("expected at least one step, given none")
+    for number, stage in enumerate(listed, 1):
+        for step in stage:
+            if not isinstance(step, Step):
+                raise InvalidInputError(f"stage {number}: expected a Step or a list of such, given {step!r}")
+        if not stage:
+            raise InvalidInputError(f"stage {number} is an empty list")
+    if len(listed[-1]) > 1:
+        raise InvalidInputError(
+            f"the last stage has {len(listed[-1])} steps, and a chain has one result: end with a step that joins "
+            "them, or submit several chains"
+        )
 
 
 def _outputs_in(value: Any) -> list[Output]:

@@ -76,6 +76,20 @@ class ModelSignature:
                 f"model {self.name!r} has no sequence_batching in its config, and nothing keeps the order of its "
                 f"requests: take out the parameters {_names(found)}"
             )
+        count = self._check_inputs(request)
+        for output in request.outputs:
+            if output.name not in self.outputs:
+                raise InvalidInputError(
+                    f"model {self.name!r} has the outputs {_names(self.outputs)}, asked for {output.name!r}"
+                )
+        if self.max_batch_size and count > self.max_batch_size:
+            raise InvalidInputError(
+                f"model {self.name!r} takes at most {self.max_batch_size} rows (its max_batch_size), "
+                f"given {count}: submit the rows as several tasks"
+            )
+        return count
+
+    def _check_inputs(self, request: InferRequest) -> int:
         given = {tensor.name for tensor in request.inputs}
         if len(given) != len(request.inputs):
             raise InvalidInputError(f"model {self.name!r}: an input was given twice")
@@ -97,16 +111,6 @@ class ModelSignature:
             given_rows = ", ".join(f"{name}: {count}" for name, count in rows.items())
             raise InvalidInputError(f"model {self.name!r}: expected as many rows in every input, given {given_rows}")
         (count,) = counts
-        for output in request.outputs:
-            if output.name not in self.outputs:
-                raise InvalidInputError(
-                    f"model {self.name!r} has the outputs {_names(self.outputs)}, asked for {output.name!r}"
-                )
-        if self.max_batch_size and count > self.max_batch_size:
-            raise InvalidInputError(
-                f"model {self.name!r} takes at most {self.max_batch_size} rows (its max_batch_size), "
-                f"given {count}: submit the rows as several tasks"
-            )
         return count
 
     def _spec_of(self, tensor: InputTensor) -> TensorSpec:

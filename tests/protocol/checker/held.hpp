@@ -1,4 +1,5 @@
-// What a lane does with one claim that it holds, step by step; after dispatch.py, alone.py, endings.py and settler.py.
+// What a lane does with one claim that it holds, step by step; after starting.py, asking.py, alone.py, endings.py and
+// settler.py.
 #pragma once
 
 #include "lane.hpp"

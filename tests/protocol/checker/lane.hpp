@@ -1,4 +1,4 @@
-// A lane: what it does with each claim that it holds, after lane.py, dispatch.py, alone.py, turnstile.py and
+// A lane: what it does with each claim that it holds, after lane.py, dispatch.py, starting.py, alone.py, turnstile.py and
 // settler.py.
 #pragma once
 

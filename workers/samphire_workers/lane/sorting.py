@@ -107,22 +107,14 @@ class Sorter:
                 later.append(request)
             elif request.errand is not None:
                 self._spawn(self._errand(request, request.errand))
-            elif not request.at_home and request.sequence_id is not None:
-                queue = keys.queue_name(request.model, request.request.tenant)
-                self._endings.fail(
-                    request,
-                    InvalidInputError(
-                        f"requests of a sequence keep their order only in their model's queue: send them to {queue}"
-                    ),
-                )
             elif not request.at_home:
                 elsewhere.append(request)
             else:
                 at_home[request.model].append(request)
         if later:
             self._spawn(self._schedule(later))
-        if elsewhere:
-            self._spawn(self._route(elsewhere))
+        if routable := [request for request in elsewhere if self._may_be_routed(request)]:
+            self._spawn(self._route(routable))
         for model, fitting in at_home.items():
             checker = self._catalogue.known(model)
             in_order = checker is not None and checker.signature.sequence_batching
@@ -130,6 +122,14 @@ class Sorter:
                 self._dispatch(model, fitting, checker)
             else:
                 self._spawn(self._dispatch_checked(model, fitting))
+
+    def _may_be_routed(self, request: Request) -> bool:
+        if request.sequence_id is None:
+            return True
+        queue = keys.queue_name(request.model, request.request.tenant)
+        why = f"requests of a sequence keep their order only in their model's queue: send them to {queue}"
+        self._endings.fail(request, InvalidInputError(why))
+        return False
 
     def _is_missing(self, request: Request) -> None:
         """A request has ended before it was asked: if it is of a sequence, those after it cannot be right."""
