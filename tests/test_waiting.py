@@ -16,7 +16,7 @@ from samphire.direct import DirectConnection
 from samphire_broker.settings import Settings
 from samphire_broker.store import Settlement, Store, Turn, WorkerInfo
 from samphire_broker.store.records import STREAM_MAX_LENGTH
-from tests.stacks import Valkey
+from tests.stacks import Valkey, eventually
 
 MANY = 2 * STREAM_MAX_LENGTH + 500
 TIMEOUT_S = 30
