@@ -191,10 +191,11 @@ async def lane_worker(url: str, triton: FakeTriton, **settings: Any) -> AsyncIte
 async def until(check: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
     """The first true value of a check; fails after a while."""
     give_up = time.monotonic() + timeout_s
-    while time.monotonic() < give_up:
+    while (began := time.monotonic()) < give_up:
         if found := check():
             return found
-        await asyncio.sleep(0.01)
+        # The check blocks this event loop, on which the lane runs too.
+        await asyncio.sleep(max(0.01, time.monotonic() - began))
     raise AssertionError(f"{what} did not come true within {timeout_s} s")
 
 
@@ -206,18 +207,15 @@ def state(client: redis.Redis, task_id: str) -> str | None:
 
 def places(client: redis.Redis, task_id: str) -> list[str]:
     """Every key that has a message with this id in it."""
-    found = []
-    for key in client.keys("*"):
-        kind, name = client.type(key), key.decode()
-        if kind == b"list" and not name.startswith("sub:"):
-            messages = client.lrange(key, 0, -1)
-        elif kind == b"hash" and name.endswith((":inflight", keys.SCHEDULED_MESSAGES)):
-            messages = client.hvals(key)
-        else:
-            continue
-        if any(task_id.encode() in message for message in messages):
-            found.append(name)
-    return sorted(found)
+    held = {
+        key.decode(): client.lrange(key, 0, -1)
+        for key in client.scan_iter(count=10_000, _type="list")
+        if not key.startswith(b"sub:")
+    }
+    for key in client.scan_iter(count=10_000, _type="hash"):
+        if key.endswith((b":inflight", keys.SCHEDULED_MESSAGES.encode())):
+            held[key.decode()] = client.hvals(key)
+    return sorted(name for name, messages in held.items() if any(task_id.encode() in message for message in messages))
 
 
 def remember(client: redis.Redis, task_id: str, **counts: int) -> None:
