@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from samphire import Client, EndpointTimeoutError, keys
-from samphire.clock import BrokerClock
+from samphire.clock import ROUND_TRIP_MAX_S, BrokerClock
 from samphire.direct import DirectConnection
 from samphire_broker.doctor import check_work
 from samphire_broker.overview import look
@@ -117,6 +117,14 @@ def test_the_brokers_time_is_kept(valkey: Valkey, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr("samphire.clock.time.time", lambda: right + 3600)
         assert abs(clock.now() - right) < 5 and abs(clock.skew_s - 3600) < 5
         assert abs(await clock.fresh_now() - right) < 5
+        slow = BrokerClock(connection)
+        async with connection._lock:  # as behind a long publication
+            looking = asyncio.create_task(slow.look())
+            await asyncio.sleep(ROUND_TRIP_MAX_S + 0.1)
+        await looking
+        assert not slow._looked_at
+        assert slow.is_known and abs(await slow.fresh_now() - right) < 5
+        assert slow._looked_at, "the first look was too slow to be relied on: it has looked again"
         await connection.close()
         lost = BrokerClock(DirectConnection("redis://127.0.0.1:1/0"))
         assert abs(await lost.fresh_now() - (right + 3600)) < 5, "no broker: this machine's clock"

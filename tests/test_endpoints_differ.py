@@ -92,13 +92,14 @@ def test_what_counts_as_different(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         seen = Signatures(["a", "b", "c"])
         seen.note("b", one)
-        assert seen.differing("m") == []
+        assert seen.differing("m", "abc") == []
         seen.note("c", newer)
-        assert seen.differing("m") == []
+        assert seen.differing("m", "abc") == []
         seen.note("a", other)
-        assert seen.differing("m") == ["b", "c"] == seen.differing("m")
+        assert seen.differing("m", "abc") == ["b", "c"] == seen.differing("m", "abc")
         assert len(caplog.records) == 2 and "max_batch_size 4" in caplog.text
+        assert seen.differing("m", "bc") == [], "one that does not answer counts for nothing"
         seen.forget("a", "m")
-        assert seen.differing("m") == []
+        assert seen.differing("m", "abc") == []
         seen.note("c", other)
-        assert seen.differing("m") == ["c"] and len(caplog.records) == 3
+        assert seen.differing("m", "abc") == ["c"] and len(caplog.records) == 3

@@ -24,6 +24,7 @@ from samphire_workers.lane import lease
 from samphire_workers.lane.lease import BrokerAge, Reaper
 from samphire_workers.lane.rights import check_rights
 from tests.stacks import Valkey, clean_environment, eventually
+from tests.support.lane import fake_triton, lane_worker, until, x
 from tests.test_doctor import examine
 from tests.test_store import ATTEMPT, META, QUEUE, Worker, everywhere, push, run, status
 from tests.test_store_orders import end
@@ -252,6 +253,32 @@ def test_a_worker_goes_on_once_a_right_is_given_back(valkey: Valkey, caplog: pyt
         assert await settling == 1
         await w.named.close()
         await w.store.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("right", ["-ltrim", "-hset", "&none"])
+def test_a_lane_goes_on_once_a_right_to_claim_is_given_back(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture, right: str
+) -> None:
+    """Nothing is claimed, or no wake-up heard, meanwhile; the lane is the same one."""
+
+    async def test() -> None:
+        url = user_of(valkey, "limited", *EVERYTHING)
+        async with (
+            fake_triton("one") as triton,
+            AsyncClient(valkey.url, validate=False) as sdk,
+            lane_worker(url, triton) as worker,
+        ):
+            assert (await (await sdk.submit("one", x(1))).result(20)).outputs
+            rules = ["resetchannels", right] if right.startswith("&") else [right]
+            valkey.client.execute_command("ACL", "SETUSER", "limited", *rules)
+            task = await sdk.submit("one", x(2))
+            said = "wake-ups are not heard" if right.startswith("&") else "nothing is claimed"
+            await until(lambda: said in caplog.text, "the log", 40)
+            valkey.client.execute_command("ACL", "SETUSER", "limited", "+@all", "allchannels")
+            assert (await task.result(20)).outputs["y"].tolist() == [[3.0]]
+            assert not any(one.done() for one in worker.tasks)
 
     run(test)
 

@@ -670,6 +670,23 @@ def test_routed_claims_go_to_their_queue(valkey: Valkey) -> None:
     run(test)
 
 
+def test_a_queue_that_is_none_holds_up_no_other(valkey: Valkey) -> None:
+    """A message for it lies beside it; the others of the same call arrive."""
+
+    async def test() -> None:
+        push(valkey, "a", "b")
+        valkey.client.set("inference.bad", "somebody's")
+        async with worker(valkey) as w:
+            first, second = await w.claim()
+            moves = [(first.field, "inference.bad", "inference.bad"), (second.field, "inference.n", "inference.n")]
+            assert await w.store.route(moves) == 2
+            assert not valkey.client.hlen("worker:w1:inflight")
+        assert valkey.client.lrange("inference.bad:returned", 0, -1) == [b"a"]
+        assert valkey.client.lrange("inference.n", 0, -1) == [b"b"]
+
+    run(test)
+
+
 def test_a_lost_workers_claims_return_and_only_started_ones_count(valkey: Valkey) -> None:
     """The late settlement of the lost worker is fenced off."""
 

@@ -133,6 +133,24 @@ def test_the_same_asynchronously(valkey: Valkey) -> None:
     asyncio.run(test())
 
 
+def test_more_have_ended_unread_than_are_noted(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is looked at all the same."""
+    monkeypatch.setattr("samphire.waiter.PASSED_MAX", 10)
+    with Client(valkey.url, validate=False) as client:
+        first = client.submit("m", inputs())
+        settle(valkey.url, 1)
+        assert right(first.result(TIMEOUT_S)), "the stream is being followed"
+        tasks = [client.submit("m", inputs()) for _ in range(35)]
+        settle(valkey.url, len(tasks))
+        passed = client._client._session.waiter._passed
+        eventually(lambda: tasks[-1].id in passed, TIMEOUT_S, "the last event")
+        assert len(passed) <= 10
+        assert all(right(task.result(TIMEOUT_S)) for task in tasks)
+        last = client.submit("m", inputs())
+        settle(valkey.url, 1)
+        assert right(last.result(TIMEOUT_S))
+
+
 def test_after_a_reconnect(valkey: Valkey) -> None:
     """What ends while the client is cut off is found although its events are trimmed; so is what ends afterwards."""
     with Client(valkey.url, validate=False) as client:

@@ -14,7 +14,7 @@ from samphire.errors import SamphireError
 FRESH_S = 30.0
 """A client looks at the broker's clock again after this long."""
 ROUND_TRIP_MAX_S = 0.5
-"""A look that took longer is not believed, if there is a better one."""
+"""A look that took longer is believed only where there is none yet, and the next question looks again."""
 
 
 class BrokerClock:
@@ -49,9 +49,11 @@ class BrokerClock:
         began = time.monotonic()
         seconds, microseconds = await self._connection.execute("TIME")
         ended = time.monotonic()
-        if ended - began <= ROUND_TRIP_MAX_S or not self.is_known:
+        believed = ended - began <= ROUND_TRIP_MAX_S
+        if believed or not self.is_known:
             self._ahead_of_monotonic_s = int(seconds) + int(microseconds) / 1e6 - (began + ended) / 2
-        self._looked_at = ended
+        if believed:
+            self._looked_at = ended
 
     async def fresh_now(self) -> float:
         """The time, after a look if the last one is old; where the broker does not tell, as far as it is known."""

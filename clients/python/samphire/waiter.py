@@ -95,7 +95,7 @@ class Waiter:
         if task_id in self._passed:
             self._passed.discard(task_id)
             return False
-        return epoch == self.epoch and len(self._passed) < PASSED_MAX
+        return epoch == self.epoch
 
     def forget(self, task_ids: Iterable[str]) -> None:
         """One who called `expect` for these waits no longer."""
@@ -184,8 +184,10 @@ class Waiter:
             if state.decode() not in TERMINAL:
                 continue  # it goes on, or is the number of a run
             task_ids = ids.decode().split(" ")
-            if len(self._passed) < PASSED_MAX:
-                self._passed.update(task_id for task_id in task_ids if task_id not in self._futures)
+            if len(self._passed) >= PASSED_MAX:  # too many to know each: all that were submitted so far may have ended
+                self._passed.clear()
+                self.epoch += 1
+            self._passed.update(task_id for task_id in task_ids if task_id not in self._futures)
             if result is not None and task_ids[0] in self._futures:
                 await self._resolve(task_ids[0], result)
             else:

@@ -153,7 +153,8 @@ class Asker:
         batch = asked.batch
         infer = batch[0].request
         asked.at, asked.timeout_s = time.monotonic(), self._timeout_s(batch)
-        self._unwritten.add(asked.model, _fields(batch))
+        # Who is over has waited at the turnstile until then: its end may be written already.
+        self._unwritten.add(asked.model, _fields([request for request in batch if not request.over]))
         return await asked.endpoint.infer(
             asked.model,
             batch[0].version,

@@ -77,15 +77,16 @@ class Catalogue:
         """Ask all endpoints that serve a model: they must agree on what it takes."""
         serving = self._endpoints.serving(model)
         asked = await asyncio.gather(*(self._ask(one, model) for one in serving), return_exceptions=True)
+        refused: list[BaseException] = []
         for endpoint, error in zip(serving, asked, strict=True):
-            if isinstance(error, EndpointUnavailableError):
+            if error is not None:
                 logger.debug("model %s on %s: %s", model, endpoint.url, error, extra={"action": "lookup_failed"})
-            elif error is not None:
-                raise error
+                if not isinstance(error, EndpointUnavailableError):
+                    refused.append(error)
         found = self._checkers.get(model)
-        if found is None:
-            raise EndpointUnavailableError(f"model {model!r} is away")
-        return found[0]
+        if found is not None:
+            return found[0]
+        raise refused[0] if refused else EndpointUnavailableError(f"model {model!r} is away")
 
     async def has_changed(self, endpoint: Endpoint, signature: ModelSignature) -> bool:
         """Whether an endpoint takes something else for a model than what a request was checked against."""
@@ -112,10 +113,15 @@ class Catalogue:
             await self.no_answer(endpoint, model)
             raise EndpointUnavailableError(str(error)) from error
         except SamphireError:
-            self._checkers.pop(model, None)
+            self._signatures.forget(endpoint.url, model)
+            if any(self._signatures.of(one.url, model) for one in self._endpoints.serving(model)):
+                self.lost(endpoint, model, DIFFERING_S)  # the others serve it
+            else:
+                self._checkers.pop(model, None)
             raise
         self._signatures.note(endpoint.url, signature)
-        differing = self._signatures.differing(model)
+        answering = {one.url for one in self._endpoints.all if self._endpoints.answers(one)}
+        differing = self._signatures.differing(model, answering)
         if endpoint.url not in differing:
             self._endpoints.restore(endpoint, model)
         for other in self._endpoints.all:

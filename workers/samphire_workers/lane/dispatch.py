@@ -151,6 +151,9 @@ class Dispatcher:
         except SamphireError as error:
             await self._ended_badly(model, await starting, error)
             return
+        except BaseException:
+            starting.cancel()
+            raise
         started = {request.claim.field for request in await starting}
         await self._endings.succeed(
             [

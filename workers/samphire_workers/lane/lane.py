@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from samphire import keys
 from samphire.envelope import describe
 from samphire.errors import (
+    BrokerRightError,
     BrokerUnavailableError,
     SamphireError,
 )
@@ -44,7 +45,7 @@ from samphire_workers.lane.events import TaskEvents
 from samphire_workers.lane.faults import ShortageError
 from samphire_workers.lane.held import Held
 from samphire_workers.lane.pace import Pace
-from samphire_workers.lane.persist import persist
+from samphire_workers.lane.persist import RIGHT_RETRY_S, persist
 from samphire_workers.lane.planner import QueuePlanner
 from samphire_workers.lane.queues import INTAKE_MODEL, Queues
 from samphire_workers.lane.request import Request, home_of
@@ -73,8 +74,8 @@ ADOPT_S = 5.0
 BROKER_RETRY_S = 0.25
 
 SHORTAGE_REST_S = 1.0
-SHORTAGES_MAX = 50
-"""Tasks in a row that went back to their queues because the worker is short of something: then it is of no use."""
+RESTS_MAX = 8
+"""Rests in a row without a task that was done in between: then the worker is of no use."""
 
 
 class Scheduled(NamedTuple):
@@ -164,6 +165,7 @@ class Lane:
         self._looked_everywhere = 0.0
         self._shortages = 0
         """As of the last round."""
+        self._rests = 0
         self._stopping = False
         self._hostname = info.hostname
         self._work: set[asyncio.Task[None]] = set()
@@ -190,9 +192,10 @@ class Lane:
                 group.create_task(tell_clients(self._store, self._catalogue.signatures)),
             ]
             await self._claim_loop()
+            await self._settler.drain()
             while self._work:
                 await asyncio.wait(self._work)
-            await self._settler.drain()
+                await self._settler.drain()  # what it refuses is work again
             for task in [*background, *self._background]:
                 task.cancel()
             self._watch.close()
@@ -234,7 +237,11 @@ class Lane:
 
     async def _cancel_again(self, requests: Sequence[str]) -> None:
         meta = outcome.revoked_meta("", "revoked")
-        verdicts = await persist(lambda: cancel_everywhere(self._store, requests, meta, self._planner.queues))
+        try:
+            verdicts = await persist(lambda: cancel_everywhere(self._store, requests, meta, self._planner.queues))
+        except SamphireError as error:  # a client that has no answer asks again
+            logger.warning("%d tasks were not looked for: %s", len(requests), error, extra={"action": "seek_failed"})
+            return
         for task_id, verdict in verdicts.items():
             if verdict == "cancelled":
                 self._events.cancelled(task_id)
@@ -277,6 +284,10 @@ class Lane:
                 logger.warning("claim failed: %s", error, extra={"action": "claim_failed"})
                 await asyncio.sleep(BROKER_RETRY_S)
                 continue
+            except BrokerRightError as error:  # a script has written nothing then
+                logger.error("nothing is claimed: %s", error, extra={"action": "right_missing"})
+                await asyncio.sleep(RIGHT_RETRY_S)
+                continue
             for claim in claimed:
                 self._held.add(claim)
             self._sorter.take_in(claimed)
@@ -293,9 +304,12 @@ class Lane:
         """Claim nothing for a while where this worker is short of something; where that does not end, end instead."""
         shortages = self._endings.shortages
         if shortages > self._shortages:
-            if shortages >= SHORTAGES_MAX:
+            self._rests += 1
+            if self._rests > RESTS_MAX:
                 raise ShortageError(f"{shortages} tasks in a row could not be done")
             await asyncio.sleep(SHORTAGE_REST_S)
+        elif not shortages:
+            self._rests = 0
         self._shortages = shortages
 
     async def _claim(self, named: set[str]) -> list[Claimed]:

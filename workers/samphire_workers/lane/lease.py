@@ -163,6 +163,8 @@ async def _reap(store: Store, worker_id: str, last_beat: int | None) -> None:
         moved, started, left = await store.reap(worker_id, last_beat, attempt)
         if moved < 0:
             return  # it beats again
+        if left and not moved:
+            return  # what can be returned to nowhere now stays, until the next look
         if moved or not left:
             logger.warning(
                 "worker %s is lost: %d messages returned, of them %d started",

@@ -1,14 +1,14 @@
 """The signatures of a model on each endpoint, and what to do where they differ.
 
 Requests are checked once and may go to any endpoint that serves the model, so all of them must take the same. Where
-they do not, the first in the order of SAMPHIRE_TRITON_URLS counts, and the others are not asked.
+they do not, the first in the order of SAMPHIRE_TRITON_URLS that answers counts, and the others are not asked.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from samphire.validation import ModelSignature, TensorSpec
 
@@ -47,9 +47,13 @@ class Signatures:
         """What an endpoint has said of a model."""
         return self._seen[model].get(url)
 
-    def differing(self, model: str) -> list[str]:
-        """The endpoints whose signature of a model is another than that of the first; what differs is said once."""
-        seen = [(url, self._seen[model][url]) for url in self._urls if url in self._seen[model]]
+    def differing(self, model: str, answering: Collection[str]) -> list[str]:
+        """Of the endpoints that answer, those whose signature of a model is another than that of the first.
+
+        What differs is said once.
+        """
+        urls = [url for url in self._urls if url in answering]
+        seen = [(url, self._seen[model][url]) for url in urls if url in self._seen[model]]
         if not seen:
             return []
         first_url, first = seen[0]

@@ -33,7 +33,11 @@ def read_or_error(claim: Claimed, settings: Settings) -> tuple[Request, Samphire
         return read(claim, settings)
     except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
         request = Request(claim)
-        find_who_waits(request, claim, settings)
+        try:
+            find_who_waits(request, claim, settings)
+        except Exception:
+            logger.exception("who waits for a message is not known", extra={"action": "who_waits_failed"})
+            request = Request(claim)
         return request, our_error(error)
 
 
@@ -89,10 +93,19 @@ class Sorter:
             request, error = read_or_error(claim, self._settings)
             self._held.has_read(request)
             if error is not None:
-                self._endings.fail(request, error)
+                self._refuse(request, error)
             else:
                 requests.append(request)
         self._sort_out(requests)
+
+    def _refuse(self, request: Request, error: SamphireError) -> None:
+        try:
+            self._endings.fail(request, error)
+        except Exception:  # one message must not end the lane for all
+            logger.exception("who waits for a message cannot be told", extra={"action": "refusal_failed"})
+            nobody = Request(request.claim)
+            self._held.has_read(nobody)
+            self._endings.fail(nobody, error)
 
     def _sort_out(self, requests: Sequence[Request]) -> None:
         at_home: defaultdict[str, list[Request]] = defaultdict(list)

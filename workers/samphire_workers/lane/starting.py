@@ -92,8 +92,9 @@ class Starter:
                     self.exhausted(request, verdict)
                     continue
             elif verdict < 0:
-                # Not ours any more, or a duplicate of a task that has ended: there is nothing to write.
+                # Not ours any more, or a copy of a task that has ended: there is nothing to write.
                 logger.info("task %s dropped (%d)", request.task_id, verdict, extra={"action": "dropped"})
+                request.over = True
                 dropped.append(request.claim.field)
                 self._events.dropped(request)
                 continue

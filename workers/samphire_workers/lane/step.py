@@ -161,11 +161,11 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     async def _serve(self) -> None:
         settings, info = self._settings, self._info
+        registered = self._registered = asyncio.Event()
         store = Store(settings, info.id)
         try:
             await check_rights(store, lambda: self._stopping)
             async with asyncio.TaskGroup() as group:
-                registered = self._registered = asyncio.Event()
                 vital = [
                     group.create_task(keep_lease(store, settings, info, registered)),
                     group.create_task(reap_others(store, settings)),

@@ -23,6 +23,7 @@ WATCHED_QUEUES = 16
 """Queues that a blocking connection is spent on; of the others the slow look takes care."""
 
 RETRY_S = 0.5
+REFUSED_RETRY_S = 2.0
 
 
 class QueueWatch:
@@ -84,6 +85,9 @@ class QueueWatch:
                         self.wake(keys.known_form(message[2]))
             except BrokerUnavailableError:
                 await asyncio.sleep(RETRY_S)
+            except SamphireError as error:  # queues are looked into all the same, if less often
+                logger.warning("wake-ups are not heard: %s", error, extra={"action": "listen_failed"})
+                await asyncio.sleep(REFUSED_RETRY_S)
             finally:
                 await connection.close()
 

@@ -71,7 +71,7 @@ def _of_text(message: bytes) -> WhoWaits:
 
 
 def _of_whole(message: bytes, max_bytes: int) -> WhoWaits:
-    envelope = _mapping(json.loads(message))
+    envelope = _mapping(_parsed(message))
     headers, properties = _mapping(envelope.get("headers")), _mapping(envelope.get("properties"))
     embed: Any = None
     body = envelope.get("body")
@@ -89,7 +89,7 @@ def _embed(body: str, encoding: object, compression: object, max_bytes: int) -> 
     data: bytes | str = binascii.a2b_base64(body) if encoding == "base64" else body
     if compression:
         data = decompressed(data if isinstance(data, bytes) else data.encode(), str(compression), max_bytes)
-    decoded = json.loads(data)
+    decoded = _parsed(data)
     return decoded[2] if isinstance(decoded, list) and len(decoded) == 3 else decoded
 
 
@@ -99,7 +99,7 @@ def _of_tail(tail: bytes) -> WhoWaits:
     if found is None:
         return _of_text(tail)
     begin = tail.index(b'"content-encoding"', found.start())
-    rest = _mapping(json.loads(b"{" + tail[begin:]))
+    rest = _mapping(_parsed(b"{" + tail[begin:]))
     headers, properties = _mapping(rest.get("headers")), _mapping(rest.get("properties"))
     embed = None
     if not headers.get("compression") and "json" in str(rest.get("content-type", "")):
@@ -116,7 +116,7 @@ def _embed_in_tail(body: bytes, coded: bool) -> Any:
         text = str(json.loads(b'"' + body[first.start() :] + b'"')) if first else ""
     for begin in _EMBED.finditer(text):  # the arguments may say the same, and do not end where the body does
         try:
-            return json.loads(text[begin.start() :].rstrip().removesuffix("]"))
+            return _parsed(text[begin.start() :].rstrip().removesuffix("]"))
         except ValueError:
             continue
     return None
@@ -138,6 +138,17 @@ def _made(headers: Mapping[str, Any], properties: Mapping[str, Any], embed: Any)
     if not canvas:
         return WhoWaits(task_id, stream, None, fields)
     return WhoWaits(task_id, stream, {**fields, "id": task_id, **msgspec.to_builtins(canvas)}, fields)
+
+
+def _parsed(data: bytes | str) -> Any:
+    """JSON whose texts can all be written again: half a surrogate pair, which has no UTF-8, becomes a question mark."""
+    value = json.loads(data)
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.loads(text.encode(errors="replace"))
+    return value
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 -- due: return scheduled tasks whose time has come to the heads of their lists.
 -- KEYS  1 scheduled   2 scheduled:messages
 -- ARGV  1 channel to wake lanes   2 most tasks
--- Returns the number of tasks that were returned.
+-- Returns the number of tasks that were returned, or were none.
 local time = call('TIME')
 local now = time[1] .. '.' .. string.format('%06d', time[2])
 local ids = call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, ARGV[2])
@@ -14,6 +14,7 @@ if refusal then
 end
 call('HLEN', KEYS[2])
 begin_to_write(KEYS[2])
+local done = 0
 for n = #ids, 1, -1 do -- the earliest goes back last, so it stands at the head
   local value = call('HGET', KEYS[2], ids[n])
   local list, message = match(value or '', '^(%S+) (.*)$')
@@ -21,9 +22,10 @@ for n = #ids, 1, -1 do -- the earliest goes back last, so it stands at the head
   if where or not list then
     call('HDEL', KEYS[2], ids[n])
     call('ZREM', KEYS[1], ids[n])
+    done = done + 1
   end
   if where then
     try('PUBLISH', ARGV[1], where)
   end
 end
-return #ids
+return done

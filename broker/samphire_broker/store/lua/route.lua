@@ -14,9 +14,10 @@ for i = 2, #ARGV, 3 do
   local message = call('HGET', KEYS[1], field)
   if message then
     call('SADD', KEYS[2], queue) -- before the message is there: a cancel looks where queues are known
-    if push('LPUSH', list, message) then
+    local where = push('LPUSH', list, message)
+    if where then
       call('HDEL', KEYS[1], field)
-      if call('LLEN', list) == 1 then
+      if try('LLEN', where) == 1 then
         try('PUBLISH', ARGV[1], queue)
       end
       moved = moved + 1
