@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, overload
 
 from samphire import keys
 from samphire.connection import DEFAULT_BROKER_URL, redact
-from samphire.contract import Backoff, check_tenant
+from samphire.contract import ID_MAX_CHARACTERS, Backoff, check_tenant
 from samphire.dead_letters import AsyncDeadLetters
 from samphire.encoder import (
     Encoder,
@@ -111,7 +111,8 @@ class AsyncClient:
             version: version number, or "champion".
             priority: high is served before normal, normal before low, none starves.
             outputs: names of the outputs to return; all by default.
-            parameters: OIP parameters for the model; `micro_batch: False` keeps the request alone.
+            parameters: OIP parameters for the model; `micro_batch: False` keeps the request alone, "tenant" joins it with
+                those of its tenant only.
             eta: not before this time by the broker's clock, a datetime with a time zone.
             delay_s: not before so many seconds from now.
             deadline_s: of use for so many seconds from now: what has not started by then ends as expired, what
@@ -125,7 +126,7 @@ class AsyncClient:
         Raises:
             InvalidInputError: the request can never succeed; nothing was queued.
             IdempotencyConflictError: the key belongs to a task that was asked for something else.
-            QueueFullError, BrokerMemoryFullError: refused; nothing was queued.
+            QueueFullError, BrokerMemoryFullError, BrokerRightError: refused; nothing was queued.
             BrokerUnavailableError: no answer; the task may or may not be queued.
         """
         headers = await self._session.when(eta, delay_s, deadline_s)
@@ -267,8 +268,8 @@ class AsyncClient:
         Raises:
             InvalidInputError: not a task id.
         """
-        if not isinstance(task_id, str) or not 1 <= len(task_id) <= 255:
-            raise InvalidInputError(f"expected a task id of 1 to 255 characters, given {task_id!r}")
+        if not isinstance(task_id, str) or not 1 <= len(task_id) <= ID_MAX_CHARACTERS:
+            raise InvalidInputError(f"expected a task id of 1 to {ID_MAX_CHARACTERS} characters, given {task_id!r}")
         return AsyncTask(self._session, task_id, "often")
 
     # -- the parts ----------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from samphire.errors import InvalidInputError
 
 CONTRACT_VERSION = 1
+ID_MAX_CHARACTERS = 255
+"""Of a task, or of a group of tasks."""
+
 INFER_TASK = "samphire.infer"
 CHORD_PART_TASK = "samphire.chord_part"
 """What a worker sends itself when a task of a chord has ended; no producer needs it."""
@@ -203,8 +206,8 @@ Body = tuple[list[Raw], InferRequest, Canvas]
 class ChordMember(Struct, forbid_unknown_fields=True):
     """What Celery's backend reads of the request of a task that belongs to a chord."""
 
-    id: Annotated[str, Meta(min_length=1, max_length=255)]
-    group: Annotated[str, Meta(min_length=1, max_length=255)]
+    id: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARACTERS)]
+    group: Annotated[str, Meta(min_length=1, max_length=ID_MAX_CHARACTERS)]
     chord: dict[str, Any]
     group_index: int | float | None = None
     root_id: str | None = None

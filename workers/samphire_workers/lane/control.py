@@ -14,13 +14,13 @@ from celery.worker import state as worker_state
 from celery.worker.control import Panel, control_command, inspect_command, nok, ok
 
 from samphire import keys
+from samphire.contract import ID_MAX_CHARACTERS
 from samphire.envelope import describe
 from samphire_broker.queues import declared, refuse_queue
 from samphire_workers.lane import step
 from samphire_workers.lane.lane import Lane, Scheduled
 from samphire_workers.lane.request import Request
 
-ID_MAX_CHARACTERS = 255
 SHOWN_MAX = 1000
 """Most tasks that one answer lists."""
 

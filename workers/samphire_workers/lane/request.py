@@ -21,6 +21,7 @@ from samphire.contract import (
     CANVAS_TASK,
     CHORD_PART_TASK,
     CONTRACT_VERSION,
+    ID_MAX_CHARACTERS,
     INFER_TASK,
     Canvas,
     CanvasStart,
@@ -176,8 +177,10 @@ def _read_into(request: Request, claim: Claimed, settings: Settings) -> None:
         )
     envelope = decode_envelope(claim.message)
     request.envelope = envelope
-    if not 1 <= len(envelope.headers.id) <= 255:
-        raise InvalidInputError(f"expected a task id of 1 to 255 characters, given {envelope.headers.id[:300]!r}")
+    if not 1 <= len(envelope.headers.id) <= ID_MAX_CHARACTERS:
+        raise InvalidInputError(
+            f"expected a task id of 1 to {ID_MAX_CHARACTERS} characters, given {envelope.headers.id[:300]!r}"
+        )
     request.task_id = envelope.headers.id
     request.stream = checked_stream(envelope.headers.samphire_stream)
     if envelope.headers.task == CHORD_PART_TASK:

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from samphire import keys
-from samphire.contract import UNKNOWN_CHORD, Canvas
+from samphire.contract import ID_MAX_CHARACTERS, UNKNOWN_CHORD, Canvas
 from samphire.envelope import decompressed
 from samphire.errors import InvalidInputError
 
-ID_MAX_CHARACTERS = 255
 _STREAM = re.compile(re.escape(keys.STREAM_PREFIX) + r"[A-Za-z0-9-]{1,64}")
 _ID_IN_TAIL = re.compile(rb'"correlation_id": ?"([^"\\]{1,255})"')
 _STREAM_IN_TAIL = re.compile(rb'"samphire_stream": ?"([^"\\]{1,80})"')
