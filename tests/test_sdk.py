@@ -214,7 +214,7 @@ def test_cancel(client: Client) -> None:
 
 def test_a_chain_that_has_begun_can_be_cancelled(client: Client, stack: Up) -> None:
     """Its last step is no message yet: nobody may say that there is no such task."""
-    first = Step("slow", slow(3), parameters={"micro_batch": False})
+    first = Step("slow", slow(10), parameters={"micro_batch": False})
     task = client.chain(first, Step("identity", {"input_fp32": first["slept"]}))
     with stack.redis() as server:
 
