@@ -111,8 +111,8 @@ class AsyncClient:
             version: version number, or "champion".
             priority: high is served before normal, normal before low, none starves.
             outputs: names of the outputs to return; all by default.
-            parameters: OIP parameters for the model; `micro_batch: False` keeps the request alone, "tenant" joins it with
-                those of its tenant only.
+            parameters: OIP parameters for the model; `micro_batch: False` keeps the request alone, "tenant" joins it
+                with those of its tenant only.
             eta: not before this time by the broker's clock, a datetime with a time zone.
             delay_s: not before so many seconds from now.
             deadline_s: of use for so many seconds from now: what has not started by then ends as expired, what
