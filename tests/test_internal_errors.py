@@ -16,8 +16,10 @@ import numpy as np
 import psutil
 import pytest
 from celery import Celery
+from redis.exceptions import InvalidResponse
 
 from samphire import AsyncClient, Backoff, Client, InternalError, ModelFaultError, keys
+from samphire.direct import DirectConnection
 from samphire.errors import SamphireError
 from samphire_broker.retry import DeadLetter, Retry, RetryPolicy, decide
 from samphire_broker.settings import Settings
@@ -159,6 +161,27 @@ def test_a_worker_short_of_threads_gives_its_tasks_to_others(stack: Up, valkey: 
             for task in tasks:
                 assert task.result(TIMEOUT_S).outputs["output_fp32"].shape == (1, 200_000)
         assert not valkey.client.zcard(keys.DEAD)
+
+
+def test_a_reply_without_room_is_a_shortage(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hiredis says so in an error that redis-py takes for one of the protocol; the connection is opened anew."""
+
+    async def test() -> None:
+        connection = DirectConnection(valkey.url)
+        await connection.execute("SET", "k", "v")
+
+        async def no_room(*_args: object, **_kwargs: object) -> None:
+            raise InvalidResponse("Out of memory")
+
+        assert connection._connection is not None
+        monkeypatch.setattr(connection._connection, "read_response", no_room)
+        with pytest.raises(MemoryError) as raised:
+            await connection.execute("GET", "k")
+        assert isinstance(our_error(raised.value), ShortageError)
+        assert await connection.execute("GET", "k") == b"v" and connection.opened == 2
+        await connection.close()
+
+    asyncio.run(test())
 
 
 def test_a_worker_that_stays_short_ends(stack: Up, valkey: Valkey, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import hiredis
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import InvalidResponse, NoScriptError, RedisError, ResponseError
 
 from samphire.connection import connection_pool, translate
 from samphire.errors import BrokerUnavailableError
@@ -48,6 +48,7 @@ class DirectConnection:
         Raises:
             BrokerUnavailableError: no answer; the script may or may not have run.
             SamphireError: the translation of the error that the broker answered with.
+            MemoryError: this process has no memory for the reply; the script may or may not have run.
         """
         names = list(keys)
         command = ("EVALSHA", script.sha, len(names), *names, *args)
@@ -80,6 +81,10 @@ class DirectConnection:
                 raise translate(error) from error
             except (RedisError, OSError) as error:  # TimeoutError is an OSError
                 await self.close()
+                if isinstance(error, InvalidResponse) and "Out of memory" in str(error):
+                    raise MemoryError(
+                        "a reply of the broker has no room in this process"
+                    ) from error  # as hiredis says it
                 raise translate(error) from error
             except BaseException:
                 # Cancelled: the reply will still come, and must not be taken for the next command's.
