@@ -65,7 +65,7 @@ class Settler:
             done.append(settlement.field)
             if not verdict:
                 logger.warning(
-                    "task %s was taken over by another worker; its outcome here is dropped",
+                    "the claim of task %s is not held here any more; this outcome of it is dropped",
                     settlement.task_id,
                     extra={"action": "fenced"},
                 )
