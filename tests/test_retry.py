@@ -46,6 +46,14 @@ _numbers = itertools.count()
 # -- the policy --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("start", [True, False])
+def test_a_request_of_a_sequence_has_one_attempt(start: bool) -> None:
+    """Whatever it says itself, and also where it begins the sequence."""
+    parameters: dict[str, Any] = {"sequence_id": 7, "sequence_start": start}
+    request = InferRequest("counter", [], parameters=parameters, max_attempts=5)
+    assert policy_for(request, Settings()).max_attempts == 1
+
+
 @pytest.mark.parametrize(
     "error", [EndpointTimeoutError(), EndpointUnavailableError(), QueueFullError(), BrokerUnavailableError()]
 )

@@ -54,8 +54,10 @@ def policy_for(request: InferRequest | None, settings: Settings) -> RetryPolicy:
         max_attempts = request.max_attempts
     if request is not None and request.backoff is not UNSET:
         backoff = request.backoff
-    if request is not None and "sequence_id" in request.parameters and not request.parameters.get("sequence_start"):
-        max_attempts = 1  # a model that has seen it once has another state than the one that it was sent for
+    if request is not None and "sequence_id" in request.parameters:
+        # A model that has seen it once has another state than the one that it was sent for; and while a first one
+        # waited for its retry, those after it would fail, and what comes later would be asked without them.
+        max_attempts = 1
     return RetryPolicy(max_attempts, backoff)
 
 

@@ -67,6 +67,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
 
     def __init__(self, *models: str) -> None:
         self.models = set(models)
+        self.stateful: set[str] = set()
+        """Those that keep state between the requests of a sequence."""
+        self.is_up = True
+        """Else it says of itself and of all models that they are away."""
         self.behave: dict[str, Behaviour] = {}
         self.asked: list[str] = []
         """Models, as often as they were asked."""
@@ -75,7 +79,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.address = ""
 
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return service_pb2.ServerReadyResponse(ready=True)
+        return service_pb2.ServerReadyResponse(ready=self.is_up)
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
         answer = service_pb2.RepositoryIndexResponse()
@@ -84,20 +88,27 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         return answer
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if not self.is_up:
+            await away(context)
         if request.name not in self.models:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "is not found")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
         return service_pb2.ModelMetadataResponse(name=request.name, versions=["1"])
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
         if request.name not in self.models:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "is not found")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
         config = model_config_pb2.ModelConfig(name=request.name, max_batch_size=8)
-        config.dynamic_batching.SetInParent()
+        if request.name in self.stateful:
+            config.sequence_batching.SetInParent()
+        else:
+            config.dynamic_batching.SetInParent()
         config.input.add(name="x", data_type=model_config_pb2.TYPE_FP32, dims=[1])
         config.output.add(name="y", data_type=model_config_pb2.TYPE_FP32, dims=[1])
         return service_pb2.ModelConfigResponse(config=config)
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if not self.is_up:
+            await away(context)
         self.asked.append(request.model_name)
         values = np.frombuffer(request.raw_input_contents[0], np.float32).reshape(list(request.inputs[0].shape))
         self.values += values.ravel().tolist()

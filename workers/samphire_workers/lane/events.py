@@ -204,7 +204,11 @@ class CeleryEvents:
                     buffer_limit=1000,
                 )
             for kind, fields in events:
-                self._dispatcher.send(kind, **fields)
+                if kind == "task-sent":  # in a batch, as the others go, other workers would not hear it
+                    self._dispatcher.flush(errors=False)
+                    self._dispatcher.publish(kind, fields, self._dispatcher.producer)
+                else:
+                    self._dispatcher.send(kind, **fields)
             self._dispatcher.flush(errors=False)
         except (OperationalError, OSError) as error:
             logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})

@@ -377,7 +377,8 @@ class Lane:
     ) -> None:
         attempt = "" if blamed is None else outcome.attempt_text(self._hostname, blamed)
         if len(requests) == 1 and requests[0].infer is not None and requests[0].sequence_id is not None:
-            requests = [*requests, *self._sequences.went_back(requests[0])]
+            together = [*requests, *self._sequences.went_back(requests[0])]
+            requests = sorted(together, key=lambda request: keys.claim_number(request.claim.field))
         fields = [request.claim.field for request in requests]
         for request in requests:
             self._events.dropped(request)
@@ -390,7 +391,7 @@ class Lane:
             await persist(action)
         except SamphireError as error:  # the broker does not take them: they must not be stuck here
             for request in requests:
-                self._endings.fail(request, error)
+                self._sequences.refuse(request, error)
         else:
             self._let_go([request.claim.field for request in requests])
 

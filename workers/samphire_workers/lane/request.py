@@ -132,6 +132,11 @@ class Request:
         return self.request.parameters.get("sequence_id")
 
     @property
+    def keeps_order(self) -> bool:
+        """Whether it is known to be of a sequence, and was claimed from where the order is kept."""
+        return self.infer is not None and self.sequence_id is not None and self.at_home
+
+    @property
     def at_home(self) -> bool:
         """Whether the task was claimed from the queue of its own model and tenant."""
         if self.errand is not None:

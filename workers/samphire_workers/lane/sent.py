@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections import OrderedDict, deque
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +79,18 @@ class SentTasks:
                 self._sent.popitem(last=False)
 
     def _listen(self) -> None:
+        told: set[type[Exception]] = set()
         while not self._stopped.is_set():
             try:
                 with self._app.connection_for_read() as connection:
                     handlers = {"task-sent": self._sent_event}
                     receiver = self._app.events.Receiver(connection, handlers=handlers, routing_key="task.sent")
-                    with receiver.consumer_context():
+                    with receiver.consumer_context() as (consuming, _, _):  # a connection of its own
                         while not self._stopped.is_set():
                             with contextlib.suppress(TimeoutError):
-                                connection.drain_events(timeout=LISTEN_S)
-            except (OperationalError, OSError, *self._app.connection_for_read().connection_errors) as error:
-                logger.debug("task-sent events are not heard: %s", error, extra={"action": "sent_failed"})
-                time.sleep(RETRY_S)
+                                consuming.drain_events(timeout=LISTEN_S)
+            except Exception as error:  # noqa: BLE001 - whatever the broker refuses now, it may allow later
+                level = logging.DEBUG if type(error) in told else logging.WARNING
+                told.add(type(error))
+                logger.log(level, "task-sent events are not heard: %s", error, extra={"action": "sent_failed"})
+                self._stopped.wait(RETRY_S)

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from samphire import keys
 from samphire.errors import EndpointUnavailableError, InvalidInputError, SamphireError
 from samphire_broker.store import Store
 from samphire_workers.endpoints import Endpoints
@@ -48,6 +49,13 @@ class _Sequence:
     """Why its later requests cannot be right."""
     runs: bool = False
 
+    def take_waiting(self) -> list[Request]:
+        """Those that have not had their turn; they are not waited for any more."""
+        taken = [*self.waiting, *self.behind]
+        self.waiting.clear()
+        self.behind.clear()
+        return taken
+
 
 class Sequences:
     """The sequences of the models that this worker leads."""
@@ -71,7 +79,10 @@ class Sequences:
         self._release = release
         self._spawn = spawn
         self._known: OrderedDict[Key, _Sequence] = OrderedDict()
+        self._own: set[str] = set()
+        """Models that no other worker leads."""
         self._led: set[str] = set()
+        """Those of them of which no other worker holds anything any more."""
 
     def not_led(self) -> set[str]:
         """Models whose tasks this worker must not claim, since another leads them or none does yet."""
@@ -85,22 +96,53 @@ class Sequences:
             holds: whether this worker holds tasks of a model.
         """
         while True:
-            for model in self._catalogue.stateful() | self._led:
+            for model in self._catalogue.stateful() | self._own:
                 away = self._endpoints.is_away(model)
-                if away and (model not in self._led or holds(model)):
+                if away and (model not in self._own or holds(model)):
                     continue
                 try:
                     verdict = await self._store.lead(model, give_back=away)
                 except SamphireError as error:
                     logger.warning("who leads model %s is not known: %s", model, error, extra={"action": "lead_failed"})
                     continue
-                if verdict != 1:
-                    self._led.discard(model)
-                elif model not in self._led:
-                    logger.info("this worker leads model %s", model, extra={"action": "leads"})
-                    self._led.add(model)
+                if await self._note(model, verdict):
                     on_led()
             await asyncio.sleep(LEAD_S)
+
+    async def _note(self, model: str, verdict: int) -> bool:
+        """Note what `Store.lead` has said; whether there is a model more to claim from."""
+        if verdict != 1:
+            self._led.discard(model)
+        if verdict == 0 and model in self._own:
+            self._own.discard(model)
+            await self._forget_model(model)
+        if verdict != 0:
+            self._own.add(model)
+        if verdict != 1 or model in self._led:
+            return False
+        logger.info("this worker leads model %s", model, extra={"action": "leads"})
+        self._led.add(model)
+        return True
+
+    async def _forget_model(self, model: str) -> None:
+        """Forget where the sequences of a model run, and what has to come back: that is another's now."""
+        while waiting := [request for _, sequence in self._of(model) for request in sequence.take_waiting()]:
+            await self._release(sorted(waiting, key=lambda request: keys.claim_number(request.claim.field)))
+        for key, sequence in self._of(model):
+            del self._known[key]
+            if sequence.broken:  # should this worker lead again: rather an error too many than a wrong answer
+                self._known[key] = _Sequence(broken=sequence.broken)
+
+    def _of(self, model: str) -> list[tuple[Key, _Sequence]]:
+        return [(key, sequence) for key, sequence in self._known.items() if key[0] == model]
+
+    def refuse(self, request: Request, error: SamphireError) -> None:
+        """Fail a request that cannot be asked; one of a sequence when its turn comes, so that those after it know."""
+        if request.keeps_order:
+            request.refusal = error
+            self.add([request])
+        else:
+            self._endings.fail(request, error)
 
     def add(self, requests: Sequence[Request]) -> None:
         """Ask for these after those of their sequences that came before."""
@@ -148,6 +190,9 @@ class Sequences:
 
     async def _run_one(self, request: Request, sequence: _Sequence) -> None:
         if request.over:  # it has ended before its turn came
+            return
+        if request.times.expires <= self._store.clock.now():
+            self._endings.revoke(request, "expired")
             return
         begins = bool(request.request.parameters.get("sequence_start"))
         if request.refusal is not None:

@@ -92,9 +92,10 @@ class Sorter:
         for claim in claimed:
             request, error = read_or_error(claim, self._settings)
             self._held.has_read(request)
-            if error is not None:
+            if error is not None and not request.keeps_order:
                 self._refuse(request, error)
             else:
+                request.refusal = error  # of a sequence: it fails in its turn, so that those after it know
                 requests.append(request)
         self._sort_out(requests)
 
@@ -113,10 +114,10 @@ class Sorter:
         later: list[Request] = []
         now = self._store.clock.now()
         for request in requests:
-            if request.times.expires <= now:
+            is_over = request.refusal is not None or request.times.expires <= now
+            if is_over and not request.keeps_order:  # else it ends in its turn, so that those after it know
                 self._endings.revoke(request, "expired")
-                self._is_missing(request)
-            elif request.times.eta > now:
+            elif request.times.eta > now and not is_over:
                 later.append(request)
             elif request.errand is not None:
                 self._spawn(self._errand(request, request.errand))
@@ -143,12 +144,6 @@ class Sorter:
         why = f"requests of a sequence keep their order only in their model's queue: send them to {queue}"
         self._endings.fail(request, InvalidInputError(why))
         return False
-
-    def _is_missing(self, request: Request) -> None:
-        """A request has ended before it was asked: if it is of a sequence, those after it cannot be right."""
-        request.over = True
-        if request.errand is None and request.at_home and request.sequence_id is not None:
-            self._sequences.add([request])
 
     def _fits(self, checker: Checker, request: Request) -> bool:
         try:
@@ -204,10 +199,11 @@ class Sorter:
             return
         except SamphireError as error:
             for request in requests:
-                self._endings.fail(request, error)
+                self._sequences.refuse(request, error)
             return
         valid: list[Request] = []
         for request in requests:
+            why = request.refusal
             try:
                 try:
                     checker.check(request)
@@ -215,13 +211,14 @@ class Sorter:
                     checker = await self._catalogue.checker(model, fresh=True)
                     checker.check(request)
             except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
-                if checker.signature.sequence_batching and request.sequence_id is not None:
-                    request.refusal = our_error(error)
-                    valid.append(request)
-                else:
-                    self._endings.fail(request, our_error(error))
-            else:
+                why = why or our_error(error)
+            if why is None:
                 valid.append(request)
+            elif checker.signature.sequence_batching and request.keeps_order:
+                request.refusal = why
+                valid.append(request)
+            else:
+                self._sequences.refuse(request, why)
         self._dispatch(model, valid, checker)
 
     def _dispatch(self, model: str, requests: Sequence[Request], checker: Checker) -> None:
