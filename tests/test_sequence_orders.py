@@ -179,3 +179,32 @@ def test_what_goes_back_together_goes_back_in_its_order(valkey: Valkey) -> None:
             await worker.down()
 
     run(test)
+
+
+def test_a_request_that_goes_back_for_want_of_memory_keeps_its_place(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker was short of something for a moment; those behind it wait for it."""
+    from samphire_workers.lane import dispatch
+
+    load, short = dispatch.load, ["once"]
+
+    def load_or_not(request: Any, fetched: Any) -> None:
+        if short and request.request.parameters.get("second"):
+            short.clear()
+            raise MemoryError
+        load(request, fetched)
+
+    monkeypatch.setattr(dispatch, "load", load_or_not)
+
+    async def test() -> None:
+        async with stateful_triton() as triton, AsyncClient(valkey.url) as sdk:
+            first = await ask(sdk, 1, start=True)
+            parameters = {"sequence_id": "one", "sequence_start": False, "second": True}
+            second = await sdk.submit(MODEL, x(2), parameters=parameters)
+            third = await ask(sdk, 3)
+            async with lane_worker(valkey.url, triton):
+                assert [await answer(task) for task in (first, second, third)] == [2, 3, 4]
+                assert triton.values == [1, 2, 3] and not short
+
+    run(test)

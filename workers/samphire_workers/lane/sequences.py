@@ -180,6 +180,7 @@ class Sequences:
         while sequence.waiting:
             request = sequence.waiting.popleft()
             await self._run_one(request, sequence)
+            await asyncio.sleep(0)  # what goes back because the worker is short of something does so in the background
             if request.outcome != "succeeded" and request.task_id not in sequence.returned:
                 sequence.broken = (
                     f"sequence {request.sequence_id!r} of model {request.model!r} is broken: its request "
