@@ -33,6 +33,7 @@ from benchmarks.stack import BenchStack, Figures, Memory, drain_rate
 from samphire import AsyncClient
 
 TASKS = 100_000
+STANDSTILL_S = 30.0
 END_TO_END = 60_000
 READS = 10_000
 READ_TIMEOUT_S = 60.0
@@ -48,13 +49,18 @@ def percentile(values: Sequence[float], share: float) -> float:
 async def publish(client: AsyncClient, server: redis.Redis, questions: Sequence[FloatArray], queue: str) -> float:
     """Publish through `map`, and return the seconds until the broker has all of it."""
     inputs = [{"input_fp32": question} for question in questions]
-    results = client.map("identity", iter(inputs), window=len(inputs))
-    began = time.perf_counter()
+    results = client.map("identity", iter(inputs), window=len(inputs), window_bytes=2**40)
+    began = moved = time.perf_counter()
     first = asyncio.ensure_future(anext(results))
-    while server.llen(queue + NORMAL) < len(inputs):
+    there = 0
+    while (now := int(server.llen(queue + NORMAL))) < len(inputs):
         if first.done():
             first.result()  # its error, or else somebody has answered although the worker stands still
             raise AssertionError("an answer came before all was published")
+        if now > there:
+            there, moved = now, time.perf_counter()
+        elif time.perf_counter() - moved > STANDSTILL_S:
+            raise AssertionError(f"{there} of {len(inputs)} are published, and no more for {STANDSTILL_S:.0f} s")
         await asyncio.sleep(0.01)
     elapsed = time.perf_counter() - began
     first.cancel()
