@@ -123,6 +123,13 @@ class Ends:
         return Counter(task_id for ids in lists for task_id in ids.decode().split(" "))
 
 
+def unsettled(server: redis.Redis, queue: str = QUEUE) -> int:
+    """Tasks of a queue that are queued, and all that are in flight."""
+    workers: Any = server.smembers("workers")
+    inflight = sum(int(server.hlen(f"worker:{worker.decode()}:inflight")) for worker in workers)
+    return int(server.llen(queue + NORMAL)) + inflight
+
+
 def check_backlog(server: redis.Redis, messages: Sequence[bytes], ends: Counter[str]) -> None:
     """Each queued task has succeeded with the answer to its own question, and has ended once.
 

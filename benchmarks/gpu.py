@@ -26,7 +26,7 @@ import redis
 from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient
 
-from benchmarks.answers import NORMAL, Ends, WrongAnswerError, check_ended, queued, stream_of
+from benchmarks.answers import Ends, WrongAnswerError, check_ended, queued, stream_of, unsettled
 from benchmarks.gpu_models import MODELS, Model
 from benchmarks.stack import drain_rate
 from samphire import AsyncClient
@@ -190,13 +190,6 @@ async def publish(servers: Servers, model: Model, count: int) -> dict[str, bytes
     return expected
 
 
-def left(server: redis.Redis, queue: str) -> int:
-    """Tasks that are queued or in flight."""
-    workers: Any = server.smembers("workers")
-    inflight = sum(int(server.hlen(f"worker:{worker.decode()}:inflight")) for worker in workers)
-    return int(server.llen(queue + NORMAL)) + inflight
-
-
 async def drained(servers: Servers, model: Model, count: int, best: float) -> Row:
     """Publish a backlog while the workers stand still, and measure how fast they drain it."""
     queue = f"inference.{model.name}"
@@ -209,7 +202,7 @@ async def drained(servers: Servers, model: Model, count: int, best: float) -> Ro
         finally:
             servers.signal_workers(signal.SIGCONT)
         with Ends(servers.broker_url, stream_of(messages[0])) as ends, Busy() as busy:
-            rate = drain_rate(count, lambda: left(server, queue))
+            rate = drain_rate(count, lambda: unsettled(server, queue))
         check_ended(server, expected, ends.counted(), model.same)
     workers = len(servers.workers)
     way = f"Samphire, {workers} worker{'s' * (workers > 1)}"

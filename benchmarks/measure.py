@@ -9,7 +9,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import psutil
 import redis
@@ -27,6 +26,7 @@ from benchmarks.answers import (
     queued,
     rows,
     stream_of,
+    unsettled,
 )
 from benchmarks.rivals import infer, rate
 from benchmarks.stack import BenchStack, Figures, Memory, drain_rate
@@ -68,13 +68,6 @@ async def publish(client: AsyncClient, server: redis.Redis, questions: Sequence[
         await first
     await results.aclose()  # type: ignore[attr-defined]
     return elapsed
-
-
-def unsettled(server: redis.Redis) -> int:
-    """Tasks that are queued or in flight."""
-    workers: Any = server.smembers("workers")
-    inflight = sum(int(server.hlen(f"worker:{worker.decode()}:inflight")) for worker in workers)
-    return int(server.llen(QUEUE + NORMAL)) + inflight
 
 
 def ended(server: redis.Redis) -> int:

@@ -92,6 +92,10 @@ async def serve_letters(w: Worker, _claims: dict[str, Claimed]) -> object:
     return await w.store.serve_letters()
 
 
+async def lead_some(w: Worker, _claims: dict[str, Claimed]) -> object:
+    return await w.store.lead("m", give_back=False)
+
+
 CALLS: dict[Callable[[Worker, dict[str, Claimed]], Awaitable[object]], str] = {
     settle_all: "del hset hdel setex set publish lpush zadd zrem sadd srem hincrby expire xadd unlink rename",
     schedule_all: "hset hdel zadd hlen",
@@ -102,6 +106,7 @@ CALLS: dict[Callable[[Worker, dict[str, Claimed]], Awaitable[object]], str] = {
     reap_other: "rpush hdel del srem sadd hset hincrby expire hkeys",
     return_due: "rpush zrem hdel publish hget",
     cancel_some: "setex zadd set rpush zrem hdel publish ltrim xadd hvals",
+    lead_some: "hset hdel hget smembers",
     serve_letters: "del hset hincrby zrem lpush ltrim publish sadd xadd",
 }
 """What each of them runs, as one right after the other is taken away."""

@@ -650,6 +650,26 @@ def test_released_claims_return_in_order(valkey: Valkey) -> None:
     run(test)
 
 
+def test_what_is_due_and_can_go_nowhere_stays_and_does_not_count(valkey: Valkey) -> None:
+    """Somebody's keys lie where its queue belongs: the clock goes on instead of trying it without a pause."""
+
+    async def test() -> None:
+        valkey.client.mset({"inference.bad": "somebody's", "inference.bad:returned": "somebody's"})
+        valkey.client.zadd(keys.SCHEDULED, {"stuck": 1, "free": 2})
+        stored = {"stuck": "inference.bad a", "free": "inference.n b"}
+        valkey.client.hset(keys.SCHEDULED_MESSAGES, mapping=dict(stored))
+        async with worker(valkey) as w:
+            assert [await w.store.return_due() for _ in range(2)] == [1, 0]
+        assert valkey.client.lrange("inference.n", 0, -1) == [b"b"]
+        assert valkey.client.zrange(keys.SCHEDULED, 0, -1) == [b"stuck"]
+        valkey.client.delete("inference.bad")
+        async with worker(valkey) as w:
+            assert await w.store.return_due() == 1
+        assert valkey.client.lrange("inference.bad", 0, -1) == [b"a"]
+
+    run(test)
+
+
 def test_routed_claims_go_to_their_queue(valkey: Valkey) -> None:
     """Without an attempt, in order, and the lanes are woken."""
 

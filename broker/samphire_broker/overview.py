@@ -44,7 +44,7 @@ class WorkerState:
     alive: bool
     in_flight: int
     clock_ahead_s: float
-    """How far its machine's clock is ahead of the broker's, as it has found."""
+    """How many s its machine's clock is ahead of the broker's, as it has found."""
 
 
 @dataclass(frozen=True)

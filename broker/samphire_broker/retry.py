@@ -93,6 +93,7 @@ def decide(
 
 def wait_s(attempt: int, backoff: Backoff, retry_after_s: float | None, chance: float) -> float:
     """Seconds until the next attempt: exponential, capped, spread by `jitter`; never sooner than was asked for."""
+    # An exponent over 1023 is more than a float holds.
     longest = min(backoff.cap_s, backoff.base_s * 2.0 ** min(attempt - 1, 1000))
     spread = longest * (1 - backoff.jitter * (1 - chance))
     return max(spread, retry_after_s if retry_after_s is not None and retry_after_s < inf else 0.0)

@@ -81,10 +81,8 @@ class DirectConnection:
                 raise translate(error) from error
             except (RedisError, OSError) as error:  # TimeoutError is an OSError
                 await self.close()
-                if isinstance(error, InvalidResponse) and "Out of memory" in str(error):
-                    raise MemoryError(
-                        "a reply of the broker has no room in this process"
-                    ) from error  # as hiredis says it
+                if isinstance(error, InvalidResponse) and "Out of memory" in str(error):  # hiredis's words for its own
+                    raise MemoryError("a reply of the broker has no room in this process") from error
                 raise translate(error) from error
             except BaseException:
                 # Cancelled: the reply will still come, and must not be taken for the next command's.

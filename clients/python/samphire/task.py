@@ -12,10 +12,8 @@ from samphire import keys
 from samphire.errors import BrokerMemoryFullError, BrokerUnavailableError, ResultTimeoutError, UnknownTaskError
 from samphire.results import TERMINAL, InferResult, Status
 from samphire.session import Session
-from samphire.waiter import Look
+from samphire.waiter import LOOK_MAX_S, LOOK_MIN_S, Look
 
-LOOK_MIN_S = 0.01
-LOOK_MAX_S = 0.5
 CANCEL_AGAIN_S = 1.0
 """Between two requests to cancel a task that has not been answered."""
 

@@ -61,7 +61,7 @@ class OwnThreadBackend(RedisBackend):  # type: ignore[misc]
 
     def remove_pending_result(self, result: Any) -> Any:
         """Unsubscribe from a result, where that holds up no lane."""
-        if (threading.current_thread().name or "").startswith((CAPTURING_THREAD, COUNTING_THREAD)):
+        if threading.current_thread().name.startswith((CAPTURING_THREAD, COUNTING_THREAD)):
             return super().remove_pending_result(result)
         return result
 

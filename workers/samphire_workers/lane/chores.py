@@ -36,7 +36,7 @@ async def keep_clock(store: Store, cancel: Cancel) -> None:
     """Return scheduled tasks when they are due, and do what clients ask for, for ever."""
     while True:
         done = 0
-        for chore in (store.return_due, lambda: _count(cancel), store.delete_results, store.serve_letters):
+        for chore in (store.return_due, lambda: _cancel_some(cancel), store.delete_results, store.serve_letters):
             try:
                 done += await chore()
             except SamphireError as error:
@@ -63,8 +63,8 @@ async def keep_time(clock: BrokerClock) -> None:
         await asyncio.sleep(TIME_S)
 
 
-async def _count(cancel: Cancel) -> int:
-    """Who runs is not done with: it is told again, but not at once."""
+async def _cancel_some(cancel: Cancel) -> int:
+    """Do what clients wish to cancel; how many wishes are done with. A task that runs is told again, if not at once."""
     return sum(verdict != "running" for verdict in (await cancel(())).values())
 
 

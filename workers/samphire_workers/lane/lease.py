@@ -165,11 +165,10 @@ async def _reap(store: Store, worker_id: str, last_beat: int | None) -> None:
             return  # it beats again
         if left and not moved:
             return  # what can be returned to nowhere now stays, until the next look
-        if moved or not left:
-            logger.warning(
-                "worker %s is lost: %d messages returned, of them %d started",
-                worker_id,
-                moved,
-                started,
-                extra={"action": "reaped"},
-            )
+        logger.warning(
+            "worker %s is lost: %d messages returned, of them %d started",
+            worker_id,
+            moved,
+            started,
+            extra={"action": "reaped"},
+        )

@@ -179,11 +179,11 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             await store.close()
 
     async def _keep_lane_running(self, store: Store) -> None:
-        failures, wanted = 0, True
+        failures, send_events = 0, True
         while not self._stopping:
             endpoints = Endpoints(self._settings.triton_urls)
             events = CeleryEvents(self._app, self._info.hostname, self._settings.events_per_s)
-            events.enabled = wanted
+            events.enabled = send_events
             watch = QueueWatch(self._settings.broker_url)
             canvas = Canvas(self._app, self._info.hostname)
             self._lane = Lane(self._settings, store, endpoints, self._info, events, watch, canvas)
@@ -203,7 +203,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 logger.exception("the lane failed; it starts again in %.1f s", delay_s)
                 await asyncio.sleep(delay_s)
             finally:
-                wanted = events.enabled  # the next lane sends events, or none, as this one was told to
+                send_events = events.enabled  # the next lane does as this one was told to
                 watch.close()
                 canvas.close()
                 await endpoints.close()
