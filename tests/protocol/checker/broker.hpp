@@ -47,6 +47,7 @@ inline int sending_of(const string& message) {  // 0: the first; copies have the
 struct View {
   uint8_t queued[TASKS] = {}, in_intake[TASKS] = {}, scheduled[TASKS] = {}, meta[TASKS] = {}, marked[TASKS] = {};
   uint8_t letter[TASKS] = {}, letter_run[TASKS] = {}, letter_attempts[TASKS] = {};
+  uint8_t letter_sending[TASKS] = {}, scheduled_sending[TASKS] = {};
   Answer answer[TASKS] = {};
   char remembered[TASKS] = {};     // how it has ended, as a letter; 0: not known
   uint8_t running[TASKS] = {};     // cancelled while it ran
@@ -106,10 +107,13 @@ inline void look_at_task(const Reader& read, int task, View& view) {
     view.scheduled[task] = read.at("scheduled")->sorted.at(id) <= 1000 ? IS_DUE : WAITS_FOR_ITS_TIME;
   else if (read.in_hash("scheduled:messages", id))
     view.scheduled[task] = ONLY_ITS_MESSAGE;
+  if (read.in_hash("scheduled:messages", id))
+    view.scheduled_sending[task] = sending_of(read.at("scheduled:messages")->hash.at(id));
   view.marked[task] = read.in_sorted("cancelled", id);
   view.letter[task] = read.has(letter);
   view.letter_run[task] = read.number(letter, "run");
   view.letter_attempts[task] = read.number(letter, "attempts");
+  if (read.in_hash(letter, "message")) view.letter_sending[task] = sending_of(read.at(letter)->hash.at("message"));
   view.attempts[task] = read.number(hash, "attempts");
   view.crashes[task] = read.number(hash, "crashes");
   view.losses[task] = read.number(hash, "losses");

@@ -102,7 +102,8 @@ inline void cancel_steps(const Stepper& step) {
     bool is_unknown = !is_end(meta) && view.answer[task] == IS_UNKNOWN;
     after.cancel[task] = is_true ? SAID_TRUE : is_unknown ? SAID_UNKNOWN : SAID_FALSE;
     if (is_unknown && is_somewhere(view, task)) monitors.violated("P7 cancel() says unknown of a task that is there");
-    if (is_true && view.letter[task] && !after.marked[task])
+    bool has_failed = view.letter[task] && view.letter_run[task] == state.runs[task] + 1;
+    if (is_true && has_failed && !after.marked[task])
       monitors.violated("P7 cancel() says True of a task that had failed");
     if (is_true && view.letter[task] && after.result_expired[task])
       monitors.violated("P7 cancel() says True of a dead letter whose result has expired");

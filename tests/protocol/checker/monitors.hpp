@@ -80,21 +80,25 @@ inline void watch_attempts(const Seen& seen) {
   }
 }
 
-// A redrive, or a message that was sent again, begins a run.
-inline void begin_run(State& state, int task) {
+// A redrive, or a message that was sent again, begins a run; what runs by then is a start of it.
+inline void begin_run(const Seen& seen, int task) {
+  State& state = seen.state;
   state.ends[task] = state.starts[task] = state.marked[task] = 0;
+  for (const auto& claim : seen.before.claims)
+    state.starts[task] += claim.task == task && claim.started && !(state.failed[task] >> claim.sending & 1);
   state.runs[task]++;
   if (task == 0) state.next_pushes = state.part_pushes = state.next_ran = 0;
   if (scene.rewait && state.waits[task] == TOLD) state.waits[task] = WAITING;
 }
 
-// Whether a claim of a task that this call has started or ended is of a message that has not failed.
+// Whether a claim of a task that this call has started or ended is of a message that has not failed. A start may be
+// the repetition of one of which the reply was lost.
 inline bool is_new_message(const Seen& seen, int task) {
   for (const auto& claim : seen.before.claims) {
     if (claim.task != task || (seen.state.failed[task] >> claim.sending & 1)) continue;
     bool is_touched = true;
     for (const auto& after : seen.after.claims)
-      if (claim.same_as(after)) is_touched = after.started && !claim.started;
+      if (claim.same_as(after)) is_touched = seen.verb == "start" && after.started;
     if (is_touched) return true;
   }
   return false;
@@ -104,11 +108,12 @@ inline bool was_failed(const View& view, int task) {
   return view.meta[task] == IS_FAILURE || (view.meta[task] == NO_META && view.remembered[task] == 'F');
 }
 
-// Whether a message of a task that has failed waits which is none of those that have.
+// Whether a message of a task that has failed waits, or runs, which is none of those that have.
 inline bool waits_anew(const State& state, const View& view, int task) {
   int sendings = view.sent_again[task];
+  if (view.scheduled[task]) sendings |= 1 << view.scheduled_sending[task];
   for (const auto& claim : view.claims)
-    if (claim.task == task && !claim.started) sendings |= 1 << claim.sending;
+    if (claim.task == task) sendings |= 1 << claim.sending;
   return was_failed(view, task) && (sendings & ~state.failed[task]);
 }
 
@@ -131,11 +136,11 @@ inline void watch_runs(const Seen& seen) {
     if (is_end(was) && is != was && !freed && !again)
       monitors.violated("P3 " + named(task) + "'s end " + META_NAMES[was] + " became " + META_NAMES[is] + " by " +
                         seen.verb);
-    if (redriven || freed || again) begin_run(state, task);
     if (redriven) {
       state.redriven[task] = 1;
       state.failed[task] = 0;
     }
+    if (redriven || freed || again) begin_run(seen, task);
     if (gone && !redriven && state.purge_run[task] != before.letter_run[task])
       monitors.violated("P9 a letter is purged that nobody asked to purge (another run's)");
   }
@@ -174,6 +179,18 @@ inline void watch_failures(const Seen& seen) {
   }
 }
 
+// A copy of what has failed now must not run: of the letter's message, and of those that have failed before it in the
+// same call, which are all that are gone and not put aside.
+inline void watch_what_failed(const Seen& seen, int task) {
+  const View &before = seen.before, &after = seen.after;
+  if (!after.letter[task] || after.letter_run[task] == before.letter_run[task]) return;
+  seen.state.failed[task] |= 1 << after.letter_sending[task];
+  if (!was_failed(after, task)) return;
+  for (const auto& claim : claims_gone(seen, task))
+    if (!after.scheduled[task] || after.scheduled_sending[task] != claim.sending)
+      seen.state.failed[task] |= 1 << claim.sending;
+}
+
 inline void watch_letters(const Seen& seen) {
   const View &before = seen.before, &after = seen.after;
   State& state = seen.state;
@@ -186,13 +203,7 @@ inline void watch_letters(const Seen& seen) {
     if (scene.poison && task > 0 && after.letter[task] && !before.letter[task])
       monitors.violated("I1 innocent " + named(task) + " is dead-lettered");
     if (after.scheduled[task] == ONLY_ITS_MESSAGE) monitors.violated("P1 scheduled:messages without scheduled");
-    if (seen.verb != "settle" || !was_failed(after, task)) continue;
-    for (const auto& claim : before.claims) {  // a copy of what has failed now must not run
-      bool still_there = false;
-      for (const auto& other : after.claims) still_there |= claim.same_as(other);
-      if (claim.task == task && !still_there && after.letter[task] && after.letter_run[task] != before.letter_run[task])
-        state.failed[task] |= 1 << claim.sending;
-    }
+    if (seen.verb == "settle") watch_what_failed(seen, task);
   }
 }
 
@@ -260,9 +271,10 @@ inline void watch_effects(const Seen& seen) {
   for (const auto& effect : seen.done.effects) {
     if (effect.kind == 'P' && effect.where.compare(0, META.size(), META) == 0) {
       int task = task_of(effect.where.substr(META.size())), meta = meta_of(effect.what);
-      if (task < 0 || !is_end(meta)) continue;
+      if (task < 0) continue;
       // In one batch: the run that has failed, and the next one, of what was sent again.
-      if ((failed_now >> task & 1) && messages_ended(seen, task) > 1) begin_run(seen.state, task);
+      if ((failed_now >> task & 1) && messages_ended(seen, task) > 1) begin_run(seen, task);
+      if (!is_end(meta)) continue;
       watch_published_end(seen, task, meta);
       if (meta == IS_FAILURE) failed_now |= 1 << task;
       succeeded |= task == 0 && meta == IS_SUCCESS;
@@ -280,8 +292,8 @@ inline const Done& perform(State& state, const Call& call) {
   const Done& done = broker->run(state.broker, broker->number_of(call));
   state.broker = done.broker;
   Seen seen{state, call.verb, before, view_of(state), done};
-  if (call.verb == "cancel") watch_cancel(seen);
   watch_runs(seen);
+  if (call.verb == "cancel") watch_cancel(seen);
   watch_attempts(seen);
   watch_failures(seen);
   watch_letters(seen);

@@ -179,6 +179,7 @@ struct State {
   uint8_t runs[TASKS];
   uint8_t sendings[TASKS];  // how many messages of it were sent, copies not counted, after the first
   uint8_t failed[TASKS];    // bits of those that have failed: a copy of these must not run
+  uint8_t failed_at_checkpoint[TASKS];
   uint8_t budget[FAULTS];
   Worker workers[WORKERS];
 };

@@ -96,7 +96,8 @@ inline void forget_what_was_lost(State& after) {
     if (after.cancel[task] == ASKED && !view.cancel_requests) after.cancel[task] = VOID;
     after.marked[task] = view.marked[task] || view.meta[task] == IS_REVOKED;
     after.starts[task] = 15;
-    if (!was_failed(view, task)) after.failed[task] = 0;
+    after.failed[task] = after.failed_at_checkpoint[task];
+    after.failed_at_checkpoint[task] = 0;
   }
   if (scene.chain) {
     after.next_pushes = view.meta[0] == IS_SUCCESS;
@@ -111,6 +112,7 @@ inline void rollback_steps(const Stepper& step) {
     State after = step.begin(A_CHECKPOINT);
     after.budget[CHECKPOINT]--;
     after.checkpoint = state.broker;
+    std::copy_n(state.failed, TASKS, after.failed_at_checkpoint);
     step.done(after, FAULT_STEP);
   }
   for (int lapsed = 0; state.budget[ROLLBACK] && state.checkpoint >= 0 && lapsed < 2; lapsed++) {
