@@ -11,7 +11,19 @@ import pytest
 
 from samphire import AsyncClient, AsyncTask, InvalidInputError, ModelFaultError, UnknownModelError, keys
 from tests.stacks import Valkey
-from tests.support.lane import FakeTriton, LaneWorker, away, body, broken, fake_triton, lane_worker, state, until, x
+from tests.support.lane import (
+    FakeTriton,
+    LaneWorker,
+    away,
+    body,
+    broken,
+    fake_triton,
+    lane_worker,
+    sleeping,
+    state,
+    until,
+    x,
+)
 from tests.support.plain import plain_celery
 
 pytestmark = pytest.mark.timeout(120)
@@ -206,5 +218,60 @@ def test_a_request_that_goes_back_for_want_of_memory_keeps_its_place(
             async with lane_worker(valkey.url, triton):
                 assert [await answer(task) for task in (first, second, third)] == [2, 3, 4]
                 assert triton.values == [1, 2, 3] and not short
+
+    run(test)
+
+
+def test_a_request_is_asked_only_once_its_start_is_written(valkey: Valkey) -> None:
+    """A worker that dies in between would leave a request that counts no attempt, and it would be asked twice."""
+
+    async def test() -> None:
+        async with (
+            stateful_triton() as triton,
+            lane_worker(valkey.url, triton) as worker,
+            AsyncClient(valkey.url) as sdk,
+        ):
+            assert await answer(await ask(sdk, 1, start=True)) == 2
+            begun, may_go_on = asyncio.Event(), asyncio.Event()
+            write_start = worker.store.start
+
+            async def start(*args: Any) -> Any:
+                begun.set()
+                await may_go_on.wait()
+                return await write_start(*args)
+
+            worker.store.start = start  # type: ignore[method-assign]
+            second = await ask(sdk, 2)
+            await begun.wait()
+            await asyncio.sleep(0.2)  # what is asked for nevertheless is there by then
+            assert triton.values == [1]
+            may_go_on.set()
+            assert await answer(second) == 3
+            assert triton.values == [1, 2]
+
+    run(test)
+
+
+@pytest.mark.parametrize("by", ["a worker that ends", "an endpoint that does not answer"])
+def test_a_request_that_is_given_up_at_the_endpoint_is_not_asked_again(valkey: Valkey, by: str) -> None:
+    """It may have been carried out there: what is right after it is not known, and that is told."""
+
+    async def test() -> None:
+        async with stateful_triton() as triton, AsyncClient(valkey.url) as sdk:
+            async with lane_worker(valkey.url, triton) as worker:
+                assert await answer(await ask(sdk, 1, start=True)) == 2
+                triton.behave[MODEL] = sleeping(30)
+                second = await ask(sdk, 2)
+                await until(lambda: triton.values == [1, 2], "the request at the endpoint")
+                del triton.behave[MODEL]
+                if by == "a worker that ends":
+                    worker.lane.hand_back()
+                else:
+                    worker.endpoints.mark_away(worker.endpoints.pick(MODEL))
+                with pytest.raises(ModelFaultError, match="the state of its sequence is lost"):
+                    await second.result(20)
+            async with lane_worker(valkey.url, triton):
+                assert await answer(await ask(sdk, 3, start=True)) == 4
+                assert triton.values == [1, 2, 3]
 
     run(test)

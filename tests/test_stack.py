@@ -51,7 +51,14 @@ def shared_memory(up: Up) -> set[str]:
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    return not [process for process in processes if process.is_running() and process.status() != "zombie"]
+    return all(is_gone(process) for process in processes)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it went in between
+        return True
 
 
 def kill(pid: int) -> None:

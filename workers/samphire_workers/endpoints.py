@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from samphire.errors import EndpointUnavailableError
 from samphire_workers.triton import Endpoint
+from samphire_workers.triton_errors import GivenUpError
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Endpoints:
             self._ready.remove(endpoint)
         if not self._ready:
             self.some_ready.clear()
-        endpoint.stop_all(EndpointUnavailableError(f"endpoint {endpoint.url} does not answer"))
+        endpoint.stop_all(GivenUpError(f"endpoint {endpoint.url} does not answer"))
 
     def answers(self, endpoint: Endpoint) -> bool:
         """Whether an endpoint has answered the last probe."""

@@ -49,6 +49,10 @@ class EndpointDiedError(EndpointUnavailableError):
     """The connection broke under the request: the endpoint has died, perhaps of it."""
 
 
+class GivenUpError(EndpointUnavailableError):
+    """The worker waits no more for what an endpoint was asked: it may have been carried out there."""
+
+
 class StubDiedError(EndpointUnavailableError):
     """The process of a Python model has died; the model says that it is ready, and never answers again."""
 

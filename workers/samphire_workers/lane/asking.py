@@ -34,7 +34,7 @@ from samphire_workers.lane.request import Request
 from samphire_workers.lane.turnstile import Turnstiles
 from samphire_workers.lane.unwritten import Unwritten
 from samphire_workers.triton import Endpoint, Running, Tensor
-from samphire_workers.triton_errors import StubDiedError
+from samphire_workers.triton_errors import GivenUpError, StubDiedError
 
 BUSY_S = 1.0
 """Longest rest of a model whose queue at Triton is full, where Triton does not say how long."""
@@ -110,7 +110,7 @@ class Asker:
         """Give up what is asked, and ask for nothing more."""
         self._ending = EndpointUnavailableError("the worker is ending")
         for asked in list(self._asked):
-            asked.running.stop(self._ending)
+            asked.running.stop(GivenUpError("the worker is ending"))
 
     async def ask(self, model: str, batch: list[Request], *, alone: bool = False) -> list[list[Tensor]]:
         """The outputs of each member of a micro-batch.
@@ -195,7 +195,7 @@ class Asker:
         found = self._time_error(waiting, asked.timeout_s, error)
         if found is error and not await asked.endpoint.is_ready():  # it is not the model that hangs
             self._endpoints.mark_away(asked.endpoint)
-            return EndpointUnavailableError(f"endpoint {asked.endpoint.url} does not answer")
+            return GivenUpError(f"endpoint {asked.endpoint.url} does not answer")
         return found
 
     def _check(self, batch: Sequence[Request], outputs: Sequence[Tensor]) -> None:

@@ -36,7 +36,7 @@ from samphire_workers.lane.starting import Starter
 from samphire_workers.lane.suspects import LOSSES_MAX, Suspects, is_suspect
 from samphire_workers.lane.turnstile import Turnstiles
 from samphire_workers.lane.unwritten import Unwritten
-from samphire_workers.triton_errors import EndpointDiedError, StubDiedError
+from samphire_workers.triton_errors import EndpointDiedError, GivenUpError, StubDiedError
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,8 @@ class Dispatcher:
             self._room_again()
 
     async def _run(self, model: str, batch: list[Request]) -> None:
-        if self._store.some_cancelled:
+        # Asked twice, a request of a sequence would change the model's state twice: it must have counted an attempt.
+        if self._store.some_cancelled or any(request.sequence_id is not None for request in batch):
             await self._start_then_infer(model, batch)
         elif batch:
             await self._start_and_infer(model, batch)
@@ -250,7 +251,7 @@ class Dispatcher:
         batch = [request for request in batch if not request.over]
         if not batch:
             return
-        if isinstance(error, StubDiedError | EndpointDiedError) and _continues_sequence(batch[0]):
+        if isinstance(error, StubDiedError | EndpointDiedError | GivenUpError) and _continues_sequence(batch[0]):
             self._endings.fail(batch[0], ModelFaultError(f"the state of its sequence is lost: {error}"))
         elif isinstance(error, StubDiedError):
             # One of them has taken the model's process down: they come back apart from the rest, with an attempt less.
