@@ -537,3 +537,20 @@ def test_next_steps_that_cannot_be_pushed_are_told_of_before_anything_is_written
             assert await w.store.settle([failed(ta, "ta")]) == [1]
 
     run(test)
+
+
+def test_a_late_call_of_an_earlier_hold_changes_no_later_one(valkey: Valkey) -> None:
+    """It was timed out, and is carried out while the same worker is alone again."""
+
+    async def test() -> None:
+        async with worker(valkey) as one, worker(valkey, "w2") as other:
+            assert await one.store.alone("m", 60, 1) == 0
+            assert await one.store.alone("m", 0, 1) == 0
+            assert await one.store.alone("n", 60, 2) == 0
+            assert await one.store.alone("m", 0, 1) == -1, "its giving back, once more"
+            assert await one.store.alone("m", 60, 1) == -1, "its asking, once more"
+            assert await other.store.is_another_alone("n")
+            assert await one.store.alone("n", 0, 2) == 0
+            assert not await other.store.is_another_alone("n")
+
+    run(test)

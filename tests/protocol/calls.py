@@ -132,7 +132,7 @@ async def _reap(store: Store, keys: list[str], args: list[bytes]) -> None:
 
 
 _CALLS: dict[str, Callable[[Store, list[str], list[bytes]], Awaitable[object]]] = {
-    "alone": lambda store, _keys, args: store.alone(args[1].decode(), int(args[2]) / 1000),
+    "alone": lambda store, _keys, args: store.alone(args[1].decode(), int(args[2]) / 1000, int(args[4])),
     "beat": _beat,
     "cancel": _cancel,
     "claim": _claim,

@@ -115,13 +115,15 @@ class Claims(Calls):
                 found[n] = Tried(*(int(count or 0) for count in counts))
         return found
 
-    async def alone(self, model: str, for_s: float) -> int:
+    async def alone(self, model: str, for_s: float, hold: int = 0) -> int:
         """Be the only worker that runs anything of a model, or of all (""), for so long; 0 gives it back.
+
+        Each time that it is begun anew has another number as its `hold`: what is carried out late changes no other.
 
         Returns:
             How many tasks other workers have under way yet; -1: another worker is alone, nothing happens.
         """
-        args: list[Argument] = [self.worker_id, model, int(for_s * 1000), keys.WORKER_PREFIX]
+        args: list[Argument] = [self.worker_id, model, int(for_s * 1000), keys.WORKER_PREFIX, hold]
         return int(await self._run("alone", [keys.ALONE, keys.WORKERS], args))
 
     async def lead(self, model: str, *, give_back: bool = False) -> int:
@@ -137,7 +139,7 @@ class Claims(Calls):
         """Whether another worker is alone with a model, or with all."""
         raw = await self._starts.execute("GET", keys.ALONE)
         holder, _, whom = key_text(raw or b"").partition(" ")
-        return bool(holder) and holder != self.worker_id and whom in ("", model)
+        return bool(holder) and holder != self.worker_id and whom.partition(" ")[2] in ("", model)
 
     async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int | Tried]:
         """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""

@@ -42,8 +42,8 @@ Written by workers only:
                                          ended:turn lapses
     ended:before                 HASH    the same, older; expires
     ended:turn                   STRING  present for as long as ends are to be remembered; expires
-    alone                        STRING  "<wid> <model or nothing>": no other worker starts anything of the model, or of
-                                         all; expires, and goes when its worker is reaped
+    alone                        STRING  "<wid> <number of the hold> <model or nothing>": no other worker starts
+                                         anything of the model, or of all; expires, and goes when its worker is reaped
     catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
                                          are all models; expires when no worker renews it
     leaders                      HASH    model whose requests must keep their order -> id of the one worker that claims

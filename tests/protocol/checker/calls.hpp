@@ -178,8 +178,10 @@ inline Call call_leave(int worker, int incarnation) {
   return {"leave", {key, key + ":info", key + ":inflight", "workers"}, {worker_id(worker, incarnation)}};
 }
 
-inline Call call_alone(int worker, int incarnation, bool keep) {
-  return {"alone", {"alone", "workers"}, {worker_id(worker, incarnation), "m", keep ? "20000" : "0", "worker:"}};
+inline Call call_alone(int worker, int incarnation, bool keep, int hold) {
+  return {"alone",
+          {"alone", "workers"},
+          {worker_id(worker, incarnation), "m", keep ? "20000" : "0", "worker:", std::to_string(hold)}};
 }
 
 inline Call call_reap(int worker, int incarnation, bool has_lease) {

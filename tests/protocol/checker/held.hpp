@@ -283,12 +283,21 @@ class HeldSteps {
     lost(A_ERRAND_END, call, numbers());
   }
 
+  // A number that no call has which is still to be carried out; of others there are enough.
+  int another_hold() const {
+    if (step_.state.late_call < 0) return 0;
+    const Call& late = broker->call(step_.state.late_call);
+    return late.verb == "alone" && late.args.back() == "0" ? 1 : 0;
+  }
+
   void ask_for_alone() const {
     if (!is_ones_turn(life_)) return;
-    Call call = call_alone(worker_, life_.incarnation, true);
+    int hold = another_hold();
+    Call call = call_alone(worker_, life_.incarnation, true, hold);
     State after = begin(A_ALONE_ASK);
     if (perform(after, call).reply.integer >= 0) {
       after.workers[worker_].alone = HOLDS_ALONE;
+      after.workers[worker_].hold = hold;
       mine(after).place = ALONE_GATE;
     }
     step_.done(after, process_);
@@ -297,7 +306,7 @@ class HeldSteps {
 
   void others_end() const {
     State after = begin(A_OTHERS);
-    long long under_way = perform(after, call_alone(worker_, life_.incarnation, true)).reply.integer;
+    long long under_way = perform(after, call_alone(worker_, life_.incarnation, true, life_.hold)).reply.integer;
     if (under_way == 0) {
       mine(after).place = ALONE_START;
     } else if (under_way < 0) {

@@ -161,6 +161,7 @@ struct Held {
 };
 struct Worker {
   uint8_t life, incarnation, must_adopt, some_tried, some_cancelled, has_endpoint, alone, leaving;
+  uint8_t hold;   // which time it is alone
   uint8_t seeks;  // bits of the tasks for which it looks in all queues, since they are in none that is known
   Held held[HELD];
 };

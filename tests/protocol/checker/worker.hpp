@@ -147,16 +147,17 @@ class WorkerSteps {
 
   void keep_alone() const {
     if (life_.alone == GIVES_ALONE_BACK) {
-      Call call = call_alone(worker_, incarnation_, false);
+      Call call = call_alone(worker_, incarnation_, false, life_.hold);
       State after = begin(A_ALONE_BACK);
       perform(after, call);
       after.workers[worker_].alone = NOT_ALONE;
+      after.workers[worker_].hold = 0;
       done(after, ALONE_KEEPER);
       step_.may_be_lost(A_ALONE_BACK, worker_, 0, 0, call);
     }
     if (life_.alone == HOLDS_ALONE && !view_.alone) {
       State after = begin(A_ALONE_KEEP);
-      perform(after, call_alone(worker_, incarnation_, true));
+      perform(after, call_alone(worker_, incarnation_, true, life_.hold));
       done(after, ALONE_KEEPER);
     }
   }
@@ -288,7 +289,7 @@ class WorkerSteps {
       after.budget[LANE_FAILS]--;
       Worker& worker = after.workers[worker_];
       for (auto& held : worker.held) held.place = NOWHERE;
-      worker.alone = NOT_ALONE;
+      worker.alone = worker.hold = 0;
       worker.seeks = 0;
       worker.must_adopt = 1;
       fault(after);

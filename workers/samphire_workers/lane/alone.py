@@ -8,6 +8,7 @@ reaps a lost worker takes it away, so nobody is held up for ever.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -25,6 +26,10 @@ OTHERS_FIRST_S = 1.0
 """Who has held the key for so long, for one task after the other, lets others begin something."""
 
 
+_holds = itertools.count(1)
+"""Numbers of the holds of this process, over all its lanes."""
+
+
 class Alone:
     """Holds the key for one task of this worker after the other."""
 
@@ -33,6 +38,7 @@ class Alone:
         self._is_ending = is_ending
         self._one = asyncio.Lock()
         self._began = self._ended = 0.0
+        self._hold = 0
 
     @asynccontextmanager
     async def hold(self, model: str) -> AsyncIterator[None]:
@@ -43,6 +49,7 @@ class Alone:
                 if now - self._ended < LOOK_LEAST_S and not self._is_ending():
                     await asyncio.sleep(LOOK_LEAST_S + LOOK_S)
                 self._began = time.monotonic()
+            self._hold = next(_holds)
             while await self._ask(model) < 0 and not self._is_ending():
                 await asyncio.sleep(LOOK_S)
             async with asyncio.TaskGroup() as group:
@@ -51,7 +58,7 @@ class Alone:
                     yield
                 finally:
                     keeper.cancel()
-            await persist(lambda: self._store.alone(model, 0))
+            await persist(lambda: self._store.alone(model, 0, self._hold))
             self._ended = time.monotonic()
 
     async def until_nobody_else(self, model: str) -> None:
@@ -67,7 +74,7 @@ class Alone:
         return under_way == 0
 
     async def _ask(self, model: str) -> int:
-        return await persist(lambda: self._store.alone(model, KEPT_S))
+        return await persist(lambda: self._store.alone(model, KEPT_S, self._hold))
 
     async def _keep(self, model: str) -> None:
         while True:

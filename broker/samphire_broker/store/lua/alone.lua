@@ -1,7 +1,7 @@
 -- alone: be the only worker that runs anything of a model, or of all, or give that back.
 -- KEYS  1 alone   2 workers
 -- ARGV  1 wid   2 the model, "" for all   3 for how long in ms, unless it is asked again; 0 gives it back
---       4 prefix of worker keys
+--       4 prefix of worker keys   5 number of the hold: a call of an earlier one that comes late changes nothing
 -- Nobody else starts anything of the model meanwhile (`start.lua`). It is one key for all models: who needs it is rare.
 -- Returns how many tasks of the model other workers have under way, or -1 if another worker is alone. Under way is what
 -- they have started, and what they have claimed before anything was tried: that they start without being asked.
@@ -10,7 +10,7 @@ if refusal then
   return refusal
 end
 local holder = try('GET', KEYS[1]) -- a key of another type is nobody's
-local mine = ARGV[1] .. ' '
+local mine = ARGV[1] .. ' ' .. ARGV[5] .. ' '
 if type(holder) == 'string' and string.sub(holder, 1, #mine) ~= mine then
   return -1
 end

@@ -25,7 +25,7 @@ local old = call('MGET', unpack(metas))
 local some_cancelled = call('TYPE', KEYS[3]).ok == 'zset'
 local some_tried = call('EXISTS', unpack(hashes)) > 0
 local holder = try('GET', KEYS[4]) -- a key of another type is nobody's
-local alone_id, alone_with = match(type(holder) == 'string' and holder or '', '^(%S+) (.*)$')
+local alone_id, alone_with = match(type(holder) == 'string' and holder or '', '^(%S+) %d+ (.*)$')
 local is_alone = alone_id and alone_id ~= ARGV[6]
 local states, asked, places = {}, {}, {}
 for n = 1, #tasks do
