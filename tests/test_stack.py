@@ -500,7 +500,7 @@ def test_who_waits_for_another_worker_keeps_its_deadline(stack: Up, client: Clie
     """While another worker is alone with a model nothing of it is started here; the other models go on."""
     with stack.redis() as server:
         server.sadd(keys.TRIED, "somebody's")
-        server.set(keys.ALONE, "elsewhere identity", px=60_000)
+        server.set(keys.ALONE, "elsewhere 1 identity", px=60_000)
         try:
             patient = client.submit("identity", {"input_fp32": X})
             hasty = client.submit("identity", {"input_fp32": X}, deadline_s=1)
