@@ -457,7 +457,8 @@ def test_a_model_whose_process_is_killed_comes_back(stack: Up, client: Client) -
 def test_suspects_are_alone_among_all_workers(tmp_path: Path) -> None:
     """What dies while one of them runs is that one's doing; another worker's suspect waits, and is answered."""
     with (
-        running_stack(tmp_path, *only(tmp_path, "deadly"), "--workers", "2") as up,
+        # Who is stopped for a while is not to be lost, however long the machine takes.
+        running_stack(tmp_path, *only(tmp_path, "deadly"), "--workers", "2", env={"SAMPHIRE_LEASE_S": "120"}) as up,
         Client(up.broker_url) as client,
         up.redis() as server,
     ):
