@@ -121,7 +121,8 @@ class Claims(Calls):
         Each time that it is begun anew has another number as its `hold`: what is carried out late changes no other.
 
         Returns:
-            How many tasks other workers have under way yet; -1: another worker is alone, nothing happens.
+            How many tasks other workers have under way yet; -1: another worker is alone, or this one by another hold,
+            and nothing happens.
         """
         args: list[Argument] = [self.worker_id, model, int(for_s * 1000), keys.WORKER_PREFIX, hold]
         return int(await self._run("alone", [keys.ALONE, keys.WORKERS], args))
@@ -138,8 +139,9 @@ class Claims(Calls):
     async def is_another_alone(self, model: str) -> bool:
         """Whether another worker is alone with a model, or with all."""
         raw = await self._starts.execute("GET", keys.ALONE)
-        holder, _, whom = key_text(raw or b"").partition(" ")
-        return bool(holder) and holder != self.worker_id and whom.partition(" ")[2] in ("", model)
+        holder, _, rest = key_text(raw or b"").partition(" ")
+        _number, _, whom = rest.partition(" ")
+        return bool(holder) and holder != self.worker_id and whom in ("", model)
 
     async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int | Tried]:
         """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""

@@ -161,7 +161,7 @@ struct Held {
 };
 struct Worker {
   uint8_t life, incarnation, must_adopt, some_tried, some_cancelled, has_endpoint, alone, leaving;
-  uint8_t hold;   // which time it is alone
+  uint8_t hold;   // number of the hold by which it is alone
   uint8_t seeks;  // bits of the tasks for which it looks in all queues, since they are in none that is known
   Held held[HELD];
 };
@@ -180,7 +180,7 @@ struct State {
   uint8_t runs[TASKS];
   uint8_t sendings[TASKS];  // how many messages of it were sent, copies not counted, after the first
   uint8_t failed[TASKS];    // bits of those that have failed: a copy of these must not run
-  uint8_t failed_at_checkpoint[TASKS];
+  uint8_t failed_at_checkpoint[TASKS];  // the same at the last fsync, to which a restart goes back
   uint8_t budget[FAULTS];
   Worker workers[WORKERS];
 };

@@ -20,7 +20,8 @@ inline void normalise(State& state) {
               [](const Held& a, const Held& b) { return memcmp(&a, &b, sizeof a) > 0; });
     if (worker.life == ALIVE) continue;
     memset(worker.held, 0, sizeof worker.held);
-    worker.seeks = worker.must_adopt = worker.some_tried = worker.some_cancelled = worker.alone = worker.hold = worker.leaving = 0;
+    worker.seeks = worker.must_adopt = worker.some_tried = worker.some_cancelled = 0;
+    worker.alone = worker.hold = worker.leaving = 0;
   }
 }
 

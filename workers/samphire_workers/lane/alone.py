@@ -27,7 +27,7 @@ OTHERS_FIRST_S = 1.0
 
 
 _holds = itertools.count(1)
-"""Numbers of the holds of this process, over all its lanes."""
+"""Numbers of the holds of this process, over all its lanes: one that a failed lane has left lapses like any other's."""
 
 
 class Alone:

@@ -132,10 +132,13 @@ class Dispatcher:
             self._room_again()
 
     async def _run(self, model: str, batch: list[Request]) -> None:
-        # Asked twice, a request of a sequence would change the model's state twice: it must have counted an attempt.
-        if self._store.some_cancelled or any(request.sequence_id is not None for request in batch):
+        if not batch:
+            return
+        # Asked twice, a request of a sequence (which is never in company) would change the model's state twice: its
+        # start is written first, so that it has counted an attempt.
+        if self._store.some_cancelled or batch[0].sequence_id is not None:
             await self._start_then_infer(model, batch)
-        elif batch:
+        else:
             await self._start_and_infer(model, batch)
 
     async def _start_then_infer(self, model: str, batch: list[Request]) -> None:

@@ -3,8 +3,9 @@
 -- ARGV  1 wid   2 the model, "" for all   3 for how long in ms, unless it is asked again; 0 gives it back
 --       4 prefix of worker keys   5 number of the hold: a call of an earlier one that comes late changes nothing
 -- Nobody else starts anything of the model meanwhile (`start.lua`). It is one key for all models: who needs it is rare.
--- Returns how many tasks of the model other workers have under way, or -1 if another worker is alone. Under way is what
--- they have started, and what they have claimed before anything was tried: that they start without being asked.
+-- Returns how many tasks of the model other workers have under way, or -1 if another worker is alone, or this one by
+-- another hold. Under way is what they have started, and what they have claimed before anything was tried: that they
+-- start without being asked.
 local refusal = denied({{'SET', KEYS[1], ''}, {'DEL', KEYS[1]}, {'PEXPIRE', KEYS[1], 1}})
 if refusal then
   return refusal
