@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.stacks import ENDS_S
+
 OPTIONS = (
     "--headless",
     "--no-sandbox",
@@ -34,4 +36,4 @@ def open_page(url: str, folder: Path, screenshot: Path) -> str:
             pytest.fail(message)
         pytest.skip(message)
     command = [chromium, *OPTIONS, f"--user-data-dir={folder}", f"--screenshot={screenshot}", "--dump-dom", url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=ENDS_S, check=True).stdout

@@ -34,6 +34,9 @@ JOINED = {
 """The test models that are joined although their configs do not say so: Triton itself is to join nothing of theirs."""
 
 
+ENDS_S = 900
+"""For a process that ends by itself: only one that hangs takes so long, however busy the machine."""
+
 PATIENCE = 4.0
 """How many times longer than on an idle machine to wait: other tests, and other people's work, run beside."""
 
@@ -76,7 +79,7 @@ def samphire(broker_url: str, *arguments: str, stdin: str = "") -> subprocess.Co
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=ENDS_S,
         check=False,
         env=clean_environment() | {"SAMPHIRE_BROKER_URL": broker_url},
     )

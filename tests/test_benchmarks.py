@@ -31,7 +31,7 @@ from benchmarks.parts import PARTS, RATIOS, measured, parts_of
 from benchmarks.spread import ratios, spread, verdict
 from benchmarks.stack import Figures
 
-from tests.stacks import Valkey, clean_environment
+from tests.stacks import ENDS_S, Valkey, clean_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=280, check=False, cwd=ROOT, env=clean_environment()
+        command, capture_output=True, text=True, timeout=ENDS_S, check=False, cwd=ROOT, env=clean_environment()
     )
 
 

@@ -16,7 +16,7 @@ from celery.exceptions import ChordError, TaskRevokedError, TimeLimitExceeded
 from celery.result import AsyncResult
 
 from samphire import keys
-from tests.stacks import Up, bound, clean_environment, eventually, standing_still
+from tests.stacks import ENDS_S, Up, bound, clean_environment, eventually, standing_still
 from tests.support.plain import plain_celery
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
@@ -582,7 +582,7 @@ def test_the_stock_consumer_is_kept_off_the_lanes_queues(app: Celery, queue: str
         env=clean_environment() | {"SAMPHIRE_BROKER_URL": stack.broker_url, "SAMPHIRE_TRITON_URLS": stack.triton_grpc},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=ENDS_S,
         check=False,
     )
     assert ended.returncode != 0

@@ -21,7 +21,7 @@ from samphire.clock import ROUND_TRIP_MAX_S, BrokerClock
 from samphire.direct import DirectConnection
 from samphire_broker.doctor import check_work
 from samphire_broker.overview import look
-from tests.stacks import Up, Valkey, clean_environment, eventually
+from tests.stacks import ENDS_S, Up, Valkey, clean_environment, eventually
 from tests.workers import running_worker
 
 TIMEOUT_S = 30
@@ -96,7 +96,7 @@ def test_a_worker_whose_clock_is_wrong(
 def test_a_client_whose_clock_is_wrong(stack: Up, faketime: Sequence[str], skew: str) -> None:
     """Its delays and deadlines are what they are by the broker's clock."""
     command = [*faketime, skew, sys.executable, "-c", CLIENT, stack.broker_url, str(DELAY_S)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=90, env=clean_environment(), check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=ENDS_S, env=clean_environment(), check=False)
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
     assert abs(told["clock"] - time.time()) > 30, "its clock was wrong"

@@ -12,19 +12,19 @@ from kombu.entity import Queue
 
 from samphire_broker.queues import inference_queue, intake
 from samphire_workers.app import app
-from tests.stacks import SAMPHIRE, clean_environment
+from tests.stacks import ENDS_S, SAMPHIRE, clean_environment
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: str, timeout_s: int, threads: int = 0) -> subprocess.CompletedProcess[str]:
+def run(*command: str, threads: int = 0) -> subprocess.CompletedProcess[str]:
     env = clean_environment() | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=ENDS_S, check=False, cwd=ROOT, env=env)
 
 
 def test_the_demo_shows_the_main_job() -> None:
     """Accuracy on held-out images, drawings, plain Celery and an error; then nothing is left running."""
-    ended = run(SAMPHIRE, "demo", timeout_s=120)
+    ended = run(SAMPHIRE, "demo")
     assert ended.returncode == 0, ended.stderr
     accuracy = re.search(r"^accuracy: (0\.\d+)$", ended.stdout, re.MULTILINE)
     assert accuracy and float(accuracy[1]) >= 0.97
@@ -46,7 +46,7 @@ def test_the_demo_shows_the_main_job() -> None:
 def test_the_digits_model_is_trained_by_its_script(tmp_path: Path) -> None:
     """Both versions reach 97 % on held-out images, or the script fails."""
     # One thread: several that wait for each other take three times the work on cores that others use too.
-    ended = run(sys.executable, "-m", "samphire_workers.training.digits", str(tmp_path), timeout_s=250, threads=1)
+    ended = run(sys.executable, "-m", "samphire_workers.training.digits", str(tmp_path), threads=1)
     assert ended.returncode == 0, ended.stderr
     accuracies = re.findall(r"accuracy (0\.\d+)", ended.stdout)
     assert len(accuracies) == 2 and min(map(float, accuracies)) >= 0.97
@@ -69,6 +69,6 @@ def test_queues_are_declared_for_celery_applications() -> None:
 @pytest.mark.parametrize("command", ["up", "demo"])
 def test_help_is_there(command: str) -> None:
     """With the flags of the ports."""
-    ended = run(SAMPHIRE, command, "--help", timeout_s=60)
+    ended = run(SAMPHIRE, command, "--help")
     assert ended.returncode == 0
     assert "--triton-grpc-port" in ended.stdout

@@ -38,7 +38,7 @@ from samphire_broker.embedded.triton import triton_spec
 from samphire_broker.embedded.valkey import server_binary
 from samphire_broker.settings import shipped_model_repository
 from samphire_workers.triton import Endpoint
-from tests.stacks import bound, clean_environment, eventually, need_servers
+from tests.stacks import ENDS_S, bound, clean_environment, eventually, need_servers
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 60
@@ -398,7 +398,6 @@ def test_the_workers_image_is_the_brokers_without_flower() -> None:
     assert worker == [(name, rest.replace("[server,flower]", "[server]")) for name, rest in broker]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("dockerfile", "service", "commands"), IMAGES)
 def test_what_an_image_installs_runs(
     services: dict[str, Any], tmp_path: Path, dockerfile: str, service: str, commands: list[str]
@@ -419,7 +418,7 @@ def test_what_an_image_installs_runs(
             line = rest.replace("/opt/samphire", str(target)).replace(" --no-cache-dir", "")
             line = re.sub(r"^python ", f"{sys.executable} ", line)
             done = subprocess.run(
-                line, shell=True, cwd=context, env=environment, capture_output=True, text=True, timeout=500
+                line, shell=True, cwd=context, env=environment, capture_output=True, text=True, timeout=ENDS_S
             )
             assert done.returncode == 0, done.stdout + done.stderr
     shutil.rmtree(context)  # an image has the environment alone

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from samphire import Client, keys
 from samphire_broker import doctor
-from tests.stacks import SAMPHIRE, Up, Valkey, clean_environment, eventually, running_valkey
+from tests.stacks import ENDS_S, SAMPHIRE, Up, Valkey, clean_environment, eventually, running_valkey
 
 Findings = dict[str, dict[str, Any]]
 
@@ -28,7 +28,7 @@ def examine(broker_url: str, triton: str = "127.0.0.1:1", *options: str, **env: 
         [SAMPHIRE, "doctor", "--json", *options],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=ENDS_S,
         check=False,
         env=environment,
     )
@@ -51,7 +51,7 @@ def test_a_healthy_stack(stack: Up) -> None:
         [SAMPHIRE, "doctor", "--broker-url", stack.broker_url],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=ENDS_S,
         check=False,
         env=clean_environment() | {"SAMPHIRE_TRITON_URLS": stack.triton_grpc},
     )

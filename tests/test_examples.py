@@ -24,7 +24,7 @@ import pytest
 from samphire import Client, keys
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.ports import choose_port
-from tests.stacks import Up, bound, clean_environment, eventually, running_valkey
+from tests.stacks import ENDS_S, Up, bound, clean_environment, eventually, running_valkey
 from tests.support.plain import plain_celery
 
 EXAMPLES = Path(__file__).parents[1] / "clients" / "python" / "examples"
@@ -253,7 +253,7 @@ def test_a_plain_celery_application(stack: Up, tmp_path: Path) -> None:
         env={**clean_environment(), "SAMPHIRE_BROKER_URL": stack.broker_url},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=ENDS_S,
         check=True,
     ).stdout
     (single, copied), sdk_loaded = json.loads(printed)

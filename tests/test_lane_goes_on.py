@@ -13,8 +13,6 @@ from samphire import AsyncClient, EndpointTimeoutError, ResultTimeoutError, keys
 from tests.stacks import Valkey
 from tests.support.lane import LaneWorker, body, fake_triton, lane_worker, remember, until, x
 
-pytestmark = pytest.mark.timeout(120)
-
 HALF = "\ud800"
 """Half a surrogate pair: JSON may say it, and UTF-8 cannot."""
 

@@ -28,8 +28,6 @@ from tests.support.lane import (
 )
 from tests.support.plain import plain_celery
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(test())  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import samphire
+from tests.stacks import ENDS_S
 
 CHANGED = "the public surface changed: change the test only together with the docs"
 
@@ -288,7 +289,7 @@ def test_types_as_users_see_them(tmp_path: Path) -> None:
         text=True,
         cwd=tmp_path,
         env={name: value for name, value in os.environ.items() if name not in ("MYPYPATH", "PYTHONPATH")},
-        timeout=250,
+        timeout=ENDS_S,
         check=False,
     )
     reported = set(re.findall(r"^(\w+\.py):(\d+): error", ended.stdout, re.MULTILINE))

@@ -23,7 +23,7 @@ from samphire_broker.store import Claimed, Later, Letter, Settlement, Store, Tur
 from samphire_workers.lane import lease
 from samphire_workers.lane.lease import BrokerAge, Reaper
 from samphire_workers.lane.rights import check_rights
-from tests.stacks import Valkey, clean_environment, eventually
+from tests.stacks import ENDS_S, Valkey, clean_environment, eventually
 from tests.support.lane import fake_triton, lane_worker, until, x
 from tests.test_doctor import examine
 from tests.test_store import ATTEMPT, META, QUEUE, Worker, everywhere, push, run, status
@@ -231,7 +231,7 @@ def test_a_worker_that_lacks_a_right_does_not_start_and_names_it(valkey: Valkey)
         env={**clean_environment(), "SAMPHIRE_BROKER_URL": url, "SAMPHIRE_TRITON_URLS": "127.0.0.1:1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=ENDS_S,
         check=False,
     )
     assert ended.returncode == os.EX_CONFIG

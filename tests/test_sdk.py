@@ -43,7 +43,7 @@ from samphire import (
     keys,
 )
 from samphire.results import Status
-from tests.stacks import Up, Valkey, clean_environment, eventually, standing_still
+from tests.stacks import ENDS_S, Up, Valkey, clean_environment, eventually, standing_still
 
 TIMEOUT_S = 30
 
@@ -495,7 +495,7 @@ def test_a_client_survives_a_fork(stack: Up) -> None:
         [sys.executable, "-c", FORKED, stack.broker_url],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=ENDS_S,
         check=False,
         env=clean_environment(),
     )

@@ -26,8 +26,6 @@ from tests.support.lane import (
 )
 from tests.support.plain import plain_celery
 
-pytestmark = pytest.mark.timeout(120)
-
 MODEL = "counter"
 
 

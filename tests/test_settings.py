@@ -7,7 +7,7 @@ import pytest
 
 from samphire import Client, InvalidInputError
 from samphire_broker.settings import read_settings
-from tests.stacks import SAMPHIRE, clean_environment
+from tests.stacks import ENDS_S, SAMPHIRE, clean_environment
 
 MALFORMED = [
     ("BROKER_URL", "http://host"),
@@ -87,7 +87,7 @@ def test_every_command_refuses_at_start(command: str, wrong: dict[str, str]) -> 
         env=clean_environment() | wrong,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=ENDS_S,
         check=False,
     )
     said = ended.stdout + ended.stderr

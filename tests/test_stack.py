@@ -20,6 +20,7 @@ from samphire import Client, EndpointTimeoutError, SamphireError, Task, WorkerCr
 from samphire_broker.embedded.ports import LOOPBACK, choose_port
 from samphire_broker.embedded.triton import SHARED_MEMORY
 from tests.stacks import (
+    ENDS_S,
     PORT_FLAGS,
     SAMPHIRE,
     Up,
@@ -181,7 +182,7 @@ def test_queued_tasks_survive_a_restart_of_the_stack(tmp_path: Path) -> None:
 def run_up(tmp_path: Path, *options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [SAMPHIRE, "up", "--data-dir", str(tmp_path / "data"), *options]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env={**clean_environment(), **(env or {})}
+        command, capture_output=True, text=True, timeout=ENDS_S, check=False, env={**clean_environment(), **(env or {})}
     )
 
 
@@ -204,7 +205,7 @@ def test_a_second_stack_in_the_same_folder_is_refused(stack: Up) -> None:
         [SAMPHIRE, "up", "--data-dir", str(stack.data_dir)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=ENDS_S,
         check=False,
         env=clean_environment(),
     )

@@ -18,8 +18,6 @@ from samphire import Client
 from samphire_broker.digits import load_split
 from tests.stacks import Up, clean_environment
 
-pytestmark = pytest.mark.timeout(600)
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("clients/python/samphire", "broker/samphire_broker", "workers/samphire_workers")
 MODELS = "samphire_broker/embedded/model_repository"

@@ -50,7 +50,7 @@ from samphire_broker.store import (
 )
 from tests.faults.ends import TERMINAL
 from tests.faults.lossy import LossyConnection
-from tests.stacks import Valkey, running_valkey
+from tests.stacks import ENDS_S, Valkey, running_valkey
 
 LONG = os.environ.get("SAMPHIRE_FAULTS") == "long"
 EXAMPLES, STEPS = (4000, 100) if LONG else (60, 50)
@@ -551,7 +551,7 @@ def hands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hands]:
         made.close()
 
 
-@pytest.mark.timeout(0 if LONG else 600)  # of which Hypothesis may take 300 s to find a shorter failure
+@pytest.mark.timeout(0 if LONG else ENDS_S)  # of which Hypothesis may take 300 s to find a shorter failure
 def test_any_sequence_of_transitions(hands: Hands) -> None:
     """What is on the broker fits together, and nothing is lost, done twice or written over."""
 

@@ -26,7 +26,7 @@ import redis
 from samphire import AsyncClient, SamphireError, keys
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.embedded.valkey import server_binary
-from tests.stacks import bound, eventually, running_valkey
+from tests.stacks import ENDS_S, bound, eventually, running_valkey
 
 LONG = os.environ.get("SAMPHIRE_FAULTS") == "long"
 TRIALS = 100 if LONG else 3
@@ -173,7 +173,7 @@ def answers(client: redis.Redis) -> bool:
         return False
 
 
-@pytest.mark.timeout(0 if LONG else 300)
+@pytest.mark.timeout(0 if LONG else ENDS_S)
 def test_always_loses_nothing_that_was_accepted(tmp_path: Path) -> None:
     """However many submits one fsync carries, none returns before it."""
     trials = [power_failure(tmp_path / str(number), "always") for number in range(TRIALS)]
@@ -182,7 +182,7 @@ def test_always_loses_nothing_that_was_accepted(tmp_path: Path) -> None:
         assert trial.lost == []
 
 
-@pytest.mark.timeout(0 if LONG else 300)
+@pytest.mark.timeout(0 if LONG else ENDS_S)
 def test_everysec_loses_no_more_than_it_says(tmp_path: Path) -> None:
     """Only what was accepted within the bound before the failure; and something is cut off, or nothing was shown."""
     trials: list[Trial] = []

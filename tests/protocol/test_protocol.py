@@ -15,8 +15,6 @@ from tests.protocol.conformance import SHOWN_MAX, compare
 from tests.protocol.mutants import Mutant, mutants, seen
 from tests.stacks import Valkey
 
-pytestmark = pytest.mark.timeout(900)  # it is compiled first, beside other tests
-
 DUMP_ONE_IN = 60
 QUICK_MUTANTS = ("settle: no fence", "start: ignores ends", "cancel: writes over an end", "reap: drops the message")
 
