@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import redis
 
-from samphire import Client, EndpointTimeoutError, keys
+from samphire import Client, EndpointTimeoutError, TaskExpiredError, keys
 from samphire.clock import ROUND_TRIP_MAX_S, BrokerClock
 from samphire.direct import DirectConnection
 from samphire_broker.doctor import check_work
@@ -27,6 +27,8 @@ from tests.workers import running_worker
 TIMEOUT_S = 30
 SKEWS = ["-60s", "+60s"]
 DELAY_S = 3.0
+GIVEN_UP = (EndpointTimeoutError, TaskExpiredError)
+"""What a deadline that has passed leads to: a busy machine may not have started the task by then."""
 
 CLIENT = """
 import json, sys, time
@@ -83,9 +85,11 @@ def test_a_worker_whose_clock_is_wrong(
         eventually(lambda: valkey.client.zscore(keys.SCHEDULED, delayed.id), TIMEOUT_S, "the schedule")
         assert delayed.result(TIMEOUT_S).outputs
         assert DELAY_S <= broker_s(valkey.client) - began < DELAY_S + 20
+        began = broker_s(valkey.client)
         blocker = client.submit("slow", {"seconds": np.array([[20.0]], np.float32)}, deadline_s=2)
-        with pytest.raises(EndpointTimeoutError):
+        with pytest.raises(GIVEN_UP):
             blocker.result(TIMEOUT_S)
+        assert broker_s(valkey.client) - began >= 1.9
         said = rf"this machine's clock is \{skew[0]}(59|60|61)\.\d s from the broker's"
         eventually(lambda: re.search(said, worker.log()), TIMEOUT_S, "the log")
         warned = [f.found for f in check_work(valkey.client, look(valkey.client)) if f.name == "clock"]
@@ -101,7 +105,7 @@ def test_a_client_whose_clock_is_wrong(stack: Up, faketime: Sequence[str], skew:
     told = json.loads(ran.stdout)
     assert abs(told["clock"] - time.time()) > 30, "its clock was wrong"
     assert told["delayed_s"] >= DELAY_S - 0.01
-    assert told["error"] == "EndpointTimeoutError" and told["gave_up_s"] >= 1.9
+    assert told["error"] in [error.__name__ for error in GIVEN_UP] and told["gave_up_s"] >= 1.9
 
 
 def test_the_brokers_time_is_kept(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:

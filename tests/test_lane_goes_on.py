@@ -96,7 +96,7 @@ def test_who_gives_up_while_a_suspect_is_alone_holds_up_no_other_suspect(valkey:
             await until(lambda: triton.asked, "the suspect at Triton")
             claiming.clear()
             await asyncio.sleep(0.5)  # a claim that is under way is done
-            impatient = await sdk.submit("one", x(2), deadline_s=2)
+            impatient = await sdk.submit("one", x(2), deadline_s=5)
             patient = await sdk.submit("one", x(3))
             claiming.set()
             with pytest.raises(EndpointTimeoutError):

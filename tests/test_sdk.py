@@ -169,8 +169,12 @@ def test_deadlines(client: Client) -> None:
         late.result(TIMEOUT_S)
     for task in ahead:
         task.result(TIMEOUT_S)
-    with pytest.raises(EndpointTimeoutError, match="deadline"):
-        client.submit("slow", slow(2), deadline_s=0.5).result(TIMEOUT_S)
+    for deadline_s in (0.5, 2.0, 8.0):  # until the machine is not too busy to start it in time
+        with pytest.raises((TaskExpiredError, EndpointTimeoutError), match=r"deadline|expired") as ended:
+            client.submit("slow", slow(4 * deadline_s), deadline_s=deadline_s).result(TIMEOUT_S)
+        if ended.type is EndpointTimeoutError:
+            break
+    assert ended.type is EndpointTimeoutError
     assert client.submit("identity", fp32(1), deadline_s=20).result(TIMEOUT_S)
 
 
@@ -289,7 +293,7 @@ def test_members_of_a_micro_batch_expire_alone(client: Client, stack: Up) -> Non
     short, long = together(client, stack, deadline_s=2)
     with pytest.raises(EndpointTimeoutError, match="deadline"):
         short.result(TIMEOUT_S)
-    assert long.status() == "running"
+    assert long.status() in ("running", "succeeded")
     assert long.result(TIMEOUT_S).outputs["slept"].tolist() == [[4.0]]
 
 

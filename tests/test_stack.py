@@ -505,7 +505,7 @@ def test_who_waits_for_another_worker_keeps_its_deadline(stack: Up, client: Clie
         server.set(keys.ALONE, "elsewhere 1 identity", px=60_000)
         try:
             patient = client.submit("identity", {"input_fp32": X})
-            hasty = client.submit("identity", {"input_fp32": X}, deadline_s=1)
+            hasty = client.submit("identity", {"input_fp32": X}, deadline_s=5)
             with pytest.raises(EndpointTimeoutError, match="deadline"):
                 hasty.result(TIMEOUT_S)
             assert client.submit("deadly", {"x": np.ones((1, 1), np.float32)}).result(TIMEOUT_S)
