@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from samphire import keys
-from samphire.connection import DEFAULT_BROKER_URL, redact
-from samphire.contract import ID_MAX_CHARACTERS, Backoff, check_tenant
+from samphire.address import Broker, broker_of
+from samphire.contract import Backoff, check_task_id, check_tenant
 from samphire.dead_letters import AsyncDeadLetters
 from samphire.encoder import (
     Encoder,
@@ -19,6 +18,7 @@ from samphire.encoder import (
     Limits,
     Parameters,
     idempotency,
+    plain_text,
     priority_step,
     request_for,
 )
@@ -40,6 +40,8 @@ class AsyncClient:
 
     Args:
         broker_url: Redis or Valkey; by default `SAMPHIRE_BROKER_URL`, else redis://localhost:6379/0.
+        namespace: what the keys of this deployment begin with; by default `SAMPHIRE_NAMESPACE`, else `samphire:`.
+        celery_key_prefix: `global_keyprefix` of Celery's keys; by default `SAMPHIRE_CELERY_KEY_PREFIX`, else none.
         tenant: whose tasks these are; each tenant has queues of its own.
         queue_limit: a submit to a queue that holds this many messages is refused; 0 for no limit.
         inline_limit_bytes: larger tensors travel as claim checks, beside the queue.
@@ -53,6 +55,8 @@ class AsyncClient:
         self,
         broker_url: str | None = None,
         *,
+        namespace: str | None = None,
+        celery_key_prefix: str | None = None,
         tenant: str = "",
         queue_limit: int = 1_000_000,
         inline_limit_bytes: int = 8 * 2**10,
@@ -61,19 +65,20 @@ class AsyncClient:
         idempotency_ttl_s: int = 3600,
         validate: bool = True,
     ) -> None:
+        tenant = plain_text("the tenant", tenant)
         check_tenant(tenant)
-        self.broker_url = broker_url or os.environ.get("SAMPHIRE_BROKER_URL") or DEFAULT_BROKER_URL
+        self.broker: Broker = broker_of(broker_url, namespace, celery_key_prefix)
         self.tenant = tenant
         if idempotency_ttl_s < 1:
             raise InvalidInputError(f"expected idempotency_ttl_s of at least 1, given {idempotency_ttl_s}")
         self._idempotency_ttl_s = idempotency_ttl_s
         self._limits = Limits(inline_limit_bytes, max_request_bytes)
-        self._session = Session(self.broker_url, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s, validate=validate)
+        self._session = Session(self.broker, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s, validate=validate)
 
     def __repr__(self) -> str:
         tenant = f" tenant={self.tenant}" if self.tenant else ""
         closed = " closed" if self._session.closed else ""
-        return f"<{type(self).__name__} {redact(self.broker_url)}{tenant}{closed}>"
+        return f"<{type(self).__name__} {self.broker.address}{tenant}{closed}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -251,7 +256,7 @@ class AsyncClient:
     def dead_letters(self) -> AsyncDeadLetters:
         """What failed for good, or was no task; see `AsyncDeadLetters`."""
         self._session.check_usable()
-        return AsyncDeadLetters(self._session.publisher.connection)
+        return AsyncDeadLetters(self._session.publisher.connection, self._session.broker.keys)
 
     async def signature(self, model: str) -> ModelSignature | None:
         """What a model takes and returns, as the workers tell it; None where no worker has told.
@@ -268,8 +273,7 @@ class AsyncClient:
         Raises:
             InvalidInputError: not a task id.
         """
-        if not isinstance(task_id, str) or not 1 <= len(task_id) <= ID_MAX_CHARACTERS:
-            raise InvalidInputError(f"expected a task id of 1 to {ID_MAX_CHARACTERS} characters, given {task_id!r}")
+        check_task_id(task_id)
         return AsyncTask(self._session, task_id, "often")
 
     # -- the parts ----------------------------------------------------------------------------------

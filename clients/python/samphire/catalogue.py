@@ -7,10 +7,10 @@ import time
 
 import msgspec
 
-from samphire import keys
 from samphire.connection import key_text
 from samphire.direct import DirectConnection
-from samphire.errors import BrokerUnavailableError, ProtocolError, UnknownModelError
+from samphire.errors import ProtocolError, UnknownModelError
+from samphire.keys import CATALOGUE_COMPLETE, Keys
 from samphire.validation import ModelSignature
 
 FRESH_S = 5.0
@@ -24,32 +24,31 @@ _decode = msgspec.json.Decoder(ModelSignature).decode
 class Catalogue:
     """Signatures by model, kept for a few seconds. Where no worker has told anything, nothing is refused."""
 
-    def __init__(self, connection: DirectConnection) -> None:
+    def __init__(self, connection: DirectConnection, keys: Keys) -> None:
         self._connection = connection
+        self._key = keys.catalogue
         self._known: dict[str, tuple[ModelSignature | None, float]] = {}
 
     async def signature(self, model: str, *, fresh: bool = False) -> ModelSignature | None:
         """What a model takes; None where that is not known.
 
         Raises:
+            BrokerUnavailableError: no answer.
             UnknownModelError: the workers know all models, and there is none of that name.
         """
         found, at = self._known.get(model, (None, -math.inf))
         if not fresh and time.monotonic() - at < (UNKNOWN_FRESH_S if found is None else FRESH_S):
             return found
-        try:
-            found = await self._look_up(model)
-        except BrokerUnavailableError:
-            return None  # the submit itself will say so
+        found = await self._look_up(model)
         self._known[model] = (found, time.monotonic())
         return found
 
     async def _look_up(self, model: str) -> ModelSignature | None:
-        told, complete = await self._connection.execute("HMGET", keys.CATALOGUE, model, keys.CATALOGUE_COMPLETE)
+        told, complete = await self._connection.ask("HMGET", self._key, model, CATALOGUE_COMPLETE)
         if told is None:
             if complete is not None:
-                names = sorted({key_text(name) for name in await self._connection.execute("HKEYS", keys.CATALOGUE)})
-                names.remove(keys.CATALOGUE_COMPLETE)
+                names = sorted({key_text(name) for name in await self._connection.ask("HKEYS", self._key)})
+                names.remove(CATALOGUE_COMPLETE)
                 more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
                 raise UnknownModelError(
                     f"no model {model!r}; there are {', '.join(map(repr, names[:NAMED_MAX])) or '(none)'}{more}"

@@ -47,7 +47,7 @@ class BrokerClock:
             SamphireError: it does not tell.
         """
         began = time.monotonic()
-        seconds, microseconds = await self._connection.execute("TIME")
+        seconds, microseconds = await self._connection.ask("TIME")
         ended = time.monotonic()
         believed = ended - began <= ROUND_TRIP_MAX_S
         if believed or not self.is_known:

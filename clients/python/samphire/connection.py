@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
-from urllib.parse import urlsplit
 
-from redis.asyncio.connection import ConnectionPool
+from redis import Redis
+from redis.asyncio.connection import ConnectionPool, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -19,7 +20,9 @@ from redis.exceptions import (
     ResponseError,
     TimeoutError,  # noqa: A004
 )
+from redis.retry import Retry as BlockingRetry
 
+from samphire.address import Address
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerRightError,
@@ -29,60 +32,57 @@ from samphire.errors import (
     SamphireError,
 )
 
-DEFAULT_BROKER_URL = "redis://localhost:6379/0"
 _AWAY = ("READONLY", "MISCONF", "BUSY", "NOREPLICAS", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "UNBLOCKED")
 """Beginnings of errors that pass: a replica, a full disk, a slow script, a start, a wait that a new role ended."""
 _IN_SCRIPT = "ACL failure in script"
 """How an error reads of a command in a script that the user may not run."""
 
 CONNECT_TIMEOUT_S = 5.0
+KEEPALIVE = {
+    getattr(socket, name): value
+    for name, value in {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}.items()
+    if hasattr(socket, name)
+}
+"""Times in s, and how many probes: routers forget connections on which nothing is sent for minutes."""
 
 
-def connection_pool(url: str, name: str | None = None) -> ConnectionPool:
+def connection_pool(address: Address, name: str | None = None) -> ConnectionPool:
     """Where connections to the broker come from; none of them repeats a command by itself.
 
     redis-py retries lost replies silently by default; a script that moves messages must not run twice.
-
-    Raises:
-        InvalidInputError: the URL is not one of Redis.
     """
-    check_broker_url(url)
-    try:
-        return ConnectionPool.from_url(
-            url,
-            client_name=name,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=None,  # DirectConnection has one timeout around each command
-            socket_keepalive=True,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-        )
-    except ValueError as error:
-        raise InvalidInputError(f"expected a broker URL redis://host:port/db: {error}") from error
+    options = address.connection_options
+    if address.path:
+        options["connection_class"] = UnixDomainSocketConnection
+    else:
+        options["socket_keepalive"] = True
+        options["socket_keepalive_options"] = KEEPALIVE
+        if address.tls is not None:
+            options["connection_class"] = SSLConnection
+    return ConnectionPool(
+        **options,
+        client_name=name,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=None,  # DirectConnection has one timeout around each command
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
+    )
 
 
-def check_broker_url(url: str) -> None:
-    """Whether a URL can be one of Redis, without connecting.
-
-    Raises:
-        InvalidInputError: it cannot.
-    """
-    try:
-        parts = urlsplit(url)
-        known = parts.scheme in ("redis", "rediss", "unix") and parts.port != 0
-    except ValueError as error:
-        raise InvalidInputError(f"expected a broker URL redis://host:port/db: {error}") from error
-    if not known:
-        raise InvalidInputError(f"expected a broker URL redis://host:port/db, given {redact(url)!r}")
-
-
-def redact(url: str) -> str:
-    """The URL without its password, for messages and logs."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"{parts.username or ''}:***@{host}").geturl()
+def client_of(address: Address, timeout_s: float) -> Redis:
+    """A blocking client of redis-py's, for looking around; it repeats nothing either."""
+    options = address.connection_options
+    if address.path:
+        options["unix_socket_path"] = options.pop("path")
+    elif address.tls is not None:
+        options["ssl"] = True
+    return Redis(
+        **options,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=BlockingRetry(NoBackoff(), 0),
+        protocol=2,
+    )
 
 
 def translate(error: RedisError | OSError) -> SamphireError:

@@ -11,7 +11,7 @@ Sources: Open Inference Protocol v2 (inference request and response JSON objects
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -39,6 +39,7 @@ BACKOFF_MAX_S = 7 * 86_400.0
 CANVAS_TASK = "samphire.canvas"
 """A whole canvas, which a worker starts: so a client without Celery can send one."""
 
+_TASK_ID = re.compile(rf"[^\s\x00-\x1f\x7f-\x9f]{{1,{ID_MAX_CHARACTERS}}}")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 _TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -100,8 +101,8 @@ class InferRequest(Struct, omit_defaults=True, forbid_unknown_fields=True):
 
     model_name: str
     inputs: list[InputTensor]
-    model_version: str = ""
-    """A version number, or "champion"; empty means champion."""
+    model_version: str | int = ""
+    """A version number, or "champion"; empty means champion. It is kept as text."""
     outputs: list[RequestedOutput] = []
     parameters: dict[str, Any] = {}
     tenant: str = ""
@@ -110,6 +111,15 @@ class InferRequest(Struct, omit_defaults=True, forbid_unknown_fields=True):
     """How often the task is tried; by default what is set for its model, or for all."""
     backoff: Backoff | UnsetType = UNSET
     """How long it waits in between."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model_version, str):
+            self.model_version = str(self.model_version)
+
+    @property
+    def version(self) -> str:
+        """The version as text."""
+        return str(self.model_version)
 
 
 class OutputTensor(Struct, omit_defaults=True):
@@ -231,6 +241,24 @@ class CanvasStart(Struct, forbid_unknown_fields=True):
 
 ChordPartBody = tuple[list[Raw], ChordPart, Any]
 CanvasStartBody = tuple[list[Raw], CanvasStart, Any]
+
+
+def is_task_id(value: object) -> TypeGuard[str]:
+    """Whether something can be a task's id."""
+    return isinstance(value, str) and _TASK_ID.fullmatch(value) is not None
+
+
+def check_task_id(task_id: object) -> None:
+    """Check a task's id: events name several with spaces between, so none may have one in it.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    if not is_task_id(task_id):
+        raise InvalidInputError(
+            f"expected a task id of 1 to {ID_MAX_CHARACTERS} characters without spaces and control characters, given "
+            f"{str(task_id)[:300]!r}"
+        )
 
 
 def check_model_name(model: str) -> None:

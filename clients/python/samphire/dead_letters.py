@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from samphire import keys
 from samphire.connection import key_text
 from samphire.direct import DirectConnection
 from samphire.errors import InvalidInputError, LetterGoneError, LetterRefusedError, ResultTimeoutError
+from samphire.keys import Keys
 
 PAGE = 500
 CHECK_S = 0.05
@@ -91,8 +91,9 @@ Letters = list[DeadLetter]
 class AsyncDeadLetters:
     """The dead letters of a broker."""
 
-    def __init__(self, connection: DirectConnection) -> None:
+    def __init__(self, connection: DirectConnection, keys: Keys) -> None:
         self._connection = connection
+        self._keys = keys
 
     async def list(self, which: LetterFilter | None = None, *, limit: int | None = 100) -> Letters:
         """Letters, the newest first, without their messages; all of them with a limit of None."""
@@ -102,8 +103,8 @@ class AsyncDeadLetters:
         found: Letters = []
         offset = 0
         while limit is None or len(found) < limit:
-            command = ("ZRANGE", keys.DEAD, newest, oldest, "BYSCORE", "REV", "LIMIT", offset, PAGE)
-            ids = [key_text(letter) for letter in await self._connection.execute(*command)]
+            command = ("ZRANGE", self._keys.dead, newest, oldest, "BYSCORE", "REV", "LIMIT", offset, PAGE)
+            ids = [key_text(letter) for letter in await self._connection.ask(*command)]
             for letter_id in ids:
                 if limit is not None and len(found) >= limit:
                     break
@@ -155,13 +156,13 @@ class AsyncDeadLetters:
                 await asyncio.sleep(max(0.0, began + number / rate_per_s - time.monotonic()))
             # The run is named: a redriven task may fail again at once, and leave a letter of the same id.
             request = f"{verb}:{letters[letter_id].run} {letter_id}"
-            await self._connection.execute("RPUSH", keys.LETTERS, request)
+            await self._connection.execute("RPUSH", self._keys.letters, request, repeatable=True)
         give_up = time.monotonic() + timeout_s
         refused: list[str] = []
         for letter_id, asked in letters.items():
             while (letter := await self._read(letter_id)) is not None and letter.died_at == asked.died_at:
                 if letter.refusals > asked.refusals:
-                    why = await self._connection.execute("HGET", keys.DEAD_PREFIX + letter_id, "refused")
+                    why = await self._connection.ask("HGET", self._keys.dead_prefix + letter_id, "refused")
                     refused.append(key_text(why or b""))
                     break
                 if time.monotonic() > give_up:
@@ -174,7 +175,7 @@ class AsyncDeadLetters:
 
     async def _read(self, letter_id: str, *, whole: bool = False) -> DeadLetter | None:
         more = ("message", "history") if whole else ()
-        values = await self._connection.execute("HMGET", keys.DEAD_PREFIX + letter_id, *_FIELDS, *more)
+        values = await self._connection.ask("HMGET", self._keys.dead_prefix + letter_id, *_FIELDS, *more)
         if values[_FIELDS.index("died_at")] is None:  # its time is over, its name not yet removed
             return None
         texts = dict(zip(_FIELDS, [key_text(value or b"") for value in values], strict=False))

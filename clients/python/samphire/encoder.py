@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 from msgspec import UNSET
 
 from samphire import keys
@@ -57,13 +58,14 @@ def idempotency(key: str, request: InferRequest, task_id: str, ttl_s: int) -> Id
     Raises:
         InvalidInputError: the key is no text of 1 to 255 characters.
     """
-    if not isinstance(key, str) or not 1 <= len(key) <= 255:
+    key = plain_text("the idempotency key", key)
+    if not 1 <= len(key) <= 255:
         raise InvalidInputError(f"expected an idempotency key of 1 to 255 characters, given {key!r}")
     scope = "\0".join((request.tenant, request.model_name, key))
     tensors = [(t.name, t.datatype, t.shape, t.ref.sha256 if isinstance(t.ref, Ref) else t.raw) for t in request.inputs]
     asked = (request.model_version, [output.name for output in request.outputs], request.parameters, tensors)
     name = hashlib.sha256(scope.encode()).hexdigest()
-    return IdempotencyKey(keys.IDEMPOTENCY_PREFIX + name, task_id, hashlib.sha256(_canonical(asked)).hexdigest(), ttl_s)
+    return IdempotencyKey(name, task_id, hashlib.sha256(_canonical(asked)).hexdigest(), ttl_s)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,40 @@ def priority_step(priority: str) -> int:
     return step
 
 
+def plain_text(what: str, value: Any) -> str:
+    """A string of Python's own, of one that may be of a subclass, as numpy's are.
+
+    Raises:
+        InvalidInputError: it is none, or UTF-8 cannot hold it.
+    """
+    if not isinstance(value, str):
+        raise InvalidInputError(f"expected {what} as text, given {value!r}")
+    text = str.__getitem__(value, slice(None))  # of a subclass too it gives a str, whatever that calls its text
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(f"expected {what} as text that UTF-8 can hold, given {text!a}") from error
+    return text
+
+
+def _plain_parameter(name: str, value: Any) -> bool | int | float | str:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return plain_text(f"parameter {name!r}", value)
+    if isinstance(value, int):
+        return int(value)
+    if not isinstance(value, float):
+        raise InvalidInputError(
+            f"parameter {name!r}: expected a boolean, number or string, given {type(value).__name__}"
+        )
+    if not math.isfinite(value):
+        raise InvalidInputError(f"parameter {name!r}: expected a finite number, given {value}, which JSON cannot hold")
+    return float(value)
+
+
 def request_for(
     model: str,
     version: str | int,
@@ -152,16 +188,16 @@ def request_for(
     Raises:
         InvalidInputError: the model's name cannot be one, or an option has the wrong type.
     """
+    model = plain_text("the model's name", model)
     check_model_name(model)
     if isinstance(outputs, str) or not isinstance(outputs, Iterable):
         raise InvalidInputError(f"expected outputs as a list of names, given {outputs!r}")
     if version != CHAMPION and not str(version).isdecimal():
         raise InvalidInputError(f"expected a version number or {CHAMPION!r}, given {version!r}")
-    for name, value in (parameters or {}).items():
-        if not isinstance(value, bool | int | float | str):
-            raise InvalidInputError(
-                f"parameter {name!r}: expected a boolean, number or string, given {type(value).__name__}"
-            )
+    plain = {
+        plain_text("a parameter's name", name): _plain_parameter(name, value)
+        for name, value in (parameters or {}).items()
+    }
     if max_attempts is not None:
         check_max_attempts(max_attempts)
     if backoff is not None and not isinstance(backoff, Backoff):
@@ -170,10 +206,10 @@ def request_for(
         model_name=model,
         inputs=[],
         model_version="" if version == CHAMPION else str(version),
-        outputs=[RequestedOutput(name) for name in outputs],
-        parameters=dict(parameters or {}),
+        outputs=[RequestedOutput(plain_text("an output's name", name)) for name in outputs],
+        parameters=plain,
         tenant=tenant,
-        max_attempts=UNSET if max_attempts is None else max_attempts,
+        max_attempts=UNSET if max_attempts is None else int(max_attempts),
         backoff=UNSET if backoff is None else backoff,
     )
 
@@ -195,6 +231,7 @@ class TensorEncoder:
         Raises:
             InvalidInputError: no array of a known datatype, or over the limit of a request.
         """
+        name = plain_text("an input's name", name)
         datatype, shape, data = array_to_bytes(name, value)
         size = len(data)
         self._nbytes += size
@@ -202,7 +239,7 @@ class TensorEncoder:
             check_request_size([("inputs before it", self._nbytes - size), (name, size)], self._limits.request_bytes)
         if size <= self._limits.inline_bytes:
             return InputTensor(name, datatype, shape, raw=binascii.b2a_base64(data, newline=False).decode())
-        key = f"{keys.BLOB_PREFIX}{self._task_id}:{len(self.blobs)}"
+        key = keys.blob_name(self._task_id, len(self.blobs))
         self.blobs.append((key, data))
         return InputTensor(name, datatype, shape, ref=Ref(key, size, hashlib.sha256(data).hexdigest()))
 
@@ -265,7 +302,7 @@ class Encoder:
         form = tuple([part for t in request.inputs for part in (t.name, t.datatype, *t.shape)])
         if form in self._forms:
             return  # one of the same names, datatypes and shapes was checked already
-        signature.resolve(request.model_version)
+        signature.resolve(request.version)
         signature.check(request)
         if len(self._forms) < FORMS_MAX:
             self._forms.add(form)

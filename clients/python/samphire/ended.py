@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from samphire import keys
 from samphire.connection import key_text
 from samphire.direct import DirectConnection
+from samphire.keys import Keys
 from samphire.results import Status
 
 PAGE = 500
@@ -23,11 +23,12 @@ _STATES: dict[str, Status] = {
 }
 
 
-async def ended_states(connection: DirectConnection, task_ids: Sequence[str]) -> dict[str, Status]:
+async def ended_states(connection: DirectConnection, keys: Keys, task_ids: Sequence[str]) -> dict[str, Status]:
     """How tasks have ended, as far as it is remembered; two commands for each 500 ids.
 
     Args:
         connection: to the broker.
+        keys: of the deployment.
         task_ids: tasks whose stored result is missing: what is stored tells more, and is newer.
 
     Returns:
@@ -41,8 +42,8 @@ async def ended_states(connection: DirectConnection, task_ids: Sequence[str]) ->
     found: dict[str, Status] = {}
     for begin in range(0, len(task_ids), PAGE):
         page = task_ids[begin : begin + PAGE]
-        for key in (keys.ENDED_BEFORE, keys.ENDED):  # what is in the newer one counts
-            values = await connection.execute("HMGET", key, *page)
+        for key in (keys.ended_before, keys.ended):  # what is in the newer one counts
+            values = await connection.ask("HMGET", key, *page)
             for task_id, value in zip(page, values, strict=True):
                 if value is not None and (state := _STATES.get(key_text(value)[:1])) is not None:
                     found[task_id] = state

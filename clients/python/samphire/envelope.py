@@ -30,6 +30,7 @@ from samphire.contract import (
     InferRequest,
 )
 from samphire.errors import InvalidInputError, PayloadTooLargeError
+from samphire.typed_json import plain_arguments
 
 _encode = msgspec.json.Encoder().encode
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
@@ -148,7 +149,7 @@ def decode_body(envelope: Envelope, max_bytes: int) -> Body:
         InvalidInputError: another serializer than JSON, a broken body, or arguments that are not a request.
         PayloadTooLargeError: it decompresses to more than `max_bytes`.
     """
-    data = _open_body(envelope, max_bytes)
+    data = plain_arguments(_open_body(envelope, max_bytes))
     body: Body = _parse(_decode_body, data, "the arguments are not an inference request")
     return body
 

@@ -1,10 +1,10 @@
-"""The Redis key schema, version 1: every key that Samphire reads or writes, on one page.
+"""The Redis key schema, version 1: every key that Samphire reads or writes, on one page, and the names of queues.
 
-Written by producers (an ACL can hold them to these):
+Own keys stand under the namespace, `samphire:` by default (`SAMPHIRE_NAMESPACE`). Those that producers write (an ACL
+can hold them to these):
 
-    <queue>                      LIST    kombu messages of priority 0 (high), newest at the left
-    <queue>\\x06\\x163|6|9         LIST    the same, priorities 3 (normal), 6 (low) and 9
-    sub:queues                   SET     names of the queues that the SDK has submitted to
+    sub:queues                   SET     names of queues: of those that the SDK has submitted to, that workers have
+                                         pushed to or found; of what is empty and unused workers take the name out
     sub:blob:<task id>:<n>       STRING  claim check of a task's n-th tensor; expires
     sub:once:<call>              STRING  this submit was carried out; expires after minutes
     sub:key:<digest>             STRING  idempotency key of a tenant and model -> "<task id> <digest of what was asked
@@ -13,14 +13,10 @@ Written by producers (an ACL can hold them to these):
     sub:deletes                  LIST    ids of tasks whose results are read and no longer needed
     sub:letters                  LIST    requests about dead letters: "redrive:<run> <letter id>", "purge:<run> <id>";
                                          without ":<run>" the letter of any run is meant
-    sub:wake                     CHANNEL a queue was empty and no longer is
 
-    A queue is `inference.<model>`, `inference.<model>@<tenant>`, or the intake `inference`.
+Those that only workers write:
 
-Written by workers only:
-
-    celery-task-meta-<id>        STRING  state and result, JSON as Celery's; a CHANNEL of the same name gets
-                                         the terminal one, which expires
+    schema                       STRING  version of this schema, written by the first worker; who knows another stops
     task:<id>                    HASH    of a task tried before and not ended: attempts so far; crashes, those of them
                                          that took a worker or a model's process down; history, a JSON object for
                                          each, comma between; losses: endpoints that died with it, no attempts;
@@ -49,7 +45,7 @@ Written by workers only:
     leaders                      HASH    model whose requests must keep their order -> id of the one worker that claims
                                          them
     tried                        SET     ids of the tasks that have a task:<id>; expires
-    result:blob:<id>:<n>:<hash>  STRING  claim check of an output; expires
+    result:blob:<tenant>:<id>:<n>:<hash>  STRING  claim check of an output; expires
     events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
                                          and the ids that reached it, separated by spaces; of a task settled alone
                                          also its result, if small; trimmed, expires
@@ -65,12 +61,29 @@ Written by workers only:
                                          that ended because of it, [id, stream, run] each; refused, refusals: why it was
                                          not redriven, and how often; expires
 
-Written as Celery does, by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups
-and chords; expire; .b, the body of a chord, is ours) and _kombu.binding.<exchange> (one for each queue name that a next
-step names).
+Celery's keys stand under its own `global_keyprefix`, none by default (`SAMPHIRE_CELERY_KEY_PREFIX`):
 
-A worker's connection is named `samphire:<wid>`. Scripts get every key that they touch either as KEYS or
-as a prefix named in their first lines; Redis Cluster is not supported.
+    <queue>                      LIST    kombu messages of priority 0 (high), newest at the left
+    <queue>\\x06\\x163|6|9         LIST    the same, priorities 3 (normal), 6 (low) and 9
+    celery-task-meta-<id>        STRING  state and result, JSON as Celery's; a CHANNEL of the same name gets the
+                                         terminal one, which expires. Celery puts a `_` behind a prefix that ends in a
+                                         letter
+    samphire.namespace           STRING  the namespace of the workers that serve the queues under this prefix; expires
+                                         with their leases: workers of another do not start
+
+A queue is `inference.<model>`, `inference.<model>@<tenant>`, or the intake `inference`. Beside these there are Celery's
+own, written by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups and chords;
+expire; .b, the body of a chord, is ours) and _kombu.binding.<exchange> (one for each queue name that a next step
+names).
+
+Channels and the names of connections belong to the whole server, so they carry the number of the database too:
+
+    <namespace><database>:wake   CHANNEL a queue was empty and no longer is: its name
+    <namespace><database>:<wid>  a worker's connection, which others look for in CLIENT LIST
+
+What stands in keys and messages (streams, claim checks, queues) is named without namespace and prefix: a message can
+name no key of anybody else. Scripts get every key that they touch either as KEYS or as a prefix named in their first
+lines; Redis Cluster is not supported.
 """
 
 from __future__ import annotations
@@ -79,38 +92,16 @@ import re
 from functools import lru_cache
 from typing import Literal
 
+from samphire.errors import InvalidInputError
+
+SCHEMA_VERSION = 1
+DEFAULT_NAMESPACE = "samphire:"
+
 INTAKE = "inference"
-QUEUES = "sub:queues"
-ONCE_PREFIX = "sub:once:"
-IDEMPOTENCY_PREFIX = "sub:key:"
-CANCELS = "sub:cancels"
-DELETES = "sub:deletes"
-LETTERS = "sub:letters"
-WAKE_CHANNEL = "sub:wake"
 BLOB_PREFIX = "sub:blob:"
 RESULT_BLOB_PREFIX = "result:blob:"
-META_PREFIX = "celery-task-meta-"
-TASK_PREFIX = "task:"
 STREAM_PREFIX = "events:"
-WORKERS = "workers"
-WORKER_PREFIX = "worker:"
-CONNECTION_PREFIX = "samphire:"
-SCHEDULED = "scheduled"
-SCHEDULED_MESSAGES = "scheduled:messages"
-CANCELLED = "cancelled"
-CANCELLED_LATELY = "cancelled:lately"
-CANCELLED_RUNNING = "cancelled:running"
-ANSWER_PREFIX = "cancelled:answer:"
-ENDED = "ended"
-ENDED_BEFORE = "ended:before"
-ENDED_TURN = "ended:turn"
-CATALOGUE = "catalogue"
 CATALOGUE_COMPLETE = "*"
-TRIED = "tried"
-ALONE = "alone"
-LEADERS = "leaders"
-DEAD = "dead"
-DEAD_PREFIX = "dead:"
 
 PRIORITY_STEPS = (0, 3, 6, 9)
 """kombu's `priority_steps` on Redis; 0 is served first."""
@@ -122,17 +113,106 @@ Priority = Literal["high", "normal", "low"]
 PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
 
 
-_OWN_KEYS = {WORKERS, TRIED, ALONE, LEADERS, DEAD, SCHEDULED, CANCELLED, CATALOGUE, ENDED}
-_OWN_KEYS |= {"unacked", "unacked_index", "unacked_mutex"}
-_OWN_PREFIXES = (
-    *("sub:", META_PREFIX, "celery-taskset-meta-", TASK_PREFIX, STREAM_PREFIX, WORKER_PREFIX, DEAD_PREFIX),
-    *(RESULT_BLOB_PREFIX, f"{SCHEDULED}:", f"{CANCELLED}:", f"{ENDED}:", "_kombu."),
-)
+_NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}:?")
+_CELERY_KEY_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{0,64}")
+_CELERYS_OWN = ("celery-task", "_kombu.", "unacked")
+"""Beginnings of keys that Celery and kombu keep state in."""
+_MARK = "samphire.namespace"
 
 
-def may_be_queue(name: str) -> bool:
-    """Whether a worker may push to a key that a producer has named: never to what holds state."""
-    return name not in _OWN_KEYS and not name.startswith(_OWN_PREFIXES)
+def checked_namespace(namespace: str) -> str:
+    """A namespace with the colon that ends it.
+
+    Raises:
+        InvalidInputError: it is none.
+    """
+    if not _NAMESPACE.fullmatch(namespace):
+        raise InvalidInputError(
+            f"expected a namespace of 1 to 64 letters, digits, dots, hyphens and underscores, given {namespace[:100]!r}"
+        )
+    return namespace.rstrip(":") + ":"
+
+
+def checked_celery_key_prefix(prefix: str) -> str:
+    """A `global_keyprefix` as Celery has it.
+
+    Raises:
+        InvalidInputError: a lane cannot use it.
+    """
+    if not _CELERY_KEY_PREFIX.fullmatch(prefix):
+        raise InvalidInputError(
+            "expected a Celery key prefix of at most 64 letters, digits, dots, colons, hyphens and underscores, given "
+            f"{prefix[:100]!r}"
+        )
+    if prefix.startswith((INTAKE, *_CELERYS_OWN)):
+        raise InvalidInputError(
+            f"expected a Celery key prefix that does not begin with {INTAKE} or a name of Celery's own "
+            f"({', '.join(_CELERYS_OWN)}), given {prefix!r}: its keys could be taken for those of a deployment without"
+        )
+    return prefix
+
+
+class Keys:
+    """The keys of one deployment, by their names above.
+
+    Args:
+        namespace: what every own key begins with.
+        celery_prefix: `global_keyprefix` of Celery's broker and result backend; it begins Celery's keys.
+        database: number of the database, for what belongs to the whole server.
+
+    Raises:
+        InvalidInputError: a namespace or a prefix that cannot be one.
+    """
+
+    def __init__(self, namespace: str = DEFAULT_NAMESPACE, celery_prefix: str = "", database: int = 0) -> None:
+        own = self.namespace = checked_namespace(namespace)
+        self.celery_prefix = checked_celery_key_prefix(celery_prefix)
+        if celery_prefix.startswith(own):
+            raise InvalidInputError(
+                f"expected a Celery key prefix outside the namespace {own!r}, given {celery_prefix!r}: choose another"
+            )
+        self.queues, self.once_prefix, self.idempotency_prefix = own + "sub:queues", own + "sub:once:", own + "sub:key:"
+        self.cancels, self.deletes, self.letters = own + "sub:cancels", own + "sub:deletes", own + "sub:letters"
+        self.schema = own + "schema"
+        self.workers, self.worker_prefix, self.task_prefix = own + "workers", own + "worker:", own + "task:"
+        self.scheduled, self.scheduled_messages = own + "scheduled", own + "scheduled:messages"
+        self.cancelled, self.cancelled_lately = own + "cancelled", own + "cancelled:lately"
+        self.cancelled_running, self.answer_prefix = own + "cancelled:running", own + "cancelled:answer:"
+        self.ended, self.ended_before, self.ended_turn = own + "ended", own + "ended:before", own + "ended:turn"
+        self.catalogue, self.tried, self.alone, self.leaders = (
+            own + name for name in ("catalogue", "tried", "alone", "leaders")
+        )
+        self.dead, self.dead_prefix = own + "dead", own + "dead:"
+        self.wake_channel, self.connection_prefix = f"{own}{database}:wake", f"{own}{database}:"
+        # As `RedisBackend` does: https://docs.celeryq.dev, result_backend_transport_options, global_keyprefix.
+        separator = "_" if celery_prefix and celery_prefix[-1] not in ":_-." else ""
+        self.meta_prefix = f"{celery_prefix}{separator}celery-task-meta-"
+        self.namespace_mark = mark_of(celery_prefix)
+
+    def own(self, name: str) -> str:
+        """Key of what is named without the namespace: a stream, a claim check."""
+        return self.namespace + name
+
+    def of_celery(self, name: str) -> str:
+        """Key of a list of a queue."""
+        return self.celery_prefix + name
+
+    def queue_in(self, key: bytes | str) -> str | None:
+        """The queue that one of Celery's keys is of, or None."""
+        text = key.decode("ascii", errors="replace") if isinstance(key, bytes) else key
+        return known_form(text.removeprefix(self.celery_prefix)) if text.startswith(self.celery_prefix) else None
+
+
+def mark_of(celery_prefix: str) -> str:
+    """Key that tells whose the queues under a prefix are."""
+    return celery_prefix + _MARK
+
+
+def may_be_queue(name: str, namespace: str, celery_prefix: str) -> bool:
+    """Whether a worker may push to a queue that a producer has named: never to what holds state."""
+    # Celery puts a `_` between some prefixes and its own names.
+    holds_state = name.startswith((*_CELERYS_OWN, _MARK)) or name.removeprefix("_").startswith(_CELERYS_OWN)
+    return not ((celery_prefix + name).startswith(namespace) or holds_state)
 
 
 def queue_name(model: str, tenant: str = "") -> str:
@@ -155,34 +235,46 @@ def parse_queue(queue: str) -> tuple[str, str]:
 
 
 def queue_list(queue: str, priority: int) -> str:
-    """Key of the list that holds a queue's messages of one kombu priority step."""
+    """Name of the list that holds a queue's messages of one kombu priority step."""
     return f"{queue}{_SEPARATOR}{priority}" if priority else queue
 
 
 @lru_cache(maxsize=1024)
 def queue_lists(queue: str) -> tuple[str, ...]:
-    """Keys of all lists of a queue, in the order of their priorities."""
+    """Names of all lists of a queue, in the order of their priorities."""
     return tuple(queue_list(queue, priority) for priority in PRIORITY_STEPS)
 
 
 def split_list(key: str) -> tuple[str, int]:
-    """Return (queue, priority step) of a list's key."""
+    """Return (queue, priority step) of a list's name."""
     queue, _, priority = key.partition(_SEPARATOR)
     return queue, int(priority or 0)
 
 
-def meta_key(task_id: str) -> str:
-    """Key of a task's state and result."""
-    return META_PREFIX + task_id
+def blob_name(task_id: str, number: int) -> str:
+    """Name of the claim check of a task's n-th tensor."""
+    return f"{BLOB_PREFIX}{task_id}:{number}"
 
 
-def stream_key(client_id: str) -> str:
-    """Key of the stream with the terminal events of a client's tasks."""
+def is_blob_of(name: str, task_id: str) -> bool:
+    """Whether a name is that of a claim check of one of the task's own tensors."""
+    own = f"{BLOB_PREFIX}{task_id}:"
+    number = name.removeprefix(own)
+    return number != name and number.isascii() and number.isdecimal()
+
+
+def result_blobs_of(tenant: str) -> str:
+    """How the names of the claim checks of a tenant's outputs begin."""
+    return f"{RESULT_BLOB_PREFIX}{tenant}:"
+
+
+def stream_name(client_id: str) -> str:
+    """Name of the stream with the terminal events of a client's tasks."""
     return STREAM_PREFIX + client_id
 
 
 def claim_list(field: str) -> str:
-    """Key of the list that a claim was made from."""
+    """Name of the list that a claim was made from."""
     return field.partition(":")[2]
 
 

@@ -18,7 +18,7 @@ import msgspec
 
 from samphire import keys
 from samphire.contract import CANVAS_TASK, INFER_TASK, CanvasStart, InputTensor, check_model_name
-from samphire.encoder import Blob, Encoded, Inputs, Limits, Parameters, TensorEncoder, request_for
+from samphire.encoder import Blob, Encoded, Inputs, Limits, Parameters, TensorEncoder, plain_text, request_for
 from samphire.envelope import describe, encode_task, new_task_id
 from samphire.errors import InvalidInputError
 from samphire.validation import ModelSignature
@@ -55,6 +55,7 @@ class Step:
             raise InvalidInputError(f"expected inputs as a mapping of name to array, given {type(inputs).__name__}")
         if isinstance(outputs, str) or not isinstance(outputs, Iterable):
             raise InvalidInputError(f"expected outputs as a list of names, given {outputs!r}")
+        model = plain_text("the model's name", model)
         check_model_name(model)
         self.model = model
         self.inputs = dict(inputs)
@@ -211,7 +212,7 @@ def _signature(
             _check_fit(name, output, signatures.get(step.model), signatures.get(output.step.model))
     signature = signatures.get(step.model)
     if signature is not None:
-        signature.resolve(request.model_version)
+        signature.resolve(request.version)
         signature.check(request)
     blobs += tensors.blobs
     times = {"expires": options.headers["expires"]} if "expires" in options.headers else {}

@@ -13,12 +13,14 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from samphire import keys
+from samphire.address import Broker
 from samphire.direct import Argument, DirectConnection, Script
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerUnavailableError,
     ClientClosedError,
     IdempotencyConflictError,
+    ProtocolError,
     QueueFullError,
     SamphireError,
 )
@@ -39,7 +41,8 @@ REPEAT_MAX_S = 0.5
 class IdempotencyKey(NamedTuple):
     """What makes two submits one."""
 
-    key: str
+    name: str
+    """Of the key, a digest of whom it belongs to."""
     task_id: str
     digest: str
     ttl_s: int
@@ -67,8 +70,9 @@ class Publisher:
     One connection is enough, since one call is under way at a time.
     """
 
-    def __init__(self, broker_url: str, *, queue_limit: int, blob_ttl_s: int) -> None:
-        self.connection = DirectConnection(broker_url)
+    def __init__(self, broker: Broker, *, queue_limit: int, blob_ttl_s: int) -> None:
+        self._keys = broker.keys
+        self.connection = DirectConnection(broker.address)
         """For other commands as well, which wait until a batch is out."""
         self._script = Script((resources.files("samphire") / "submit.lua").read_text())
         self._queue_limit = queue_limit
@@ -127,7 +131,7 @@ class Publisher:
         Raises:
             BrokerUnavailableError: no answer, however often it was asked; the request may or may not be there.
         """
-        await self._repeat(lambda: self.connection.execute("RPUSH", list_key, request))
+        await self._repeat(lambda: self.connection.execute("RPUSH", list_key, request, repeatable=True))
 
     async def _flush(self) -> None:
         """Send what has come together, a batch after the other; cancelled only by `close`."""
@@ -180,22 +184,29 @@ class Publisher:
         if check_memory:
             self._memory_checked = now
         idempotency = batch[0].idempotency
-        args: list[Argument] = [queue, self._queue_limit, int(check_memory), keys.WAKE_CHANNEL, self._blob_ttl_s]
+        args: list[Argument] = [queue, self._queue_limit, int(check_memory), self._keys.wake_channel, self._blob_ttl_s]
         args.append(ONCE_TTL_S)
         args += ("", "", "") if idempotency is None else (idempotency.ttl_s, idempotency.task_id, idempotency.digest)
-        args.append(len(blobs))
-        args += [part for blob in blobs for part in blob]
+        args += (keys.SCHEMA_VERSION, self._keys.schema, len(blobs))
+        for name, data in blobs:
+            args += (self._keys.own(name), data)
         args += messages
-        key_names = [keys.queue_list(queue, priority), *keys.queue_lists(queue), keys.QUEUES]
-        key_names.append(keys.ONCE_PREFIX + uuid.uuid4().hex)
+        lists = (keys.queue_list(queue, priority), *keys.queue_lists(queue))
+        key_names = [*map(self._keys.of_celery, lists), self._keys.queues]
+        key_names.append(self._keys.once_prefix + uuid.uuid4().hex)
         if idempotency is not None:
-            key_names.append(idempotency.key)
+            key_names.append(self._keys.idempotency_prefix + idempotency.name)
         reply = await self._call(key_names, args)
         if reply[0] == b"same":
             return str(reply[1].decode())
         if reply[0] == b"conflict":
             raise IdempotencyConflictError(
                 f"the idempotency key belongs to task {reply[1].decode()}, which was asked for something else"
+            )
+        if reply[0] == b"schema":
+            raise ProtocolError(
+                f"the workers keep their keys under {self._keys.namespace!r} by schema {reply[1].decode()[:20]}, this "
+                f"client knows schema {keys.SCHEMA_VERSION}: install the version of samphire that they have"
             )
         if reply[0] == b"full":
             raise QueueFullError(
@@ -213,7 +224,7 @@ class Publisher:
 
     async def _call(self, key_names: Sequence[str], args: Sequence[Argument]) -> Any:
         """Call the script; what lost replies leave open is settled by calling again, which does nothing twice."""
-        return await self._repeat(lambda: self.connection.call(self._script, key_names, args))
+        return await self._repeat(lambda: self.connection.call(self._script, key_names, args, repeatable=True))
 
     async def _repeat(self, action: Callable[[], Awaitable[Any]]) -> Any:
         give_up = time.monotonic() + REPEAT_FOR_S

@@ -8,11 +8,18 @@ import uuid
 from datetime import datetime
 from typing import Any
 
-from samphire import keys
+from samphire.address import Broker
 from samphire.catalogue import Catalogue
 from samphire.clock import BrokerClock
 from samphire.encoder import Encoded, Encoder, Inputs, when
-from samphire.errors import ClientClosedError, InvalidInputError, ResultTimeoutError, SamphireError
+from samphire.errors import (
+    BrokerUnavailableError,
+    ClientClosedError,
+    InvalidInputError,
+    ResultTimeoutError,
+    SamphireError,
+)
+from samphire.keys import stream_name
 from samphire.publisher import Publisher
 from samphire.results import InferResult
 from samphire.validation import ModelSignature
@@ -22,11 +29,12 @@ from samphire.waiter import Look, Waiter
 class Session:
     """The parts of one client that its tasks and maps use too; for one event loop of one process."""
 
-    def __init__(self, broker_url: str, *, queue_limit: int, blob_ttl_s: int, validate: bool) -> None:
-        self.stream = keys.stream_key(uuid.uuid4().hex)
-        self.publisher = Publisher(broker_url, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
-        self.waiter = Waiter(broker_url, self.stream)
-        self.catalogue = Catalogue(self.publisher.connection)
+    def __init__(self, broker: Broker, *, queue_limit: int, blob_ttl_s: int, validate: bool) -> None:
+        self.stream = stream_name(uuid.uuid4().hex)
+        self.broker = broker
+        self.publisher = Publisher(broker, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
+        self.waiter = Waiter(broker, self.stream)
+        self.catalogue = Catalogue(self.publisher.connection, broker.keys)
         self._clock = BrokerClock(self.publisher.connection)
         self._validate = validate
         self._process = os.getpid()
@@ -62,7 +70,12 @@ class Session:
 
     async def signature(self, model: str, *, fresh: bool = False) -> ModelSignature | None:
         """What requests are checked against before anything is queued; None where they are not."""
-        return await self.catalogue.signature(model, fresh=fresh) if self._validate else None
+        if not self._validate:
+            return None
+        try:
+            return await self.catalogue.signature(model, fresh=fresh)
+        except BrokerUnavailableError:
+            return None  # the submit itself will say so, and waits longer for the broker
 
     async def encode(self, encode: Encoder, inputs: Inputs) -> Encoded:
         """One task's message.

@@ -4,10 +4,12 @@
 -- ARGV  1 queue   2 limit of queued messages (0: none)   3 "1" to check the memory   4 channel to wake lanes
 --       5 lifetime of claim checks in s   6 lifetime in s of the mark that this call was carried out
 --       7 lifetime of the idempotency key in s   8 task id   9 digest of what is asked for (7-9: "" without a key)
---      10 number of claim checks, then each as key, bytes; then the messages
+--      10 version of the schema that this client knows   11 key of that of the workers, which a producer only reads
+--      12 number of claim checks, then each as key, bytes; then the messages
 -- A call that is repeated because its reply was lost finds the mark, and does nothing more.
 -- Returns {"ok", length}, {"same", task id} where the key has a task already, or, with nothing written,
--- {"conflict", task id} where that task was asked for something else, {"full", length} or {"memory", used, maximum}.
+-- {"conflict", task id} where that task was asked for something else, {"full", length}, {"memory", used, maximum}, or
+-- {"schema", version} where the workers have another one.
 if redis.call('EXISTS', KEYS[7]) == 1 then
   return {'ok', 0}
 end
@@ -18,12 +20,16 @@ if KEYS[8] then
     return {digest == ARGV[9] and 'same' or 'conflict', id}
   end
 end
+local schema = redis.pcall('GET', ARGV[11]) -- a producer may lack the right to look
+if type(schema) == 'string' and schema ~= ARGV[10] then
+  return {'schema', schema}
+end
 local length = 0
 for i = 2, 5 do
   length = length + redis.call('LLEN', KEYS[i])
 end
-local blobs = tonumber(ARGV[10])
-local first = 11 + 2 * blobs
+local blobs = tonumber(ARGV[12])
+local first = 13 + 2 * blobs
 local count = #ARGV - first + 1
 local limit = tonumber(ARGV[2])
 if limit > 0 and length + count > limit then
@@ -48,7 +54,7 @@ if KEYS[8] then
   needs[#needs + 1] = {'SETEX', KEYS[8], 1, ''}
 end
 if blobs > 0 then
-  needs[#needs + 1] = {'SET', ARGV[11], ''}
+  needs[#needs + 1] = {'SET', ARGV[13], ''}
 end
 for _, command in ipairs(needs) do
   if not may(unpack(command)) then
@@ -61,7 +67,7 @@ redis.call('SETEX', KEYS[7], ARGV[6], '1')
 if KEYS[8] then
   redis.call('SETEX', KEYS[8], ARGV[7], ARGV[8] .. ' ' .. ARGV[9])
 end
-for i = 11, first - 1, 2 do
+for i = 13, first - 1, 2 do
   redis.call('SET', ARGV[i], ARGV[i + 1], 'EX', ARGV[5])
 end
 for i = first, #ARGV, 1000 do -- unpack takes at most 7,999 values

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from samphire import keys
 from samphire.errors import BrokerMemoryFullError, BrokerUnavailableError, ResultTimeoutError, UnknownTaskError
 from samphire.results import TERMINAL, InferResult, Status
 from samphire.session import Session
@@ -64,7 +63,7 @@ class AsyncTask:
         if delete:
             # The caller must not lose the result because nobody hears that it may go: then it goes with its lifetime.
             with contextlib.suppress(BrokerUnavailableError, BrokerMemoryFullError):
-                await self._session.publisher.request(keys.DELETES, self.id)
+                await self._session.publisher.request(self._session.broker.keys.deletes, self.id)
         return result
 
     async def cancel(self, timeout_s: float = 5.0) -> bool:
@@ -82,7 +81,7 @@ class AsyncTask:
         session = self._session
         session.check_usable()
         request = f"{session.stream} {self.id}"
-        await session.publisher.request(keys.CANCELS, request)
+        await session.publisher.request(session.broker.keys.cancels, request)
         asked_at, interval_s = time.monotonic(), LOOK_MIN_S
         try:
             async with asyncio.timeout(timeout_s):
@@ -94,7 +93,7 @@ class AsyncTask:
                     if answer in TERMINAL:  # before, and its result has expired
                         return answer == "cancelled"
                     if time.monotonic() - asked_at >= CANCEL_AGAIN_S:  # the worker that took it up may have died
-                        await session.publisher.request(keys.CANCELS, request)
+                        await session.publisher.request(session.broker.keys.cancels, request)
                         asked_at = time.monotonic()
                     await asyncio.sleep(interval_s)
                     interval_s = min(interval_s * 1.2, LOOK_MAX_S)

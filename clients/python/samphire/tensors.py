@@ -127,7 +127,8 @@ def array_to_bytes(name: str, value: Any) -> tuple[str, list[int], bytes]:
     """
     try:
         array = value if isinstance(value, np.ndarray) else _listed(name, value)
-    except (ValueError, TypeError, OverflowError) as error:  # lists of unequal lengths, an int of any size
+    # Lists of unequal lengths, an int of any size; a tensor of torch that has a gradient, or a dtype numpy lacks.
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise InvalidInputError(
             f"tensor {name!r}: expected an array, given what numpy makes none of: {error}"
         ) from error
@@ -179,7 +180,10 @@ def _as_element(name: str, item: object) -> bytes:
     if isinstance(item, bytes):
         return item
     if isinstance(item, str):
-        return item.encode()
+        try:
+            return item.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(f"tensor {name!a}: expected text that UTF-8 can hold, given {item!a}") from error
     raise InvalidInputError(f"tensor {name!r}: expected str or bytes elements, given {type(item).__name__}")
 
 

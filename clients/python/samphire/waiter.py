@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
-from samphire import keys
+from samphire.address import Broker
 from samphire.connection import key_text
 from samphire.direct import DirectConnection, read_blob
 from samphire.ended import ended_states
@@ -46,10 +46,11 @@ Look = Literal["never", "now", "often"] | int
 class Waiter:
     """Futures of results by task id."""
 
-    def __init__(self, broker_url: str, stream: str) -> None:
-        self._reads = DirectConnection(broker_url)
-        self._events = DirectConnection(broker_url)
-        self._stream = stream
+    def __init__(self, broker: Broker, stream: str) -> None:
+        self._reads = DirectConnection(broker.address)
+        self._events = DirectConnection(broker.address)
+        self._keys = broker.keys
+        self._stream = self._keys.own(stream)
         self._futures: dict[str, asyncio.Future[InferResult]] = {}
         self._claims: Counter[str] = Counter()
         self._unseen: set[str] = set()
@@ -131,16 +132,16 @@ class Waiter:
 
     async def status(self, task_id: str) -> Status:
         """The state that is stored for a task."""
-        raw = await self._reads.execute("GET", keys.meta_key(task_id))
+        raw = await self._reads.ask("GET", self._keys.meta_prefix + task_id)
         if raw is not None:
             return status_of(decode_meta(raw))
-        if await self._reads.execute("ZSCORE", keys.SCHEDULED, task_id) is not None:
+        if await self._reads.ask("ZSCORE", self._keys.scheduled, task_id) is not None:
             return "scheduled"
         return (await self._remembered([task_id])).get(task_id, "queued")
 
     async def cancel_answer(self, task_id: str) -> str:
         """What a worker has just told of a task that has no result: how it had ended, "unknown", or nothing ("")."""
-        return key_text(await self._reads.execute("GET", keys.ANSWER_PREFIX + task_id) or b"")
+        return key_text(await self._reads.ask("GET", self._keys.answer_prefix + task_id) or b"")
 
     # -- the stream ---------------------------------------------------------------------------------
 
@@ -234,7 +235,7 @@ class Waiter:
 
     async def _remembered(self, task_ids: Sequence[str]) -> dict[str, Status]:
         try:
-            return await ended_states(self._reads, task_ids)
+            return await ended_states(self._reads, self._keys, task_ids)
         except BrokerRightError:  # it is not to be known then
             return {}
 
@@ -253,7 +254,7 @@ class Waiter:
         wanted = [task_id for task_id in task_ids if task_id in self._futures]
         for begin in range(0, len(wanted), FETCH_BATCH):
             page = wanted[begin : begin + FETCH_BATCH]
-            metas = await self._reads.execute("MGET", *(keys.meta_key(task_id) for task_id in page))
+            metas = await self._reads.ask("MGET", *(self._keys.meta_prefix + task_id for task_id in page))
             for task_id, raw in zip(page, metas, strict=True):
                 if raw is not None:
                     await self._resolve(task_id, raw)
@@ -287,7 +288,7 @@ class Waiter:
             future.set_result(ending)
 
     async def _blob(self, key: str, size: int) -> bytes | None:
-        return await read_blob(self._reads, key, size)
+        return await read_blob(self._reads, self._keys.own(key), size)
 
 
 def _numbers(entry_id: bytes) -> tuple[int, ...]:
