@@ -11,7 +11,7 @@ import numpy as np
 from celery import Celery
 from numpy.typing import NDArray
 
-from samphire import AsyncClient, InvalidInputError, SamphireError, Step, keys
+from samphire import AsyncClient, InvalidInputError, SamphireError, Step
 from samphire.connection import key_text
 from samphire.contract import INFER_TASK
 from samphire.keys import INTAKE
@@ -43,7 +43,7 @@ async def show(stack: Stack, *, keep: bool) -> None:
         await asyncio.to_thread(_plain_celery, stack.broker_url, images[0], int(labels[0]))
         await _chain(client, images, labels)
         await _bad_request(client)
-        await _dead_letter(client, stack.broker_url)
+        await _dead_letter(client)
     hint = "" if keep else "; --keep leaves it running"
     click.echo(f"\nFlower shows every task: {stack.flower_url} (password in {stack.flower_password_file}{hint})")
     if keep:
@@ -115,7 +115,7 @@ async def _bad_request(client: AsyncClient) -> None:
         raise SamphireError("a request of the wrong shape was queued")
 
 
-async def _dead_letter(client: AsyncClient, broker_url: str) -> None:
+async def _dead_letter(client: AsyncClient) -> None:
     """A request that only the model itself can find wrong: it fails, and its message is kept."""
     task = await client.submit("normalize_text", {"text": np.array([[b"\xff is no UTF-8"]], dtype=object)})
     try:
@@ -124,8 +124,9 @@ async def _dead_letter(client: AsyncClient, broker_url: str) -> None:
         click.echo(f"a failure of the model: {type(error).__name__}: {error}")
     else:
         raise SamphireError("bytes that are no UTF-8 were normalized")
-    with broker_connection(broker_url) as broker:
-        reason, message = broker.hmget(keys.DEAD_PREFIX + task.id, ["reason", "message"])
+    key = client.broker.keys.dead_prefix + task.id
+    with broker_connection(client.broker) as connection:
+        reason, message = connection.hmget(key, ["reason", "message"])
     if message is None:
         raise SamphireError("the failed task has left no dead letter")
-    click.echo(f"its dead letter, {keys.DEAD_PREFIX}{task.id}: reason {key_text(reason)}, {len(message)} bytes as sent")
+    click.echo(f"its dead letter, {key}: reason {key_text(reason)}, {len(message)} bytes as sent")

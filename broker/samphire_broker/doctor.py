@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote
 
 import numpy as np
 import redis
@@ -21,11 +22,14 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
-from samphire import BrokerRightError, Client, InvalidInputError, SamphireError, UnknownModelError, keys
-from samphire.connection import key_text, redact
+from samphire import BrokerRightError, Client, InvalidInputError, SamphireError, UnknownModelError
+from samphire.address import Address, broker_of, redact
+from samphire.connection import key_text
+from samphire.keys import CATALOGUE_COMPLETE, Keys, parse_queue
 from samphire_broker.overview import Overview, broker_connection, look
 from samphire_broker.settings import Settings, read_settings
 from samphire_broker.store import missing_rights
+from samphire_broker.strays import strays
 
 State = Literal["ok", "warning", "error", "skipped"]
 
@@ -58,16 +62,18 @@ def examine(broker_url: str | None = None) -> Iterator[Finding]:
     except InvalidInputError as error:
         yield Finding("settings", "error", str(error), "correct these environment variables")
         return
-    yield Finding("settings", "ok", f"broker {redact(settings.broker_url)}, Triton {', '.join(settings.triton_urls)}")
+    yield Finding("settings", "ok", f"broker {settings.broker.address}, Triton {', '.join(settings.triton_urls)}")
     seen: Overview | None = None
     try:
-        with broker_connection(settings.broker_url) as client:
+        with broker_connection(settings.broker) as client:
             client.ping()
-            yield Finding("broker", "ok", f"{redact(settings.broker_url)} answers")
-            yield from check_rights(client)
+            yield Finding("broker", "ok", f"{settings.broker.address} answers")
+            yield from check_rights(client, settings.broker.keys)
             yield from check_broker(client)
-            seen = look(client)
-            yield from check_work(client, seen)
+            seen = look(client, settings.broker.keys)
+            yield from check_work(client, settings.broker.keys, seen)
+            for stray in strays(client, settings.broker.keys):
+                yield Finding("unread list", "warning", stray.told, stray.remedy)
     except SamphireError as error:
         remedy = "start it (`samphire up` runs one), or set SAMPHIRE_BROKER_URL; check its password and network"
         if isinstance(error, BrokerRightError):
@@ -115,10 +121,10 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
-def check_rights(client: redis.Redis) -> Iterator[Finding]:
+def check_rights(client: redis.Redis, keys: Keys) -> Iterator[Finding]:
     """What the user of the broker's URL may not run and a worker has to."""
     try:
-        missing = missing_rights(client)
+        missing = missing_rights(client, keys)
     except ResponseError as error:
         found = f"this user may not run scripts: {error}; no worker can do anything"
         yield Finding("rights", "error", found, "ACL SETUSER <user> +evalsha +eval +script|load")
@@ -226,7 +232,7 @@ def _config(client: redis.Redis, name: str) -> str | None:
         return None
 
 
-def check_work(client: redis.Redis, seen: Overview) -> Iterator[Finding]:
+def check_work(client: redis.Redis, keys: Keys, seen: Overview) -> Iterator[Finding]:
     """Whether somebody serves what waits."""
     alive = [worker for worker in seen.workers if worker.alive]
     waiting = {queue.name: queue.total for queue in seen.queues if queue.total}
@@ -245,16 +251,16 @@ def check_work(client: redis.Redis, seen: Overview) -> Iterator[Finding]:
     for worker in alive:
         if abs(worker.clock_ahead_s) > CLOCK_SKEW_S:
             yield _clock(f"worker {worker.hostname}: its", worker.clock_ahead_s)
-    known = {key_text(name) for name in client.hkeys(keys.CATALOGUE)}
-    if keys.CATALOGUE_COMPLETE in known:
+    known = {key_text(name) for name in client.hkeys(keys.catalogue)}
+    if CATALOGUE_COMPLETE in known:
         for queue, count in waiting.items():
-            model = keys.parse_queue(queue)[0]
+            model = parse_queue(queue)[0]
             if model and model not in known:
                 found = f"{count} tasks wait for {model!r}, which no endpoint of the workers has"
                 yield Finding(f"queue {queue}", "warning", found, "load the model, or point a worker at its Triton")
     if seen.dead_letters:
         found = f"{seen.dead_letters} in all: tasks that failed for good, or were no tasks"
-        yield Finding("dead letters", "warning", found, "look at why: `dead` and `dead:<id>` hold reasons and messages")
+        yield Finding("dead letters", "warning", found, "look at why: samphire dead-letters list")
 
 
 def check_endpoint(url: str) -> Iterator[Finding]:
@@ -295,7 +301,7 @@ def check_round_trip(settings: Settings, seen: Overview | None, ready: list[str]
     if seen is None or not ready or not any(worker.alive for worker in seen.workers):
         yield Finding("numbers through the queue", "skipped", "it takes a broker, a worker and a Triton")
         return
-    yield _compare("numbers through the queue", values, lambda: _echo_of_queue(settings.broker_url, values))
+    yield _compare("numbers through the queue", values, lambda: _echo_of_queue(settings, values))
 
 
 def _compare(name: str, values: Any, echo: Callable[[], Any]) -> Finding:
@@ -319,8 +325,9 @@ def _echo_of_triton(url: str, values: Any) -> Any:
         return client.infer("identity", [tensor], client_timeout=TIMEOUT_S).as_numpy("output_fp32")
 
 
-def _echo_of_queue(broker_url: str, values: Any) -> Any:
-    with Client(broker_url) as client:
+def _echo_of_queue(settings: Settings, values: Any) -> Any:
+    prefix = settings.celery_key_prefix
+    with Client(settings.broker_url, namespace=settings.namespace, celery_key_prefix=prefix) as client:
         task = client.submit("identity", {"input_fp32": values}, priority="high", deadline_s=TIMEOUT_S)
         return task.result(TIMEOUT_S, delete=True).outputs["output_fp32"]
 
@@ -336,10 +343,11 @@ def write_bundle(path: Path, findings: list[Finding], broker_url: str | None, da
         "environment.json": json.dumps(_environment(), indent=2),
     }
     try:
-        with broker_connection(broker_url) as client:
-            contents["overview.json"] = json.dumps(look(client).as_dict(), indent=2)
+        broker = broker_of(broker_url)
+        with broker_connection(broker) as client:
+            contents["overview.json"] = json.dumps(look(client, broker.keys).as_dict(), indent=2)
             contents["broker.json"] = json.dumps(client.info(), indent=2, default=str)
-            contents["dead_letters.json"] = json.dumps(_letters(client), indent=2)
+            contents["dead_letters.json"] = json.dumps(_letters(client, broker.keys), indent=2)
     except SamphireError as error:
         contents["overview.json"] = json.dumps({"error": str(error)})
     if data_dir is not None:
@@ -355,22 +363,29 @@ def write_bundle(path: Path, findings: list[Finding], broker_url: str | None, da
 
 def _environment() -> dict[str, str]:
     names = sorted(name for name in os.environ if name.startswith(("SAMPHIRE_", "CELERY_", "FLOWER_")))
-    return {name: "***" if _SECRET_NAME.search(name) else os.environ[name] for name in names}
+    return {name: "***" if _SECRET_NAME.search(name) else _shown(os.environ[name]) for name in names}
 
 
-def _letters(client: redis.Redis, most: int = 100) -> list[dict[str, str]]:
+def _shown(value: str) -> str:
+    return redact(value) if "://" in value else value
+
+
+def _letters(client: redis.Redis, keys: Keys, most: int = 100) -> list[dict[str, str]]:
     fields = ("queue", "task_id", "model", "reason", "error", "attempts", "worker", "died_at")
     letters = []
-    for letter in client.zrevrange(keys.DEAD, 0, most - 1):
-        values = client.hmget(keys.DEAD_PREFIX + key_text(letter), list(fields))
+    for letter in client.zrevrange(keys.dead, 0, most - 1):
+        values = client.hmget(keys.dead_prefix + key_text(letter), list(fields))
         letters.append({name: key_text(value or b"") for name, value in zip(fields, values, strict=True)})
     return letters
 
 
 def _secrets(broker_url: str | None, data_dir: Path | None) -> set[str]:
     urls = [broker_url or "", *(value for name, value in os.environ.items() if name.startswith("SAMPHIRE_"))]
-    found = {urlsplit(url).password or "" for url in urls if "://" in url}
-    found |= {unquote(secret) for secret in found}
+    found: set[str] = set()
+    for url in urls:
+        with contextlib.suppress(InvalidInputError):
+            password = Address.parse(url).password
+            found |= {password, quote(password, safe=""), quote(password)}
     found |= {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and "SAMPHIRE" in name}
     if data_dir is not None and (file := data_dir / "flower-password").is_file():
         found.add(file.read_text().strip())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,13 +9,11 @@ from typing import Any
 
 import msgspec
 import redis
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry
 
-from samphire import keys
-from samphire.connection import DEFAULT_BROKER_URL, key_text, redact, translate
-from samphire.errors import InvalidInputError
+from samphire.address import Broker
+from samphire.connection import client_of, key_text, translate
+from samphire.keys import INTAKE, PRIORITY_STEPS, Keys, known_form, queue_lists
 
 TIMEOUT_S = 5.0
 SCAN_PAGE = 1000
@@ -62,63 +59,55 @@ class Overview:
 
 
 @contextmanager
-def broker_connection(broker_url: str | None) -> Iterator[redis.Redis]:
+def broker_connection(broker: Broker) -> Iterator[redis.Redis]:
     """A plain connection for looking around.
 
     Raises:
-        InvalidInputError: not a URL of Redis.
         SamphireError: the translation of what the broker, or the way to it, answered with.
     """
-    url = broker_url or os.environ.get("SAMPHIRE_BROKER_URL") or DEFAULT_BROKER_URL
     try:
-        client = redis.Redis.from_url(
-            url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0)
-        )
-    except ValueError as error:
-        raise InvalidInputError(f"expected a broker URL redis://host:port/db, given {redact(url)!r}") from error
-    try:
-        with client:
+        with client_of(broker.address, TIMEOUT_S) as client:
             yield client
     except (RedisError, OSError) as error:
         raise translate(error) from error
 
 
-def overview(broker_url: str | None) -> Overview:
+def overview(broker: Broker) -> Overview:
     """Look at a broker; raises as `broker_connection` does."""
-    with broker_connection(broker_url) as client:
-        return look(client)
+    with broker_connection(broker) as client:
+        return look(client, broker.keys)
 
 
-def look(client: redis.Redis) -> Overview:
+def look(client: redis.Redis, keys: Keys) -> Overview:
     """Look at a broker through an open connection."""
-    names = sorted(_queue_names(client))
+    names = sorted(_queue_names(client, keys))
     with client.pipeline(transaction=False) as pipe:
         for name in names:
-            for key in keys.queue_lists(name):
-                pipe.llen(key)
+            for list_name in queue_lists(name):
+                pipe.llen(keys.of_celery(list_name))
         lengths = [length if isinstance(length, int) else 0 for length in pipe.execute(raise_on_error=False)]
-    steps = len(keys.PRIORITY_STEPS)
+    steps = len(PRIORITY_STEPS)
     queues = [QueueState(name, tuple(lengths[n * steps : (n + 1) * steps])) for n, name in enumerate(names)]
-    ids = sorted(key_text(member) for member in client.smembers(keys.WORKERS))
+    ids = sorted(key_text(member) for member in client.smembers(keys.workers))
     return Overview(
         queues,
-        int(client.zcard(keys.SCHEDULED)),
-        int(client.zcard(keys.DEAD)),
-        [_worker(client, worker_id) for worker_id in ids],
+        int(client.zcard(keys.scheduled)),
+        int(client.zcard(keys.dead)),
+        [_worker(client, keys, worker_id) for worker_id in ids],
     )
 
 
-def _queue_names(client: redis.Redis) -> set[str]:
-    found = {keys.INTAKE}
-    for name in client.smembers(keys.QUEUES):
-        found.add(keys.known_form(name) or keys.INTAKE)
-    for key in client.scan_iter(f"{keys.INTAKE}.*", count=SCAN_PAGE, _type="list"):
-        found.add(keys.known_form(key) or keys.INTAKE)
+def _queue_names(client: redis.Redis, keys: Keys) -> set[str]:
+    found = {INTAKE}
+    for name in client.smembers(keys.queues):
+        found.add(known_form(name) or INTAKE)
+    for key in client.scan_iter(keys.of_celery(f"{INTAKE}.*"), count=SCAN_PAGE, _type="list"):
+        found.add(keys.queue_in(key) or INTAKE)
     return found
 
 
-def _worker(client: redis.Redis, worker_id: str) -> WorkerState:
-    lease = keys.WORKER_PREFIX + worker_id
+def _worker(client: redis.Redis, keys: Keys, worker_id: str) -> WorkerState:
+    lease = keys.worker_prefix + worker_id
     info = client.get(f"{lease}:info")
     told = msgspec.json.decode(info) if info else {}
     return WorkerState(

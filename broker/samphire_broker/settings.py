@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from samphire.connection import DEFAULT_BROKER_URL, check_broker_url
+from samphire.address import DEFAULT_BROKER_URL, Address, Broker
 from samphire.contract import ATTEMPTS_MAX, BACKOFF_MAX_S, Backoff
 from samphire.errors import InvalidInputError
+from samphire.keys import DEFAULT_NAMESPACE, Keys, checked_namespace
 
 FsyncPolicy = Literal["always", "everysec"]
 
@@ -47,7 +48,14 @@ class Settings(BaseSettings):
     )
 
     broker_url: str = DEFAULT_BROKER_URL
-    """Redis or Valkey: `redis://[user:password@]host:port/db`."""
+    """Redis or Valkey: `redis://[user:password@]host:port/database`; see `samphire.address`."""
+
+    namespace: str = DEFAULT_NAMESPACE
+    """What every own key begins with; another deployment on the same database needs another, and another Celery key
+    prefix."""
+
+    celery_key_prefix: str = ""
+    """Celery's `global_keyprefix`, of the broker and of the result backend."""
 
     triton_urls: Annotated[tuple[str, ...], NoDecode] = ("localhost:8001",)
     """`host:port` of each Triton's gRPC endpoint, comma-separated."""
@@ -123,8 +131,18 @@ class Settings(BaseSettings):
     @field_validator("broker_url")
     @classmethod
     def _check_broker_url(cls, url: str) -> str:
-        check_broker_url(url)
+        Address.parse(url)
         return url
+
+    @field_validator("namespace")
+    @classmethod
+    def _check_namespace(cls, namespace: str) -> str:
+        return checked_namespace(namespace)
+
+    @field_validator("celery_key_prefix")
+    @classmethod
+    def _check_celery_key_prefix(cls, prefix: str, info: ValidationInfo) -> str:
+        return Keys(info.data.get("namespace", DEFAULT_NAMESPACE), prefix).celery_prefix
 
     @field_validator("triton_urls", mode="before")
     @classmethod
@@ -166,6 +184,12 @@ class Settings(BaseSettings):
     def remembered_s(self) -> int:
         """How long ends are remembered: what has a result is always remembered too."""
         return max(self.remember_s, self.result_ttl_s)
+
+    @cached_property
+    def broker(self) -> Broker:
+        """Where the broker is, and what its keys are called."""
+        address = Address.parse(self.broker_url)
+        return Broker(address, Keys(self.namespace, self.celery_key_prefix, address.database))
 
     @cached_property
     def lease_ms(self) -> int:

@@ -15,6 +15,7 @@ import click
 from samphire import Client, DeadLetter, LetterFilter
 from samphire_broker.commands.output import print_json, say, with_client
 from samphire_broker.retry import REASONS
+from samphire_broker.shown import shown, shown_lines
 
 
 class Moment(click.DateTime):
@@ -65,7 +66,8 @@ def list_letters(client: Client, *, which: LetterFilter, limit: int, as_json: bo
         if as_json:
             print_json(_fields(letter))
         else:
-            click.echo(f"{letter.id}  {letter.died_at:%Y-%m-%d %H:%M:%S}  {letter.reason:<14} {letter.error[:100]}")
+            line = f"{letter.id}  {letter.died_at:%Y-%m-%d %H:%M:%S}  {letter.reason:<14} {letter.error[:100]}"
+            click.echo(shown(line))
 
 
 def _fields(letter: DeadLetter) -> dict[str, Any]:
@@ -92,11 +94,11 @@ def show(client: Client, *, letter_id: str, save: Path | None, as_json: bool) ->
         return
     fields = _fields(letter)
     for attempt in fields.pop("history"):
-        click.echo(f"attempt   {attempt['at']}  {attempt['worker']}  {attempt['error']}")
+        click.echo(shown(f"attempt   {attempt['at']}  {attempt['worker']}  {attempt['error']}"))
         if attempt["traceback"]:
-            click.echo(textwrap.indent(attempt["traceback"].rstrip(), " " * 10))
+            click.echo(textwrap.indent(shown_lines(attempt["traceback"].rstrip()), " " * 10))
     for name, value in fields.items():
-        click.echo(f"{name:<9} {value}")
+        click.echo(shown(f"{name:<9} {value}"))
 
 
 def _chosen(client: Client, letter_ids: tuple[str, ...], everything: bool, which: LetterFilter) -> list[str]:

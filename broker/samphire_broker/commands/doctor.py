@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from samphire_broker.commands.output import FAILED, print_json, say, with_broker_url
+from samphire_broker.shown import shown
 
 MARKS = {"ok": "ok", "warning": "WARN", "error": "FAIL", "skipped": "-"}
 
@@ -33,9 +34,9 @@ def doctor(broker_url: str | None, as_json: bool, bundle: Path | None, data_dir:
         if as_json:
             print_json(asdict(finding))
             continue
-        click.echo(f"{MARKS[finding.state]:<4}  {finding.name}: {finding.found}")
+        click.echo(shown(f"{MARKS[finding.state]:<4}  {finding.name}: {finding.found}"))
         if finding.remedy:
-            click.echo(f"      -> {finding.remedy}")
+            click.echo(shown(f"      -> {finding.remedy}"))
     if bundle is not None:
         write_bundle(bundle, findings, broker_url, data_dir)
         say(f"wrote {bundle}")

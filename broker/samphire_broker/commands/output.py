@@ -19,8 +19,8 @@ from samphire import (
     ResultTimeoutError,
     SamphireError,
 )
-from samphire.connection import redact
 from samphire.tensors import array_to_bytes, bytes_to_values
+from samphire_broker.shown import shown
 
 FAILED, BROKER_AWAY, NO_ANSWER = 1, 3, 4  # 2 is click's, for wrong usage
 SHOWN_VALUES = 12
@@ -33,7 +33,7 @@ def say(line: str) -> None:
 
 def fail(message: str, code: int = FAILED) -> NoReturn:
     """End the command with an error."""
-    say(f"samphire: {message}")
+    say(f"samphire: {shown(message)}")
     sys.exit(code)
 
 
@@ -77,7 +77,7 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
         try:
             client = Client(broker_url)
         except InvalidInputError as error:
-            raise click.BadParameter(redact(str(error)), param_hint="--broker-url") from error
+            raise click.UsageError(str(error)) from error
         with client:
             command(client, **kwargs)
 
@@ -91,12 +91,12 @@ def print_result(result: InferResult, *, as_json: bool) -> None:
         fields = {"id": result.task_id, "model_name": result.model_name, "model_version": result.model_version}
         print_json({**fields, "outputs": outputs})
         return
-    click.echo(f"{result.model_name} version {result.model_version}, task {result.task_id}")
+    click.echo(shown(f"{result.model_name} version {result.model_version}, task {result.task_id}"))
     for name, array in result.outputs.items():
         values = ", ".join(str(value) for value in array.ravel()[:SHOWN_VALUES].tolist())
         more = ", …" if array.size > SHOWN_VALUES else ""
         datatype, shape, _ = array_to_bytes(name, array)
-        click.echo(f"  {name} {datatype}{shape}: {values}{more}")
+        click.echo(shown(f"  {name} {datatype}{shape}: {values}{more}"))
 
 
 def _tensor(name: str, array: Any) -> dict[str, Any]:

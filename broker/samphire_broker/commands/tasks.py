@@ -11,6 +11,7 @@ import click
 import numpy as np
 
 from samphire import Client, InvalidInputError, SamphireError, Task
+from samphire.address import broker_of
 from samphire.tensors import DTYPES, values_to_bytes
 from samphire.validation import ModelSignature
 from samphire_broker.commands.output import (
@@ -24,6 +25,7 @@ from samphire_broker.commands.output import (
     with_client,
 )
 from samphire_broker.overview import overview
+from samphire_broker.shown import shown
 
 
 def _parse_pairs(pairs: tuple[str, ...], what: str) -> dict[str, str]:
@@ -156,7 +158,7 @@ def watch(client: Client, *, task_id: str, as_json: bool) -> None:
         if as_json:
             print_json({"id": event.task_id, "status": event.status, "at": event.at})
         else:
-            click.echo(event.status)
+            click.echo(shown(event.status))
     if status != "succeeded":
         fail(_why(client.task(task_id)))
 
@@ -185,7 +187,7 @@ def result(client: Client, *, task_id: str, timeout_s: float, delete: bool, save
         arrays = {name: _for_npz(name, array) for name, array in answer.outputs.items()}
         with save.open("wb") as target:
             np.savez(target, **arrays)
-        say(f"saved {', '.join(answer.outputs)} to {save}")
+        say(shown(f"saved {', '.join(answer.outputs)} to {save}"))
     print_result(answer, as_json=as_json)
 
 
@@ -212,7 +214,7 @@ def cancel(client: Client, *, task_ids: tuple[str, ...], timeout_s: float, as_js
         if as_json:
             print_json({"id": task_id, "cancelled": cancelled, "status": status})
         else:
-            click.echo(f"{task_id}: {'cancelled' if cancelled else f'not cancelled, it is {status}'}")
+            click.echo(shown(f"{task_id}: {'cancelled' if cancelled else f'not cancelled, it is {status}'}"))
     if not all_cancelled:
         raise click.exceptions.Exit(FAILED)
 
@@ -221,17 +223,17 @@ def cancel(client: Client, *, task_ids: tuple[str, ...], timeout_s: float, as_js
 @with_broker_url
 def queues(broker_url: str | None, as_json: bool) -> None:
     """Show what waits where, and who works."""
-    seen = overview(broker_url)
+    seen = overview(broker_of(broker_url))
     if as_json:
         print_json(seen.as_dict())
         return
-    width = max([len(queue.name) for queue in seen.queues] + [5])
+    width = max([len(shown(queue.name)) for queue in seen.queues] + [5])
     click.echo(f"{'queue':<{width}}  {'high':>8}{'normal':>8}{'low':>8}{'lowest':>8}")
     for queue in seen.queues:
-        click.echo(f"{queue.name:<{width}}  " + "".join(f"{count:>8}" for count in queue.waiting))
+        click.echo(f"{shown(queue.name):<{width}}  " + "".join(f"{count:>8}" for count in queue.waiting))
     click.echo(f"scheduled {seen.scheduled}, dead letters {seen.dead_letters}")
     for worker in seen.workers:
         lease = "" if worker.alive else " (lost: its tasks are about to return)"
-        click.echo(f"worker {worker.hostname or worker.id}: {worker.in_flight} in flight{lease}")
+        click.echo(shown(f"worker {worker.hostname or worker.id}: {worker.in_flight} in flight{lease}"))
     if not seen.workers:
         say("no worker serves these queues: start one with `celery -A samphire_workers.app worker`")

@@ -12,6 +12,7 @@ from base64 import b64encode
 from http.client import HTTPConnection
 from pathlib import Path
 
+from samphire.address import Broker, environment_of
 from samphire_broker.embedded.ports import LOOPBACK
 from samphire_broker.embedded.process import PartError, PartSpec
 
@@ -45,7 +46,7 @@ def kept_password(file: Path) -> str:
     return file.read_text().strip()
 
 
-def flower_spec(data_dir: Path, port: int, broker_url: str, password: str) -> PartSpec:
+def flower_spec(data_dir: Path, port: int, broker: Broker, password: str) -> PartSpec:
     """Flower in a process of its own; what it needs to know stands in its environment, where `ps` does not show it.
 
     Raises:
@@ -79,7 +80,7 @@ def flower_spec(data_dir: Path, port: int, broker_url: str, password: str) -> Pa
         name="flower",
         command=[sys.executable, "-m", "celery", "-A", "samphire_workers.app", "flower"],
         env={
-            "SAMPHIRE_BROKER_URL": broker_url,
+            **environment_of(broker),
             "FLOWER_CONF": os.devnull,  # else a flowerconfig.py that happens to stand here would be run
             "FLOWER_ADDRESS": LOOPBACK,
             "FLOWER_PORT": str(port),

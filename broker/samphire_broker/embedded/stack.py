@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import signal
+import stat
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from samphire.address import broker_of
 from samphire_broker.embedded.flower import (
     FLOWER_USER,
     PASSWORD_VARIABLE,
@@ -122,7 +124,7 @@ class Stack:
         if password is None:
             self.flower_password_file = data_dir / "flower-password"
             password = kept_password(self.flower_password_file)
-        spec = flower_spec(data_dir, port, self.broker_url, password)
+        spec = flower_spec(data_dir, port, broker_of(self.broker_url), password)
         self.flower_url = spec.address
         return spec
 
@@ -141,7 +143,8 @@ class Stack:
         await self._start_together(parts)
         triton_urls = options.external_triton_urls or self.triton_grpc
         self._workers = [
-            Part(worker_spec(options.data_dir, n + 1, self.broker_url, triton_urls)) for n in range(options.workers)
+            Part(worker_spec(options.data_dir, n + 1, broker_of(self.broker_url), triton_urls))
+            for n in range(options.workers)
         ]
         await self._start_together([*self._workers, self._flower])
         self._keepers = [asyncio.create_task(part.keep_running(self._on_change)) for part in self.parts]
@@ -197,6 +200,8 @@ class Stack:
             },
         }
         draft = path.with_name(path.name + ".part")
+        draft.unlink(missing_ok=True)
+        draft.touch(mode=stat.S_IRUSR | stat.S_IWUSR)  # the URL in it has a password
         draft.write_text(json.dumps(ready, indent=2) + "\n")
         draft.replace(path)  # a reader sees the old file or the new one, never half of one
 

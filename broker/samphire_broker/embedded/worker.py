@@ -7,30 +7,33 @@ import json
 import sys
 from pathlib import Path
 
-import redis.asyncio
-from redis.exceptions import RedisError
-
-from samphire import keys
-from samphire.connection import key_text, redact
+from samphire.address import Broker, environment_of
+from samphire.connection import key_text
+from samphire.direct import DirectConnection
+from samphire.errors import SamphireError
+from samphire.keys import Keys
 from samphire_broker.embedded.process import PartSpec
 
 
-def worker_spec(data_dir: Path, number: int, broker_url: str, triton_urls: str) -> PartSpec:
+def worker_spec(data_dir: Path, number: int, broker: Broker, triton_urls: str) -> PartSpec:
     """One worker process; ready once its lane has taken up its lease."""
     name = f"worker{number}"
     command = [sys.executable, "-m", "celery", "-A", "samphire_workers.app", "worker"]
     command += ["--loglevel", "INFO", "--hostname", f"{name}@%h", "--without-gossip", "--without-mingle"]
 
     async def wait_ready(pid: int) -> None:
-        async with redis.asyncio.Redis.from_url(broker_url, socket_timeout=5) as client:
-            while not await _is_registered(client, pid):
+        connection = DirectConnection(broker.address)
+        try:
+            while not await _is_registered(connection, broker.keys, pid):
                 await asyncio.sleep(0.1)
+        finally:
+            await connection.close()
 
     return PartSpec(
         name=name,
         command=command,
         env={
-            "SAMPHIRE_BROKER_URL": broker_url,
+            **environment_of(broker),
             "SAMPHIRE_TRITON_URLS": triton_urls,
             # glibc keeps freed memory: in an arena a thread, and in the heap where it once saw a large buffer
             # freed. Few arenas and a fixed threshold give the buffers of large tensors back at once.
@@ -40,18 +43,18 @@ def worker_spec(data_dir: Path, number: int, broker_url: str, triton_urls: str) 
             "PYTHONWARNINGS": "ignore::celery.platforms.SecurityWarning",
         },
         log_file=data_dir / "logs" / f"{name}.log",
-        address=f"queues of {redact(broker_url)}",
+        address=f"queues of {broker.address}",
         wait_ready=wait_ready,
         stop_timeout_s=70.0,  # a warm stop finishes what is in flight
     )
 
 
-async def _is_registered(client: redis.asyncio.Redis, pid: int) -> bool:
+async def _is_registered(connection: DirectConnection, keys: Keys, pid: int) -> bool:
     try:
-        for worker in await client.smembers(keys.WORKERS):
-            info = await client.get(f"{keys.WORKER_PREFIX}{key_text(worker)}:info")
+        for worker in await connection.execute("SMEMBERS", keys.workers):
+            info = await connection.execute("GET", f"{keys.worker_prefix}{key_text(worker)}:info")
             if info and json.loads(info)["pid"] == pid:
                 return True
-    except RedisError:  # the broker is starting again
+    except SamphireError:  # the broker is starting again
         return False
     return False

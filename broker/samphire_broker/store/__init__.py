@@ -3,6 +3,7 @@
 from samphire_broker.store.records import (
     CANCELLED,
     DUE,
+    FORGOTTEN,
     NOT_PUSHED,
     NOT_YET,
     NOWHERE,
@@ -13,6 +14,7 @@ from samphire_broker.store.records import (
     LeaseLostError,
     Letter,
     Letters,
+    OtherDeploymentError,
     OtherEnd,
     Reaped,
     Settlement,
@@ -26,6 +28,7 @@ from samphire_broker.store.store import Store
 __all__ = [
     "CANCELLED",
     "DUE",
+    "FORGOTTEN",
     "NOT_PUSHED",
     "NOT_YET",
     "NOWHERE",
@@ -36,6 +39,7 @@ __all__ = [
     "LeaseLostError",
     "Letter",
     "Letters",
+    "OtherDeploymentError",
     "OtherEnd",
     "Reaped",
     "Right",

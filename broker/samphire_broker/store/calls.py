@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from importlib import resources
 from typing import Any
 
-from samphire import keys
 from samphire.clock import BrokerClock
 from samphire.direct import Argument, DirectConnection, Script
+from samphire.keys import Keys
 from samphire_broker.settings import Settings
 
 VERBS = (
-    *("alone", "beat", "cancel", "claim", "delete", "due", "end_others", "lead", "leave", "letters", "reap", "release"),
+    *(
+        "alone",
+        "beat",
+        "cancel",
+        "claim",
+        "delete",
+        "due",
+        "end_others",
+        "enter",
+        "forget",
+        "lead",
+        "leave",
+        "letters",
+        "reap",
+        "release",
+    ),
     *("rights", "route", "schedule", "settle", "start", "trim"),
 )
 
@@ -23,14 +37,14 @@ _WITH = re.compile(r"^-- With: (.*)$", re.MULTILINE)
 """How a script names what stands before it, beside `common.lua`."""
 
 
-@lru_cache
-def script_text(verb: str) -> str:
-    """The text of a script as it is loaded."""
+def script_text(verb: str, keys: Keys) -> str:
+    """The text of a script as it is loaded, for the keys of one deployment."""
     folder = resources.files("samphire_broker.store") / "lua"
     text = (folder / f"{verb}.lua").read_text()
     found = _WITH.search(text)
     parts = ["common", *(found[1].split(", ") if found else ())]
-    return "\n".join([*((folder / f"{part}.lua").read_text() for part in parts), text])
+    names = f"local NAMESPACE, CELERY = '{keys.namespace}', '{keys.celery_prefix}'"
+    return "\n".join([names, *((folder / f"{part}.lua").read_text() for part in parts), text])
 
 
 class Calls:
@@ -42,18 +56,19 @@ class Calls:
 
     def __init__(self, settings: Settings, worker_id: str) -> None:
         # Each has calls that others must not wait for.
-        self._claims = DirectConnection(settings.broker_url)
-        self._starts = DirectConnection(settings.broker_url)
-        self._endings = DirectConnection(settings.broker_url)
-        self._blobs = DirectConnection(settings.broker_url)
-        self._rest = DirectConnection(settings.broker_url)
+        self._claims = DirectConnection(settings.broker.address)
+        self._starts = DirectConnection(settings.broker.address)
+        self._endings = DirectConnection(settings.broker.address)
+        self._blobs = DirectConnection(settings.broker.address)
+        self._rest = DirectConnection(settings.broker.address)
         self._settings = settings
         self.clock = BrokerClock(self._rest)
         self.worker_id = worker_id
-        self._lease = keys.WORKER_PREFIX + worker_id
+        self.keys = settings.broker.keys
+        self._lease = self.keys.worker_prefix + worker_id
         self._inflight = f"{self._lease}:inflight"
         self._started = f"{self._lease}:started"
-        self._scripts = {verb: Script(script_text(verb)) for verb in VERBS}
+        self._scripts = {verb: Script(script_text(verb, self.keys)) for verb in VERBS}
 
     async def close(self) -> None:
         """Close all connections."""

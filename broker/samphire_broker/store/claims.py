@@ -47,6 +47,8 @@ class Claims(Calls):
         self._next_number = 1
         self.some_tried = self.some_cancelled = True
         """Whether some task was tried before, and whether some were cancelled lately, as of the last claim."""
+        self.cut_short = False
+        """Whether it was the bytes that ended the last claim: there may be more."""
 
     async def claim(
         self, turns: Sequence[Turn], rooms: Sequence[int], max_messages: int, max_bytes: int
@@ -69,8 +71,8 @@ class Claims(Calls):
         for turn in turns:
             args += (turn.share, turn.group + 1)  # Lua counts from 1
         args += rooms
-        lists = [turn.list_key for turn in turns]
-        key_names = [self._lease, self._inflight, keys.TRIED, keys.CANCELLED_LATELY, *lists]
+        lists = [self.keys.of_celery(turn.list_key) for turn in turns]
+        key_names = [self._lease, self._inflight, self.keys.tried, self.keys.cancelled_lately, *lists]
         try:
             reply = await self._run("claim", key_names, args, self._claims)
         except ProtocolError as error:
@@ -80,6 +82,7 @@ class Claims(Calls):
         values = iter(reply)
         about = next(values)
         self.some_tried, self.some_cancelled = bool(about & 1), bool(about & 2)
+        self.cut_short = bool(about & 4)
         return [
             Claimed(key_text(field), size, message) for field, size, message in zip(values, values, values, strict=True)
         ]
@@ -106,11 +109,11 @@ class Claims(Calls):
     async def tried(self, task_ids: Sequence[str]) -> list[Tried]:
         """What was tried of tasks before they are started."""
         found = [Tried(0, 0)] * len(task_ids)
-        members = await self._starts.execute("SMISMEMBER", keys.TRIED, *task_ids)
+        members = await self._starts.execute("SMISMEMBER", self.keys.tried, *task_ids)
         for n, is_member in enumerate(members):
             if is_member:
                 counts = await self._starts.execute(
-                    "HMGET", keys.TASK_PREFIX + task_ids[n], "attempts", "crashes", "losses", "shared"
+                    "HMGET", self.keys.task_prefix + task_ids[n], "attempts", "crashes", "losses", "shared"
                 )
                 found[n] = Tried(*(int(count or 0) for count in counts))
         return found
@@ -124,8 +127,8 @@ class Claims(Calls):
             How many tasks other workers have under way yet; -1: another worker is alone, or this one by another hold,
             and nothing happens.
         """
-        args: list[Argument] = [self.worker_id, model, int(for_s * 1000), keys.WORKER_PREFIX, hold]
-        return int(await self._run("alone", [keys.ALONE, keys.WORKERS], args))
+        args: list[Argument] = [self.worker_id, model, int(for_s * 1000), self.keys.worker_prefix, hold]
+        return int(await self._run("alone", [self.keys.alone, self.keys.workers], args))
 
     async def lead(self, model: str, *, give_back: bool = False) -> int:
         """Be the only worker that claims a model's tasks, or stop being so.
@@ -133,22 +136,28 @@ class Claims(Calls):
         Returns:
             0: another leads, or none any more; 1: this worker leads; 2: it does, and others hold some of the tasks yet.
         """
-        args: list[Argument] = [self.worker_id, model, int(give_back), keys.WORKER_PREFIX]
-        return int(await self._run("lead", [keys.LEADERS, keys.WORKERS], args))
+        args: list[Argument] = [self.worker_id, model, int(give_back), self.keys.worker_prefix]
+        return int(await self._run("lead", [self.keys.leaders, self.keys.workers], args))
 
     async def is_another_alone(self, model: str) -> bool:
         """Whether another worker is alone with a model, or with all."""
-        raw = await self._starts.execute("GET", keys.ALONE)
+        raw = await self._starts.execute("GET", self.keys.alone)
         holder, _, rest = key_text(raw or b"").partition(" ")
         _number, _, whom = rest.partition(" ")
         return bool(holder) and holder != self.worker_id and whom in ("", model)
 
     async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int | Tried]:
         """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
-        args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, keys.DEAD_PREFIX, info.hostname, info.pid]
+        args: list[Argument] = [
+            self.keys.meta_prefix,
+            self.keys.task_prefix,
+            self.keys.dead_prefix,
+            info.hostname,
+            info.pid,
+        ]
         args += [self.worker_id, self._settings.dead_letter_ttl_s, _pack(tasks)]
-        key_names = [self._inflight, self._started, keys.CANCELLED, keys.ALONE]
-        key_names += [keys.TRIED, keys.ENDED, keys.ENDED_BEFORE]
+        key_names = [self._inflight, self._started, self.keys.cancelled, self.keys.alone]
+        key_names += [self.keys.tried, self.keys.ended, self.keys.ended_before]
         verdicts = await self._run("start", key_names, args, self._starts)
         return [verdict if isinstance(verdict, int) else Tried(*verdict) for verdict in verdicts]
 
@@ -158,23 +167,23 @@ class Claims(Calls):
         Returns:
             1 for each that was still ours, 0 for each that was not, and `WAS_CANCELLED` or `NOT_PUSHED`.
         """
-        args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
-        args += [INLINE_RESULT_BYTES, keys.DEAD_PREFIX, self._settings.dead_letter_ttl_s, self.worker_id]
-        args += [keys.WAKE_CHANNEL, keys.TASK_PREFIX, self._settings.remembered_s]
+        args: list[Argument] = [self.keys.meta_prefix, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
+        args += [INLINE_RESULT_BYTES, self.keys.dead_prefix, self._settings.dead_letter_ttl_s, self.worker_id]
+        args += [self.keys.wake_channel, self.keys.task_prefix, self._settings.remembered_s]
         args.append(_pack([_packed(settlement) for settlement in settlements]))
-        key_names = [self._inflight, self._started, keys.DEAD, keys.CANCELLED]
-        key_names += [keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.TRIED, keys.QUEUES]
-        key_names += [keys.ENDED, keys.ENDED_BEFORE, keys.ENDED_TURN, keys.CANCELLED_RUNNING]
+        key_names = [self._inflight, self._started, self.keys.dead, self.keys.cancelled]
+        key_names += [self.keys.scheduled, self.keys.scheduled_messages, self.keys.tried]
+        key_names += [self.keys.ended, self.keys.ended_before, self.keys.ended_turn, self.keys.cancelled_running]
         verdicts: list[int] = await self._run("settle", key_names, args, self._endings)
         return verdicts
 
     async def end_others(self, ends: Sequence[OtherEnd]) -> list[int]:
         """End tasks that nobody holds, unless they have ended: 1 for each that was not, 0 for each that was."""
-        args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
-        args += [keys.TASK_PREFIX, self._settings.remembered_s]
+        args: list[Argument] = [self.keys.meta_prefix, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
+        args += [self.keys.task_prefix, self._settings.remembered_s]
         for end in ends:
             args += (end.task_id, end.state, end.meta, end.stream)
-        key_names = [keys.ENDED, keys.ENDED_BEFORE, keys.ENDED_TURN, keys.TRIED]
+        key_names = [self.keys.ended, self.keys.ended_before, self.keys.ended_turn, self.keys.tried]
         verdicts: list[int] = await self._run("end_others", key_names, args)
         return verdicts
 
@@ -184,9 +193,9 @@ class Claims(Calls):
         With an `attempt` (JSON) it counts as one of those that had started: one of them may be to blame. Where the
         `endpoint_died` with them that is noted, and is no attempt.
         """
-        args: list[Argument] = [keys.META_PREFIX, keys.TASK_PREFIX, self._settings.dead_letter_ttl_s, attempt]
+        args: list[Argument] = [self.keys.meta_prefix, self.keys.task_prefix, self._settings.dead_letter_ttl_s, attempt]
         args.append(int(endpoint_died))
-        key_names = [self._inflight, self._started, keys.TRIED]
+        key_names = [self._inflight, self._started, self.keys.tried]
         return int(await self._run("release", key_names, [*args, *fields]))
 
     async def give_back(self) -> None:
@@ -199,7 +208,7 @@ class Claims(Calls):
 
     async def route(self, moves: Sequence[tuple[str, str, str]]) -> int:
         """Move claims (field, queue, list) on to other queues; returns how many were still ours."""
-        args: list[Argument] = [keys.WAKE_CHANNEL]
+        args: list[Argument] = [self.keys.wake_channel]
         for move in moves:
             args += move
-        return int(await self._run("route", [self._inflight, keys.QUEUES], args))
+        return int(await self._run("route", [self._inflight], args))

@@ -7,13 +7,13 @@ from dataclasses import asdict
 
 import msgspec
 
-from samphire import keys
 from samphire.connection import key_text
 from samphire.direct import Argument, DirectConnection
+from samphire.keys import SCHEMA_VERSION
 from samphire_broker.store.calls import Calls
-from samphire_broker.store.records import Reaped, WorkerInfo
+from samphire_broker.store.records import OtherDeploymentError, Reaped, WorkerInfo
 
-_CONNECTION_NAME = re.compile(rb" name=" + keys.CONNECTION_PREFIX.encode() + rb"(\S+)")
+_CONNECTION_NAME = re.compile(rb" name=(\S+)")
 _RUN_ID = re.compile(rb"run_id:(\w+)")
 _UPTIME = re.compile(rb"uptime_in_seconds:(-?\d+)")
 
@@ -23,18 +23,40 @@ class Liveness(Calls):
 
     async def beat(self, info: WorkerInfo, connection: DirectConnection) -> int:
         """Renew the lease, on the worker's named connection; 1 means that it had been lost, or is new."""
-        key_names = [self._lease, f"{self._lease}:info", keys.WORKERS]
+        key_names = [self._lease, f"{self._lease}:info", self.keys.workers, self.keys.namespace_mark]
         told = {**asdict(info), "clock_ahead_s": round(self.clock.skew_s, 1)}
         args: list[Argument] = [self.worker_id, self._settings.lease_ms, msgspec.json.encode(told)]
         return int(await self._run("beat", key_names, args, connection))
 
+    async def enter(self) -> None:
+        """Take part in this deployment.
+
+        Raises:
+            OtherDeploymentError: its queues are served by workers of another namespace, or its keys are of another
+                schema.
+        """
+        args: list[Argument] = [SCHEMA_VERSION, self._settings.lease_ms]
+        schema, namespace = map(key_text, await self._run("enter", [self.keys.schema, self.keys.namespace_mark], args))
+        if schema != str(SCHEMA_VERSION):
+            raise OtherDeploymentError(
+                f"the keys under {self.keys.namespace!r} are of schema {schema[:20]!r}, this worker knows schema "
+                f"{SCHEMA_VERSION}: install the version of samphire that the other workers have, or set another "
+                "SAMPHIRE_NAMESPACE"
+            )
+        if namespace != self.keys.namespace:
+            raise OtherDeploymentError(
+                f"workers of the namespace {namespace[:80]!r} serve the queues of this database, and this worker's "
+                f"namespace is {self.keys.namespace!r}: set SAMPHIRE_CELERY_KEY_PREFIX to what no other deployment "
+                f"has, for workers and producers, or stop those workers and wait {self._settings.lease_s:g} s"
+            )
+
     async def others(self) -> dict[str, int | None]:
         """The other registered workers with their lease's counter; None where the lease has lapsed."""
-        members = await self._rest.execute("SMEMBERS", keys.WORKERS)
+        members = await self._rest.execute("SMEMBERS", self.keys.workers)
         ids = sorted({key_text(member) for member in members} - {self.worker_id})
         if not ids:
             return {}
-        beats = await self._rest.execute("MGET", *(keys.WORKER_PREFIX + worker_id for worker_id in ids))
+        beats = await self._rest.execute("MGET", *(self.keys.worker_prefix + worker_id for worker_id in ids))
         return {worker_id: None if beat is None else int(beat) for worker_id, beat in zip(ids, beats, strict=True)}
 
     async def connected(self) -> set[str]:
@@ -44,7 +66,9 @@ class Liveness(Calls):
             BrokerRightError: this user may not ask (CLIENT LIST).
         """
         listing = await self._rest.execute("CLIENT", "LIST", "TYPE", "NORMAL")
-        return {name.decode() for name in _CONNECTION_NAME.findall(listing)}
+        prefix = self.keys.connection_prefix
+        names = [key_text(name) for name in _CONNECTION_NAME.findall(listing)]
+        return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 
     async def broker_run(self) -> tuple[str, int]:
         """Which run of the broker this is, and for how many s it says to have run: by its clock, so it may be anything.
@@ -58,7 +82,7 @@ class Liveness(Calls):
 
     async def hostname(self, worker_id: str) -> str:
         """What a worker calls itself; its id where that is not known any more."""
-        raw = await self._rest.execute("GET", f"{keys.WORKER_PREFIX}{worker_id}:info")
+        raw = await self._rest.execute("GET", f"{self.keys.worker_prefix}{worker_id}:info")
         return worker_id if raw is None else str(msgspec.json.decode(raw).get("hostname", worker_id))
 
     async def reap(self, worker_id: str, last_beat: int | None, attempt: str) -> Reaped:
@@ -66,13 +90,14 @@ class Liveness(Calls):
 
         What had started is an `attempt` (JSON) of its task.
         """
-        lease = keys.WORKER_PREFIX + worker_id
-        key_names = [lease, f"{lease}:info", f"{lease}:inflight", f"{lease}:started", keys.WORKERS]
-        key_names += [keys.TRIED, keys.ALONE]
-        args = [worker_id, "" if last_beat is None else last_beat, keys.META_PREFIX, keys.TASK_PREFIX]
+        lease = self.keys.worker_prefix + worker_id
+        key_names = [lease, f"{lease}:info", f"{lease}:inflight", f"{lease}:started", self.keys.workers]
+        key_names += [self.keys.tried, self.keys.alone]
+        args = [worker_id, "" if last_beat is None else last_beat, self.keys.meta_prefix, self.keys.task_prefix]
         args += [self._settings.dead_letter_ttl_s, attempt]
         return Reaped(*await self._run("reap", key_names, args))
 
     async def leave(self) -> None:
         """Drop the lease of a worker that ends; if it holds nothing nobody need reap it."""
-        await self._run("leave", [self._lease, f"{self._lease}:info", self._inflight, keys.WORKERS], [self.worker_id])
+        key_names = [self._lease, f"{self._lease}:info", self._inflight, self.keys.workers, self.keys.namespace_mark]
+        await self._run("leave", key_names, [self.worker_id])

@@ -23,12 +23,18 @@ DUE, REPLACED = 2, 3
 WAS_CANCELLED, NOT_PUSHED = 2, 3
 """What `settle` says of a task that was cancelled meanwhile, and is to be settled as such, and of one whose next steps
 cannot be pushed."""
+FORGOTTEN = 2
+"""What `look_at_queues` says of a queue that is empty and whose name is not in the set any more."""
 NOWHERE = "nowhere"
 """How the verdict of `cancel` begins of an id that is in no queue that is known; its request's stream stands behind."""
 
 
 class LeaseLostError(SamphireError):
     """This worker's lease has lapsed: its claims may have been handed to others."""
+
+
+class OtherDeploymentError(SamphireError):
+    """The queues, or the keys, belong to another deployment or version: this worker must not begin."""
 
 
 class Turn(NamedTuple):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 
 from samphire import keys
 from samphire.connection import key_text
 from samphire.contract import Ref
 from samphire.direct import Argument, read_blob
+from samphire.errors import BrokerRightError
 from samphire.results import DELETED
+from samphire_broker.settings import Settings
 from samphire_broker.store.calls import Calls
 from samphire_broker.store.records import STREAM_MAX_LENGTH, STREAM_TTL_S, Letters
 
@@ -19,30 +22,46 @@ DUE_MAX = 500
 DELETES_MAX = 500
 LETTERS_MAX = 200
 CATALOGUE_TTL_S = 60
+NAMES_A_CALL = 1000
 
 
 class Requests(Calls):
     """All of it may be repeated after a lost reply."""
 
+    def __init__(self, settings: Settings, worker_id: str) -> None:
+        super().__init__(settings, worker_id)
+        self._forms: dict[bytes, str | None] = {}
+        """What the names in the set of queues mean."""
+
     async def schedule(self, tasks: Sequence[tuple[str, str, float]]) -> list[int]:
         """Put claims (field, task id, time in s since 1970) aside until their time; see `schedule.lua`."""
-        args: list[Argument] = [keys.META_PREFIX, *(part for task in tasks for part in task)]
-        key_names = [self._inflight, self._started, keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.CANCELLED]
-        key_names += [keys.ENDED, keys.ENDED_BEFORE]
+        args: list[Argument] = [self.keys.meta_prefix, *(part for task in tasks for part in task)]
+        key_names = [
+            self._inflight,
+            self._started,
+            self.keys.scheduled,
+            self.keys.scheduled_messages,
+            self.keys.cancelled,
+        ]
+        key_names += [self.keys.ended, self.keys.ended_before]
         verdicts: list[int] = await self._run("schedule", key_names, args)
         return verdicts
 
     async def return_due(self) -> int:
         """Return scheduled tasks whose time has come to their queues, at most `DUE_MAX`; how many."""
-        return int(await self._run("due", [keys.SCHEDULED, keys.SCHEDULED_MESSAGES], [keys.WAKE_CHANNEL, DUE_MAX]))
+        return int(
+            await self._run(
+                "due", [self.keys.scheduled, self.keys.scheduled_messages], [self.keys.wake_channel, DUE_MAX]
+            )
+        )
 
     async def scheduled(self, most: int) -> list[tuple[str, float, str, bytes]]:
         """The earliest of the scheduled tasks: id, time in s since 1970, list that it returns to, message."""
-        found = await self._rest.execute("ZRANGE", keys.SCHEDULED, 0, most - 1, "WITHSCORES")
+        found = await self._rest.execute("ZRANGE", self.keys.scheduled, 0, most - 1, "WITHSCORES")
         if not found:
             return []
         ids = [key_text(task_id) for task_id in found[::2]]
-        values = await self._rest.execute("HMGET", keys.SCHEDULED_MESSAGES, *ids)
+        values = await self._rest.execute("HMGET", self.keys.scheduled_messages, *ids)
         tasks = []
         for task_id, due, value in zip(ids, found[1::2], values, strict=True):
             if value is not None:
@@ -63,70 +82,110 @@ class Requests(Calls):
             state of a task that is past cancelling, or runs elsewhere; "nowhere <stream>" of what is in no queue that
             is known, "unknown" of what is in none.
         """
-        args: list[Argument] = [keys.META_PREFIX, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
-        args += [CANCELLED_TTL_S, CANCELLED_MAX, meta, keys.WAKE_CHANNEL, CANCELS_MAX, keys.ANSWER_PREFIX]
-        args += [keys.INTAKE, keys.WORKER_PREFIX, keys.DEAD_PREFIX, keys.TASK_PREFIX, self._settings.remembered_s]
+        args: list[Argument] = [self.keys.meta_prefix, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
+        args += [CANCELLED_TTL_S, CANCELLED_MAX, meta, self.keys.wake_channel, CANCELS_MAX, self.keys.answer_prefix]
+        args += [
+            keys.INTAKE,
+            self.keys.worker_prefix,
+            self.keys.dead_prefix,
+            self.keys.task_prefix,
+            self._settings.remembered_s,
+        ]
         args += [len(again), *again, *task_ids]
-        key_names = [keys.CANCELS, keys.CANCELLED, keys.SCHEDULED, keys.SCHEDULED_MESSAGES, keys.CANCELLED_LATELY]
-        key_names += [self._started, keys.QUEUES, keys.WORKERS]
-        key_names += [keys.ENDED, keys.ENDED_BEFORE, keys.ENDED_TURN, keys.CANCELLED_RUNNING]
+        key_names = [
+            self.keys.cancels,
+            self.keys.cancelled,
+            self.keys.scheduled,
+            self.keys.scheduled_messages,
+            self.keys.cancelled_lately,
+        ]
+        key_names += [self._started, self.keys.queues, self.keys.workers]
+        key_names += [self.keys.ended, self.keys.ended_before, self.keys.ended_turn, self.keys.cancelled_running]
         reply = [key_text(value) for value in await self._run("cancel", key_names, args)]
         return dict(zip(reply[::2], reply[1::2], strict=True))
 
     async def is_cancelled(self, task_id: str) -> bool:
         """Whether a task was cancelled before it was claimed."""
-        return await self._rest.execute("ZSCORE", keys.CANCELLED, task_id) is not None
+        return await self._rest.execute("ZSCORE", self.keys.cancelled, task_id) is not None
 
     async def delete_results(self) -> int:
         """Delete results that clients have read and no longer need; how many they named."""
-        args: list[Argument] = [keys.META_PREFIX, keys.RESULT_BLOB_PREFIX, DELETED, DELETES_MAX]
-        return int(await self._run("delete", [keys.DELETES], args))
+        args: list[Argument] = [self.keys.meta_prefix, keys.RESULT_BLOB_PREFIX, DELETED, DELETES_MAX]
+        return int(await self._run("delete", [self.keys.deletes], args))
 
     async def serve_letters(self) -> int:
         """Redrive and purge the dead letters that clients name; how many they named."""
-        args: list[Argument] = [keys.DEAD_PREFIX, keys.META_PREFIX, keys.TASK_PREFIX, keys.WAKE_CHANNEL, LETTERS_MAX]
-        args += [STREAM_MAX_LENGTH, STREAM_TTL_S, self._settings.dead_letter_ttl_s]
-        key_names = [keys.LETTERS, keys.DEAD, keys.TRIED, keys.ENDED, keys.ENDED_BEFORE]
+        args: list[Argument] = [
+            self.keys.dead_prefix,
+            self.keys.meta_prefix,
+            self.keys.task_prefix,
+            self.keys.wake_channel,
+            LETTERS_MAX,
+        ]
+        args += [STREAM_MAX_LENGTH, STREAM_TTL_S, self._settings.dead_letter_ttl_s, keys.BLOB_PREFIX]
+        key_names = [self.keys.letters, self.keys.dead, self.keys.tried, self.keys.ended, self.keys.ended_before]
         return int(await self._run("letters", key_names, args))
 
     async def trim_letters(self) -> Letters:
         """Delete the oldest dead letters beyond the limit, at most `BATCH_MAX` a call; what there is."""
-        args: list[Argument] = [keys.DEAD_PREFIX, self._settings.dead_letters_max, self._settings.dead_letter_ttl_s]
-        deleted, left, oldest, now = await self._run("trim", [keys.DEAD], args)
+        args: list[Argument] = [
+            self.keys.dead_prefix,
+            self._settings.dead_letters_max,
+            self._settings.dead_letter_ttl_s,
+        ]
+        deleted, left, oldest, now = await self._run("trim", [self.keys.dead], args)
         return Letters(deleted, left, float(now) - float(oldest) if oldest else 0.0)
 
     async def publish_catalogue(self, signatures: Mapping[str, bytes], gone: Collection[str]) -> None:
         """Tell clients what the models take, and which are gone; what no worker renews expires."""
         if gone:
-            await self._rest.execute("HDEL", keys.CATALOGUE, *gone)
+            await self._rest.execute("HDEL", self.keys.catalogue, *gone)
         if signatures:
-            await self._rest.execute("HSET", keys.CATALOGUE, *(part for item in signatures.items() for part in item))
-            await self._rest.execute("EXPIRE", keys.CATALOGUE, CATALOGUE_TTL_S)
+            await self._rest.execute(
+                "HSET", self.keys.catalogue, *(part for item in signatures.items() for part in item)
+            )
+            await self._rest.execute("EXPIRE", self.keys.catalogue, CATALOGUE_TTL_S)
 
     async def known_queues(self) -> set[str]:
-        """Queues that the SDK has submitted to."""
-        names = await self._rest.execute("SMEMBERS", keys.QUEUES)
-        return {queue for name in names if (queue := keys.known_form(name))}
+        """The queues whose names are noted; what is no queue's name is taken out."""
+        names = await self._rest.execute("SMEMBERS", self.keys.queues)
+        # Asked every second, and nearly always the same.
+        before = self._forms
+        self._forms = {name: before[name] if name in before else keys.known_form(name) for name in names}
+        strange = [name for name, queue in self._forms.items() if queue is None or len(queue) != len(name)]
+        with contextlib.suppress(BrokerRightError):
+            for first in range(0, len(strange), NAMES_A_CALL):
+                await self._rest.execute("SREM", self.keys.queues, *strange[first : first + NAMES_A_CALL])
+        return {queue for queue in self._forms.values() if queue}
+
+    async def look_at_queues(self, old: Sequence[str], others: Sequence[str]) -> list[int]:
+        """Look which queues hold something, and take the names of the `old` ones that do not out of the set.
+
+        Returns:
+            For each of the old and of the others 1: it holds something, 0: it does not, or `FORGOTTEN`.
+        """
+        found: list[int] = await self._run("forget", [self.keys.queues], [len(old), *old, *others])
+        return found
 
     async def name_queues(self, queues: Collection[str]) -> None:
-        """Note queues that were found, as those of the SDK are."""
-        await self._rest.execute("SADD", keys.QUEUES, *queues)
+        """Note the names of queues that were found, so that other workers know them."""
+        await self._rest.execute("SADD", self.keys.queues, *queues)
 
     async def find_queues(self, cursor: int) -> tuple[int, set[str]]:
         """One bounded step of a scan for queues that plain producers made; returns the next cursor."""
-        pattern = f"{keys.INTAKE}.*"
+        pattern = self.keys.of_celery(f"{keys.INTAKE}.*")
         following, found = await self._rest.execute("SCAN", cursor, "MATCH", pattern, "COUNT", 1000, "TYPE", "list")
-        return int(following), {queue for key in found if (queue := keys.known_form(key))}
+        return int(following), {queue for key in found if (queue := self.keys.queue_in(key))}
 
     async def read_blob(self, key: str, size: int) -> bytes | None:
         """Bytes of a claim check, at most one more than `size`; None when it has expired."""
-        return await read_blob(self._blobs, key, size)
+        return await read_blob(self._blobs, self.keys.own(key), size)
 
-    async def write_blob(self, task_id: str, number: int, data: bytes, sha256: str) -> Ref:
+    async def write_blob(self, tenant: str, task_id: str, number: int, data: bytes, sha256: str) -> Ref:
         """Store an output as a claim check with the lifetime of results.
 
         What its bytes are is in its name: a late attempt of a worker that was taken for lost overwrites nothing else.
         """
-        key = f"{keys.RESULT_BLOB_PREFIX}{task_id}:{number}:{sha256[:16]}"
-        await self._blobs.execute("SET", key, data, "EX", self._settings.result_ttl_s)
+        key = f"{keys.result_blobs_of(tenant)}{task_id}:{number}:{sha256[:16]}"
+        await self._blobs.execute("SET", self.keys.own(key), data, "EX", self._settings.result_ttl_s)
         return Ref(key=key, size=len(data), sha256=sha256)

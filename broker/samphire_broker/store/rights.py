@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 import redis
 
-from samphire import keys
-from samphire.direct import Script
+from samphire.keys import BLOB_PREFIX, INTAKE, RESULT_BLOB_PREFIX, STREAM_PREFIX, Keys
 from samphire_broker.store.calls import Calls, script_text
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -39,69 +38,80 @@ def _all(needed_for: str, *commands: str, vital: bool = True) -> list[Right]:
     return [Right(tuple(command.split(" ")), needed_for, vital) for command in commands]
 
 
-_META, _TASK, _DEAD = keys.META_PREFIX + "id", keys.TASK_PREFIX + "id", keys.DEAD_PREFIX + "id"
-_WORKER = keys.WORKER_PREFIX + "id"
+def rights(keys: Keys) -> Sequence[Right]:
+    """What `Store` and its scripts run. Chords need what Celery's own backend runs beside that."""
+    meta, task, dead = keys.meta_prefix + "id", keys.task_prefix + "id", keys.dead_prefix + "id"
+    worker, intake = keys.worker_prefix + "id", keys.of_celery(INTAKE)
+    return (
+        *_all("queues", f"LRANGE {intake} 0 0", f"LTRIM {intake} 0 0", f"RPUSH {intake} x"),
+        *_all("queues", f"LPUSH {intake}.m x", f"BLMOVE {intake} {intake} RIGHT RIGHT 1"),
+        *_all(
+            "queues",
+            f"SMEMBERS {keys.queues}",
+            f"SADD {keys.queues} x",
+            "SCAN 0",
+            "TIME",
+            f"SUBSCRIBE {keys.wake_channel}",
+        ),
+        *_all("forgetting queues that nobody uses", f"SREM {keys.queues} x", vital=False),
+        *_all("taking part in the deployment", f"SET {keys.schema} x", f"GET {keys.schema}"),
+        *_all("telling other deployments whose the queues are", f"SET {keys.namespace_mark} x", vital=False),
+        *_all("the worker's lease", f"INCR {worker}", f"PEXPIRE {worker} 1", f"SET {worker}:info x", f"DEL {worker}"),
+        *_all("the worker's lease", f"SADD {keys.workers} x", f"SREM {keys.workers} x", f"SMEMBERS {keys.workers}"),
+        *_all("claims", f"HSET {worker}:inflight x x", f"HDEL {worker}:inflight x", f"HKEYS {worker}:inflight"),
+        *_all("claims", f"HSET {worker}:started x x", f"HDEL {worker}:started x", f"HVALS {worker}:started"),
+        *_all("results", f"MGET {meta}", f"MSET {meta} x", f"SETEX {meta} 1 x", f"SET {meta} x", f"DEL {meta}"),
+        *_all(
+            "results",
+            f"PUBLISH {meta} x",
+            f"SET {keys.own(RESULT_BLOB_PREFIX)}x x",
+            f"GETRANGE {keys.own(BLOB_PREFIX)}x 0 1",
+        ),
+        *_all("results", f"UNLINK {keys.own(BLOB_PREFIX)}x", f"UNLINK {keys.own(RESULT_BLOB_PREFIX)}x"),
+        *_all("events", f"XADD {keys.own(STREAM_PREFIX)}c * x x", f"EXPIRE {keys.own(STREAM_PREFIX)}c 1"),
+        *_all("events", f"PUBLISH {keys.wake_channel} x"),
+        *_all("attempts", f"HSET {task} x x", f"HINCRBY {task} x 1", f"HMGET {task} x", f"UNLINK {task}"),
+        *_all("attempts", f"SADD {keys.tried} x", f"SREM {keys.tried} x", f"SMISMEMBER {keys.tried} x"),
+        *_all("sequences", f"HGET {keys.leaders} x", f"HSET {keys.leaders} x x", f"HDEL {keys.leaders} x"),
+        *_all("attempts", f"SET {keys.alone} x", f"DEL {keys.alone}", f"GET {keys.alone}"),
+        *_all("the schedule", f"ZADD {keys.scheduled} 0 x", f"ZREM {keys.scheduled} x", f"ZRANGE {keys.scheduled} 0 0"),
+        *_all("the schedule", f"HSET {keys.scheduled_messages} x x", f"HDEL {keys.scheduled_messages} x"),
+        *_all("cancellations", f"LRANGE {keys.cancels} 0 0", f"LTRIM {keys.cancels} 0 0", f"ZADD {keys.cancelled} 0 x"),
+        *_all(
+            "cancellations",
+            f"ZREM {keys.cancelled} x",
+            f"ZSCORE {keys.cancelled} x",
+            f"SETEX {keys.answer_prefix}x 1 x",
+        ),
+        *_all("cancellations", f"SET {keys.cancelled_lately} x", f"SADD {keys.cancelled_running} x"),
+        *_all(
+            "the memory of what has ended", f"HSET {keys.ended} x x", f"HMGET {keys.ended} x", f"HDEL {keys.ended} x"
+        ),
+        *_all("the memory of what has ended", f"RENAME {keys.ended} {keys.ended_before}", f"SET {keys.ended_turn} x"),
+        *_all("dead letters", f"HSET {dead} x x", f"HGET {dead} x", f"DEL {dead}", f"EXPIRE {dead} 1"),
+        *_all("dead letters", f"ZADD {keys.dead} 0 x", f"ZREM {keys.dead} x", f"ZREMRANGEBYSCORE {keys.dead} 0 0"),
+        *_all("dead letters", f"LRANGE {keys.letters} 0 0", f"LTRIM {keys.letters} 0 0", f"LTRIM {keys.deletes} 0 0"),
+        *_all("the catalogue", f"HSET {keys.catalogue} x x", f"HDEL {keys.catalogue} x", f"EXPIRE {keys.catalogue} 1"),
+        *_all(
+            "finding lost workers within seconds, and not only once their lease has lapsed", "CLIENT LIST", vital=False
+        ),
+        *_all(
+            "telling a broker that has just started, within whose first seconds nobody is taken for lost",
+            "INFO",
+            vital=False,
+        ),
+    )
 
-RIGHTS: Sequence[Right] = (
-    *_all("queues", f"LRANGE {keys.INTAKE} 0 0", f"LTRIM {keys.INTAKE} 0 0", f"RPUSH {keys.INTAKE} x"),
-    *_all("queues", f"LPUSH {keys.INTAKE}.m x", f"BLMOVE {keys.INTAKE} {keys.INTAKE} RIGHT RIGHT 1"),
-    *_all(
-        "queues", f"SMEMBERS {keys.QUEUES}", f"SADD {keys.QUEUES} x", "SCAN 0", "TIME", f"SUBSCRIBE {keys.WAKE_CHANNEL}"
-    ),
-    *_all("the worker's lease", f"INCR {_WORKER}", f"PEXPIRE {_WORKER} 1", f"SET {_WORKER}:info x", f"DEL {_WORKER}"),
-    *_all("the worker's lease", f"SADD {keys.WORKERS} x", f"SREM {keys.WORKERS} x", f"SMEMBERS {keys.WORKERS}"),
-    *_all("claims", f"HSET {_WORKER}:inflight x x", f"HDEL {_WORKER}:inflight x", f"HKEYS {_WORKER}:inflight"),
-    *_all("claims", f"HSET {_WORKER}:started x x", f"HDEL {_WORKER}:started x", f"HVALS {_WORKER}:started"),
-    *_all("results", f"MGET {_META}", f"MSET {_META} x", f"SETEX {_META} 1 x", f"SET {_META} x", f"DEL {_META}"),
-    *_all("results", f"PUBLISH {_META} x", f"SET {keys.RESULT_BLOB_PREFIX}x x", f"GETRANGE {keys.BLOB_PREFIX}x 0 1"),
-    *_all("results", f"UNLINK {keys.BLOB_PREFIX}x", f"UNLINK {keys.RESULT_BLOB_PREFIX}x"),
-    *_all("events", f"XADD {keys.STREAM_PREFIX}c * x x", f"EXPIRE {keys.STREAM_PREFIX}c 1"),
-    *_all("events", f"PUBLISH {keys.WAKE_CHANNEL} x"),
-    *_all("attempts", f"HSET {_TASK} x x", f"HINCRBY {_TASK} x 1", f"HMGET {_TASK} x", f"UNLINK {_TASK}"),
-    *_all("attempts", f"SADD {keys.TRIED} x", f"SREM {keys.TRIED} x", f"SMISMEMBER {keys.TRIED} x"),
-    *_all("sequences", f"HGET {keys.LEADERS} x", f"HSET {keys.LEADERS} x x", f"HDEL {keys.LEADERS} x"),
-    *_all("attempts", f"SET {keys.ALONE} x", f"DEL {keys.ALONE}", f"GET {keys.ALONE}"),
-    *_all("the schedule", f"ZADD {keys.SCHEDULED} 0 x", f"ZREM {keys.SCHEDULED} x", f"ZRANGE {keys.SCHEDULED} 0 0"),
-    *_all("the schedule", f"HSET {keys.SCHEDULED_MESSAGES} x x", f"HDEL {keys.SCHEDULED_MESSAGES} x"),
-    *_all("cancellations", f"LRANGE {keys.CANCELS} 0 0", f"LTRIM {keys.CANCELS} 0 0", f"ZADD {keys.CANCELLED} 0 x"),
-    *_all(
-        "cancellations", f"ZREM {keys.CANCELLED} x", f"ZSCORE {keys.CANCELLED} x", f"SETEX {keys.ANSWER_PREFIX}x 1 x"
-    ),
-    *_all("cancellations", f"SET {keys.CANCELLED_LATELY} x", f"SADD {keys.CANCELLED_RUNNING} x"),
-    *_all("the memory of what has ended", f"HSET {keys.ENDED} x x", f"HMGET {keys.ENDED} x", f"HDEL {keys.ENDED} x"),
-    *_all("the memory of what has ended", f"RENAME {keys.ENDED} {keys.ENDED_BEFORE}", f"SET {keys.ENDED_TURN} x"),
-    *_all("dead letters", f"HSET {_DEAD} x x", f"HGET {_DEAD} x", f"DEL {_DEAD}", f"EXPIRE {_DEAD} 1"),
-    *_all("dead letters", f"ZADD {keys.DEAD} 0 x", f"ZREM {keys.DEAD} x", f"ZREMRANGEBYSCORE {keys.DEAD} 0 0"),
-    *_all("dead letters", f"LRANGE {keys.LETTERS} 0 0", f"LTRIM {keys.LETTERS} 0 0", f"LTRIM {keys.DELETES} 0 0"),
-    *_all("the catalogue", f"HSET {keys.CATALOGUE} x x", f"HDEL {keys.CATALOGUE} x", f"EXPIRE {keys.CATALOGUE} 1"),
-    *_all("finding lost workers within seconds, and not only once their lease has lapsed", "CLIENT LIST", vital=False),
-    *_all(
-        "telling a broker that has just started, within whose first seconds nobody is taken for lost",
-        "INFO",
-        vital=False,
-    ),
-)
-"""What `Store` and its scripts run. Chords need what Celery's own backend runs beside that."""
 
-
-def missing_among(numbers: Sequence[int]) -> list[Right]:
-    """The rights that `rights.lua` has named, by number from 1."""
-    return [RIGHTS[number - 1] for number in numbers]
-
-
-def packed_rights() -> bytes:
-    """All of them, as `rights.lua` takes them."""
-    return _pack([right.command for right in RIGHTS])
-
-
-def missing_rights(client: redis.Redis) -> list[Right]:
+def missing_rights(client: redis.Redis, keys: Keys) -> list[Right]:
     """What the user of a connection lacks; nothing where the server is too old to be asked.
 
     Raises:
         redis.RedisError: the server is away, or this user may not run scripts at all.
     """
-    reply: Any = client.eval(Script(script_text("rights")).text, 0, packed_rights())
-    return missing_among(reply)
+    needed = rights(keys)
+    reply: Any = client.eval(script_text("rights", keys), 0, _packed(needed))
+    return [needed[number - 1] for number in reply]
 
 
 class Rights(Calls):
@@ -109,4 +119,9 @@ class Rights(Calls):
 
     async def missing_rights(self) -> list[Right]:
         """What the worker's user lacks on the broker."""
-        return missing_among(await self._run("rights", [], [packed_rights()]))
+        needed = rights(self.keys)
+        return [needed[number - 1] for number in await self._run("rights", [], [_packed(needed)])]
+
+
+def _packed(needed: Sequence[Right]) -> bytes:
+    return _pack([right.command for right in needed])

@@ -1,5 +1,5 @@
 -- cancel: end tasks, or mark them where somebody else has to.
--- With: ended
+-- With: ended, pages
 -- KEYS  1 sub:cancels   2 cancelled   3 scheduled   4 scheduled:messages   5 cancelled:lately
 --       6 worker:<wid>:started, of the worker that asks   7 sub:queues   8 workers   9 ended   10 ended:before
 --      11 ended:turn   12 cancelled:running
@@ -15,8 +15,8 @@
 -- one ends now, any other is marked, and ends if it is ever claimed. A running one is marked, and ends where it runs:
 -- every worker that asks is told of the marked ones that it has started. The mark of a task that has ended here has .5
 -- behind its time. A client whose task has ended, and whose result is gone, is told by an answer of its own.
--- Returns task id, verdict, task id, verdict, …: "cancelled", "marked", the state of a task past cancelling or running
--- elsewhere, "nowhere <stream>" (to be asked again once the worker has looked for queues), "unknown", and "running" for
+-- Returns task id, verdict, task id, verdict, …: "cancelled", "marked", the state of a task past cancelling or
+-- running elsewhere, "nowhere <stream>" (to be asked again once the worker has looked for queues), "unknown", and "running" for
 -- those that the worker that asks has started.
 local requests = {}
 if call('TYPE', KEYS[1]).ok == 'list' then
@@ -29,7 +29,7 @@ local asked_again = tonumber(ARGV[16])
 if from_list > 0 or #ARGV > 16 then
   local refusal = denied({
     {'SETEX', ARGV[1] .. 'id', 1, ''}, {'SETEX', ARGV[10] .. 'id', 1, ''}, {'ZADD', KEYS[2], 0, 'member'},
-    {'SET', KEYS[5], ''}, {'RPUSH', ARGV[11], ''}, {'ZREM', KEYS[3], 'member'}, {'HDEL', KEYS[4], 'field'},
+    {'SET', KEYS[5], ''}, {'RPUSH', CELERY .. ARGV[11], ''}, {'ZREM', KEYS[3], 'member'}, {'HDEL', KEYS[4], 'field'},
     {'LTRIM', KEYS[1], 0, -1}})
   if refusal then
     return refusal
@@ -43,17 +43,40 @@ local reply, ends = {}, {}
 
 -- ---- where messages are
 -- What is searched in one call, for all ids together; beyond it an id is believed.
-local looks, bytes = 4000, 16 * 2 ^ 20
+local looks, pages, bytes = 4000, 20000, CALL_BYTES
 local places, too_many
 local function add_place(found)
-  if found.err then
-    return
-  end
   places[#places + 1] = found
   for _, message in ipairs(found) do
     bytes = bytes - #message
   end
-  too_many = bytes < 0
+  too_many = bytes < 0 or pages < 0
+end
+local function read(page) -- all that is there, a page at a time
+  local first, seen = 0, nothing()
+  too_many = too_many or pages < 0
+  while first <= looks and not too_many do
+    local asked = next_page(seen)
+    pages = pages - 1
+    local found = page(first, first + asked - 1)
+    if found.err or #found == 0 then
+      return
+    end
+    note_page(seen, found)
+    add_place(found)
+    first = first + asked
+  end
+end
+local function read_hash(hash, pattern) -- of each value what the pattern finds
+  local fields = try('HKEYS', hash)
+  fields = fields.err and {} or fields
+  read(function(first, last)
+    local found = first < #fields and try('HMGET', hash, unpack(fields, first + 1, math.min(last + 1, #fields))) or {}
+    for n, value in ipairs(found) do
+      found[n] = match(value, pattern) or value
+    end
+    return found
+  end)
 end
 local function find_places()
   places = {}
@@ -62,30 +85,19 @@ local function find_places()
   queues[#queues + 1] = ARGV[11]
   for _, queue in ipairs(queues) do
     for _, suffix in ipairs({'', '\6\0223', '\6\0226', '\6\0229'}) do
-      for first = 0, looks, 32 do -- a page at a time: a few large messages are not to fill the server's memory
-        local found = try('LRANGE', queue .. suffix, first, first + 31)
-        if found.err or #found == 0 then
-          break
-        end
-        add_place(found)
-        if too_many then
-          return
-        end
+      read(function(first, last)
+        return try('LRANGE', CELERY .. queue .. suffix, first, last)
+      end)
+      if too_many then
+        return
       end
     end
   end
   local members = try('SMEMBERS', KEYS[8])
   for _, worker in ipairs(members.err and {} or members) do
-    add_place(try('HVALS', ARGV[12] .. worker .. ':inflight'))
-    if too_many then
-      return
-    end
+    read_hash(ARGV[12] .. worker .. ':inflight', '^.*$')
   end
-  local scheduled = call('HVALS', KEYS[4])
-  for n, value in ipairs(scheduled) do
-    scheduled[n] = match(value, '^%S+ (.*)$') or value -- without its list
-  end
-  add_place(scheduled)
+  read_hash(KEYS[4], '^%S+ (.*)$') -- without its list
 end
 local function is_coded(message) -- Celery's own steps of a canvas: the ids of those to come cannot be seen in them
   return string.find(message, '"body_encoding": ?"base64"')
@@ -147,9 +159,9 @@ local function end_task(id, stream, run)
   try('PUBLISH', key, result)
   ends[#ends + 1], ends[#ends + 2] = id, 'c' .. (run > 1 and run or '')
   if run > 1 then
-    tell(stream, ARGV[3], ARGV[4], 'cancelled', id, 'run', run)
+    tell(stream_for(id, stream), ARGV[3], ARGV[4], 'cancelled', id, 'run', run)
   else
-    tell(stream, ARGV[3], ARGV[4], 'cancelled', id)
+    tell(stream_for(id, stream), ARGV[3], ARGV[4], 'cancelled', id)
   end
 end
 local function cancel(id, stream, named, is_sure)

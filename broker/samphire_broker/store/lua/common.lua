@@ -1,6 +1,8 @@
 -- common: stands before every other script of this folder, and has what all of them do; what only some do is in
--- `ended.lua` and `attempts.lua`, which stand before those that say "With:". These files touch only what they are
--- given. A script is not all or nothing: what has been written before a command fails stays. So no script writes before
+-- `ended.lua`, `attempts.lua` and `pages.lua`, which stand before those that say "With:". These files touch only what they are
+-- given. NAMESPACE begins every own key and CELERY every list of a queue: they stand before this file, as the
+-- deployment has them; what is kept in keys and messages (lists, streams, claim checks) is named without them.
+-- A script is not all or nothing: what has been written before a command fails stays. So no script writes before
 -- everything that can fail has been tried: types are looked at by reading, rights with `denied`. What may fail without
 -- harm (publishing, events, what is remembered of ended tasks, what an attempt leaves) goes through `try`. A claim is
 -- the last thing to go, after what becomes of its message: should all of that be wrong, a message is there twice and
@@ -34,11 +36,22 @@ local function model_of(field)
   return match(field, '^%d+!?:inference%.([^@\6]*)')
 end
 
--- Push a message to a list; beside it where a key of another type lies. Returns where it is, or nil: nowhere.
+-- What a script reads and moves in one call, in bytes: the server does nothing else meanwhile.
+local CALL_BYTES = 16 * 2 ^ 20
+
+-- Push a message to a list; beside it where a key of another type lies. Returns the list's name, or nil: nowhere.
+-- Its queue is named in `sub:queues`: lanes find it there, and the name may have been forgotten since the message was
+-- taken out of it.
+local named = {}
 local function push(how, list, message)
-  for _, key in ipairs({list, list .. ':returned'}) do
-    if type(try(how, key, message)) == 'number' then
-      return key
+  local queue = match(list, '^(inference%.[^\6]*)')
+  if queue and not named[queue] then
+    named[queue] = true
+    try('SADD', NAMESPACE .. 'sub:queues', queue)
+  end
+  for _, name in ipairs({list, list .. ':returned'}) do
+    if type(try(how, CELERY .. name, message)) == 'number' then
+      return name
     end
   end
 end
@@ -48,10 +61,16 @@ local function state_in(meta)
   return type(meta) == 'string' and match(meta, '"status": ?"(%u+)"') or nil
 end
 
+-- The stream that is told of a task; none where its id could be taken for several, which events name with spaces
+-- between.
+local function stream_for(id, stream)
+  return match(id, '[%s%c]') and '' or stream
+end
+
 -- Append to a client's stream, and to no other key.
 local function tell(stream, most, lifetime_s, ...)
   if match(stream, '^events:[%w-]+$') then
-    try('XADD', stream, 'MAXLEN', '~', most, '*', ...)
-    try('EXPIRE', stream, lifetime_s)
+    try('XADD', NAMESPACE .. stream, 'MAXLEN', '~', most, '*', ...)
+    try('EXPIRE', NAMESPACE .. stream, lifetime_s)
   end
 end

@@ -6,7 +6,8 @@
 if call('TYPE', KEYS[1]).ok ~= 'list' then
   return 0
 end
-local refusal = denied({{'SET', ARGV[1] .. 'id', ''}, {'UNLINK', ARGV[2] .. 'id'}, {'LTRIM', KEYS[1], 0, -1}})
+local refusal = denied({
+  {'SET', ARGV[1] .. 'id', ''}, {'UNLINK', NAMESPACE .. ARGV[2] .. 'id'}, {'LTRIM', KEYS[1], 0, -1}})
 if refusal then
   return refusal
 end
@@ -16,10 +17,10 @@ for n = 1, #ids do
   local key = ARGV[1] .. ids[n]
   local meta = try('GET', key)
   if state_in(meta) == 'SUCCESS' then
-    local prefix = ARGV[2] .. ids[n] .. ':'
     for blob in string.gmatch(meta, '"key":"([^"]*)"') do
-      if string.sub(blob, 1, #prefix) == prefix then
-        try('UNLINK', blob)
+      local begins = string.sub(blob, 1, #ARGV[2]) == ARGV[2]
+      if begins and string.find(blob, ':' .. ids[n] .. ':', #ARGV[2], true) then
+        try('UNLINK', NAMESPACE .. blob)
       end
     end
     local id = cjson.encode(ids[n])

@@ -25,9 +25,9 @@ for i = 7, #ARGV, 4 do
     local run = try('SREM', KEYS[4], id) == 1 and tonumber(try('HGET', ARGV[5] .. id, 'run') or nil)
     if run then
       try('UNLINK', ARGV[5] .. id)
-      tell(stream, ARGV[3], ARGV[4], state, id, 'run', run)
+      tell(stream_for(id, stream), ARGV[3], ARGV[4], state, id, 'run', run)
     else
-      tell(stream, ARGV[3], ARGV[4], state, id)
+      tell(stream_for(id, stream), ARGV[3], ARGV[4], state, id)
     end
     ends[#ends + 1], ends[#ends + 2] = id, LETTERS[state] .. (run or '')
     reply[#reply + 1] = 1

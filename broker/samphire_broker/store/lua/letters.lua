@@ -3,22 +3,25 @@
 -- KEYS  1 sub:letters   2 dead   3 tried   4 ended   5 ended:before
 -- ARGV  1 prefix of letters   2 prefix of result keys   3 prefix of task hashes   4 channel to wake lanes
 --       5 most requests   6 longest event stream   7 lifetime of streams in s   8 lifetime of task hashes in s
+--       9 prefix of claim checks, as messages name them
 -- A request is "redrive:<run> <letter id>" or "purge:<run> <letter id>"; without ":<run>" it means the letter of any
 -- run. A redriven message returns to its list as it was sent; the task's failure and its attempts are forgotten: its
 -- next run begins, and so does one of every task that has ended because of it. What cannot be redriven keeps its
--- letter, which tells why: the task has been sent again and has not failed since, or its list is no list. Returns the
--- number of requests.
+-- letter, which tells why: the task has been sent again and has not failed since, or its list is no list.
+-- Returns the number of requests that were served: the bytes of one call are bounded, but for one letter's.
 if call('TYPE', KEYS[1]).ok ~= 'list' then
   return 0
 end
 local refusal = denied({
   {'DEL', ARGV[1] .. 'id'}, {'DEL', ARGV[2] .. 'id'}, {'HSET', ARGV[1] .. 'id', 'field', ''},
-  {'ZREM', KEYS[2], 'member'}, {'LPUSH', 'inference', ''}, {'LTRIM', KEYS[1], 0, -1}})
+  {'ZREM', KEYS[2], 'member'}, {'LPUSH', CELERY .. 'inference', ''}, {'LTRIM', KEYS[1], 0, -1}})
 if refusal then
   return refusal
 end
 call('ZCARD', KEYS[2]) -- fails before the first write if the key is of another type
 local requests = call('LRANGE', KEYS[1], 0, ARGV[5] - 1)
+local READABLE_BYTES = 4 * 2 ^ 20 -- no lane reads a larger message, so it has no claim checks that were used
+local bytes_left = CALL_BYTES
 local function state_of(id)
   local value = recall(KEYS[4], KEYS[5], {id})[1]
   return state_in(try('GET', ARGV[2] .. id)) or (value and STATES[string.sub(value, 1, 1)]), value
@@ -27,7 +30,7 @@ local function begin_run(id, stream, run)
   call('DEL', ARGV[2] .. id)
   forget(KEYS[4], KEYS[5], id)
   open_run(ARGV[3] .. id, KEYS[3], id, run, '', ARGV[8])
-  tell(stream, ARGV[6], ARGV[7], 'redriven', id, 'run', run)
+  tell(stream_for(id, stream), ARGV[6], ARGV[7], 'redriven', id, 'run', run)
 end
 local function refuse(key, why)
   call('HSET', key, 'refused', why)
@@ -43,7 +46,7 @@ local function redrive(key, letter)
   if state and state ~= 'FAILURE' then
     return refuse(key, 'task ' .. id .. ' was sent again after it had failed, and is ' .. state .. ' now')
   end
-  local kind = call('TYPE', list).ok
+  local kind = call('TYPE', CELERY .. list).ok
   if kind ~= 'list' and kind ~= 'none' then
     return refuse(key, 'its queue ' .. list .. ' is a key of type ' .. kind)
   end
@@ -56,23 +59,55 @@ local function redrive(key, letter)
       end
     end
   end
-  call('LPUSH', list, message)
+  call('LPUSH', CELERY .. list, message)
   call('DEL', key)
   call('ZREM', KEYS[2], letter)
   try('PUBLISH', ARGV[4], list)
 end
+-- The task's own claim checks, which its message names: they were kept for a redrive. Not of one that runs again.
+local function drop_blobs(key, size)
+  if size > READABLE_BYTES then
+    return
+  end
+  local found = call('HMGET', key, 'message', 'task_id')
+  local message, id = found[1], found[2]
+  local state = id and id ~= '' and state_of(id)
+  if not message or not id or id == '' or (state and state ~= 'FAILURE') then
+    return
+  end
+  local own, at = ARGV[9] .. id .. ':', 1
+  while true do
+    local _, last = string.find(message, own, at, true)
+    if not last then
+      return
+    end
+    local number = match(message, '^%d+', last + 1)
+    if number then
+      try('UNLINK', NAMESPACE .. own .. number)
+    end
+    at = last + 1
+  end
+end
 call('LTRIM', KEYS[1], 0, -1) -- a write that needs no memory lets the others through when memory is full
+local served = 0
 for _, request in ipairs(requests) do
   local verb, run, letter = match(request, '^(%l+):?(%d*) (.+)$')
   local key = ARGV[1] .. (letter or '')
   if letter and call('TYPE', key).ok == 'hash' and (run == '' or run == (call('HGET', key, 'run') or '1')) then
+    local size = call('HSTRLEN', key, 'message')
+    bytes_left = bytes_left - (verb == 'purge' and size > READABLE_BYTES and 0 or size)
+    if bytes_left < 0 and served > 0 then
+      break
+    end
     if verb == 'purge' then
-      call('DEL', key)
+      drop_blobs(key, size)
+      call('UNLINK', key)
       call('ZREM', KEYS[2], letter)
     elseif verb == 'redrive' then
       redrive(key, letter)
     end
   end
+  served = served + 1
 end
-call('LTRIM', KEYS[1], #requests, -1)
-return #requests
+call('LTRIM', KEYS[1], served, -1)
+return served

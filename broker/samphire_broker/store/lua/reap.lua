@@ -19,8 +19,9 @@ end
 -- The last claimed goes back first, so the order is kept.
 table.sort(fields, function(a, b) return number(a) > number(b) end)
 local refusal = denied({
-  {'RPUSH', fields[1] and list_of(fields[1]) or 'inference', ''}, {'HDEL', KEYS[3], 'field'},
-  {'HDEL', KEYS[4], 'field'}, {'DEL', KEYS[1]}, {'DEL', KEYS[2]}, {'DEL', KEYS[4]}, {'SREM', KEYS[5], ARGV[1]}, {'DEL', ARGV[3] .. 'id'}})
+  {'RPUSH', CELERY .. (fields[1] and list_of(fields[1]) or 'inference'), ''}, {'HDEL', KEYS[3], 'field'},
+  {'HDEL', KEYS[4], 'field'}, {'DEL', KEYS[1]}, {'DEL', KEYS[2]}, {'DEL', KEYS[4]},
+  {'SREM', KEYS[5], ARGV[1]}, {'DEL', ARGV[3] .. 'id'}})
 if refusal then
   return refusal
 end
@@ -31,11 +32,14 @@ local alone = try('GET', KEYS[7])
 if type(alone) == 'string' and string.sub(alone, 1, #ARGV[1] + 1) == ARGV[1] .. ' ' then
   try('DEL', KEYS[7])
 end
-local moved, started = 0, 0
-local most = math.min(#fields, 1000)
-for i = 1, most do
-  local field = fields[i]
-  if push('RPUSH', list_of(field), call('HGET', KEYS[3], field)) then
+local moved, started, looked = 0, 0, 0
+local bytes_left = CALL_BYTES
+while looked < math.min(#fields, 1000) and bytes_left > 0 do
+  looked = looked + 1
+  local field = fields[looked]
+  local message = call('HGET', KEYS[3], field)
+  if push('RPUSH', list_of(field), message) then
+    bytes_left = bytes_left - #message
     local id = call('HGET', KEYS[4], field)
     if id then
       -- Only what had started may have been the cause: it counts as an attempt.
@@ -54,4 +58,4 @@ if call('HLEN', KEYS[3]) == 0 then
   call('DEL', KEYS[4])
   call('SREM', KEYS[5], ARGV[1])
 end
-return {moved, started, #fields - most}
+return {moved, started, #fields - looked}

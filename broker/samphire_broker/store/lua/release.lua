@@ -9,7 +9,8 @@ if #ARGV < 6 then
   return 0
 end
 local refusal = denied({
-  {'RPUSH', list_of(ARGV[6]), ''}, {'HDEL', KEYS[1], 'field'}, {'HDEL', KEYS[2], 'field'}, {'DEL', ARGV[1] .. 'id'}})
+  {'RPUSH', CELERY .. list_of(ARGV[6]), ''}, {'HDEL', KEYS[1], 'field'}, {'HDEL', KEYS[2], 'field'},
+  {'DEL', ARGV[1] .. 'id'}})
 if refusal then
   return refusal
 end

@@ -2,7 +2,7 @@
 -- the time of the next attempt, in one step.
 -- With: ended, attempts
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 dead   4 cancelled   5 scheduled   6 scheduled:messages
---       7 tried   8 sub:queues   9 ended   10 ended:before   11 ended:turn   12 cancelled:running
+--       7 tried   8 ended   9 ended:before   10 ended:turn   11 cancelled:running
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
 --       5 largest result that its event carries, if it is settled alone, so that who waits need not ask for it
 --       6 prefix of letters   7 lifetime of letters in s   8 worker id   9 channel to wake lanes
@@ -63,7 +63,7 @@ local function find_ends(wanted)
       asked[#asked + 1] = id
     end
   end
-  for n, value in pairs(recall(KEYS[9], KEYS[10], asked)) do
+  for n, value in pairs(recall(KEYS[8], KEYS[9], asked)) do
     values[asked[n]] = value
     states[asked[n]] = states[asked[n]] or STATES[string.sub(value, 1, 1)]
   end
@@ -84,6 +84,7 @@ local function end_task(id, state, meta, stream, run, failed)
     call('SETEX', key, ARGV[2], meta)
     try('PUBLISH', key, meta)
   end
+  stream = stream_for(id, stream)
   if stream == '' then
     return
   elseif run and run > 1 then
@@ -107,10 +108,6 @@ local function pay(extra) -- what the end of a task owes to others; returns thos
   local ended = {}
   for _, step in ipairs(extra[2]) do
     local list = push('LPUSH', step[1], step[2])
-    local queue = match(step[1], '^(inference%.[^\6]*)')
-    if queue then -- a cancel looks for the next step where queues are known
-      try('SADD', KEYS[8], queue)
-    end
     try('PUBLISH', ARGV[9], list or step[1])
   end
   for _, other in ipairs(extra[3]) do
@@ -154,12 +151,12 @@ local function try_again(n)
     call('SET', metas[n], task[4])
     try('PUBLISH', metas[n], task[4])
   end
-  single_events[#single_events + 1] = {task[5], 'retrying', id}
+  single_events[#single_events + 1] = {stream_for(id, task[5]), 'retrying', id}
 end
 -- Whether what a task owes can be pushed.
 local function can_push(n)
   for _, step in ipairs(tasks[n][6] and tasks[n][6][2] or {}) do
-    local list = step[1]
+    local list = CELERY .. step[1]
     local fits = type(try('LLEN', list)) == 'number' or type(try('LLEN', list .. ':returned')) == 'number'
     if not fits or denied({{'LPUSH', list, ''}}) then
       return false
@@ -212,7 +209,7 @@ local function settle(n)
       return 2
     end
     if opened then
-      forget(KEYS[9], KEYS[10], id)
+      forget(KEYS[8], KEYS[9], id)
       open_run(ARGV[10] .. id, KEYS[7], id, opened, earlier, ARGV[7])
     end
     if not states[id] then
@@ -229,13 +226,15 @@ local function settle(n)
   end
   if mark then
     try('ZREM', KEYS[4], id)
-    try('SREM', KEYS[12], id)
+    try('SREM', KEYS[11], id)
   end
   if not extra then
     return 1
   end
-  if is_fresh and #extra[1] > 0 then
-    try('UNLINK', unpack(extra[1]))
+  if #extra[1] > 0 and states[id] ~= 'FAILURE' then -- a letter may be redriven, no other task runs again
+    for _, blob in ipairs(extra[1]) do
+      try('UNLINK', NAMESPACE .. blob)
+    end
   end
   local ended = {}
   if is_fresh or is_owing or id == '' then
@@ -259,7 +258,7 @@ for n = 1, #tasks do
     done[#done + 1] = fields[n]
   end
 end
-remember(KEYS[9], KEYS[10], KEYS[11], tonumber(ARGV[11]), ends)
+remember(KEYS[8], KEYS[9], KEYS[10], tonumber(ARGV[11]), ends)
 if #done > 0 then
   call('HDEL', KEYS[2], unpack(done))
   call('HDEL', KEYS[1], unpack(done))
