@@ -6,6 +6,7 @@ stock consumer loses messages when it is killed, and is many times slower.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -15,18 +16,20 @@ from samphire.contract import INFER_TASK
 from samphire.errors import InvalidInputError
 from samphire_broker.queues import control, intake
 from samphire_broker.settings import read_settings
+from samphire_workers import log_escaping
+from samphire_workers.celery_settings import celery_settings, refuse_other_addresses
 from samphire_workers.lane import control as control_commands
 from samphire_workers.lane.step import LaneStep
 
 try:
+    refuse_other_addresses(os.environ)
     _settings = read_settings()
 except InvalidInputError as _error:
     sys.exit(f"samphire: {_error}")  # the command that loads this application is to end with a line, not a traceback
 
 app = Celery("samphire")
 app.conf.update(
-    broker_url=_settings.broker_url,
-    result_backend=_settings.broker_url,
+    **celery_settings(_settings.broker),
     result_expires=_settings.result_ttl_s,
     # A part may wait as long as anything does: in a queue, for its time, as a dead letter that is redriven.
     result_chord_expires=max(_settings.result_ttl_s, _settings.dead_letter_ttl_s),
@@ -40,14 +43,9 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
     broker_channel_error_retry=True,  # a broker that refuses writes for a while (a replica, NOREPLICAS) ends no worker
-    broker_transport_options={
-        "socket_timeout": 30.0,
-        "socket_connect_timeout": 5.0,
-        "socket_keepalive": True,
-    },
 )
 app.steps["worker"].add(LaneStep)
-assert control_commands  # importing it is what takes effect
+assert control_commands and log_escaping  # importing them is what takes effect
 
 
 @app.task(name=INFER_TASK, shared=False)  # type: ignore[untyped-decorator]

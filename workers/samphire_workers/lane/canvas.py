@@ -5,6 +5,9 @@ a task's body. What it would send is captured instead (`CapturingTransport`), an
 (`CapturingBackend`), so that all of it is committed together with the task's own end.
 
 The parts of a chord are the exception (see `chords`): a task that belongs to one pushes a message with its end.
+
+Celery needs most of a millisecond for each step that it sends, so what has many of them has a thread of its own, and
+there is a most (see `next_steps`).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from billiard.einfo import ExceptionInfo
@@ -30,10 +33,24 @@ from samphire.contract import CHORD_PART_TASK, INFER_TASK, CanvasStart, ChordMem
 from samphire.envelope import encode_task, new_task_id
 from samphire.errors import InvalidInputError, SamphireError, error_from_name
 from samphire_broker.store import OtherEnd
-from samphire_workers.lane.celery_threads import CAPTURING_THREAD, CheckedChannel, OwnThreadBackend, in_thread, make_app
+from samphire_workers.lane.celery_threads import (
+    CAPTURING_THREAD,
+    LARGE_CANVAS_THREAD,
+    CheckedChannel,
+    OwnThreadBackend,
+    in_thread,
+    make_app,
+)
 from samphire_workers.lane.chords import Chords
+from samphire_workers.lane.next_steps import (
+    FEW_STEPS,
+    NEXT_STEPS_MAX_BYTES,
+    check_steps,
+    count_steps,
+)
 from samphire_workers.lane.outcome import Steps
 from samphire_workers.lane.request import Request
+from samphire_workers.lane.who_waits import checked_stream
 
 
 @dataclass
@@ -42,8 +59,24 @@ class _Outbox:
 
     task_id: str = ""
     pushes: list[tuple[str, str]] = field(default_factory=list)
+    nbytes: int = 0
     others: list[OtherEnd] = field(default_factory=list)
     children: list[Any] = field(default_factory=list)
+
+    def push(self, key: str, message: str) -> None:
+        """Keep a message, within bounds: one that was not counted before (a result of 256 KiB for each of many) too.
+
+        Raises:
+            InvalidInputError: it is too much.
+        """
+        self.pushes.append((key, message))
+        self.nbytes += len(message)
+        check_steps(len(self.pushes) - 1)  # one more is the part of a chord
+        if self.nbytes > NEXT_STEPS_MAX_BYTES:
+            raise InvalidInputError(
+                f"expected at most {NEXT_STEPS_MAX_BYTES >> 20} MiB of next steps of one task, given more in "
+                f"{len(self.pushes)} of them: send fewer, or smaller arguments and results"
+            )
 
 
 class _Here(threading.local):
@@ -61,7 +94,7 @@ class _CapturingChannel(CheckedChannel):
     def _push(self, queue: str, message: dict[str, Any], **_kwargs: Any) -> None:
         priority = self._get_message_priority(message, reverse=False)  # type: ignore[no-untyped-call]
         key = self._q_for_pri(queue, priority)  # type: ignore[no-untyped-call]
-        _here.outbox.pushes.append((key, msgspec.json.encode(message).decode()))
+        _here.outbox.push(key, msgspec.json.encode(message).decode())
 
 
 class CapturingTransport(kombu_redis.Transport):
@@ -84,7 +117,7 @@ class CapturingBackend(OwnThreadBackend):
             _here.outbox.children = meta.get("children") or []
             return result
         headers = getattr(request, "headers", None) or {}
-        stream = str(headers.get("samphire_stream") or "")
+        stream = checked_stream(headers.get("samphire_stream"))
         _here.outbox.others.append(self._other_end(task_id, state, meta, stream))
         return result
 
@@ -108,46 +141,74 @@ logging.getLogger("celery.app.trace").addFilter(_not_of_a_canvas)
 
 
 class Canvas:
-    """Runs Celery's canvas code in a thread of its own, one task at a time."""
+    """Runs Celery's canvas code in threads of its own: in one the small canvases, in another those with many steps."""
 
     def __init__(self, app: Celery, hostname: str) -> None:
-        self._conf = app.conf
-        self._hostname = hostname
-        self._outcome: Any = None
-        self._trace: Callable[..., Any] | None = None
-        self._capturing: Celery | None = None
-        # Celery looks its application up by thread: nothing here may go through the worker's own.
-        self._thread = ThreadPoolExecutor(1, CAPTURING_THREAD, initializer=self._make_tracer)
+        self._small = _CanvasThread(app.conf, hostname, CAPTURING_THREAD)
+        self._large = _CanvasThread(app.conf, hostname, LARGE_CANVAS_THREAD)
         self.chords = Chords(app.conf)
         """Counts their parts, in another thread."""
 
     def close(self) -> None:
         """End the threads."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._small.close()
+        self._large.close()
         self.chords.close()
 
     async def after_success(self, request: Request, answer: InferResponse) -> Steps:
         """What a task that succeeded owes to others.
 
         Raises:
-            InvalidInputError: its canvas is not one that Celery understands, or that may be sent.
+            InvalidInputError: its canvas is not understood by Celery, may not be sent, or has too many steps.
             BrokerUnavailableError, BrokerMemoryFullError: nothing was found out; it may be asked again.
         """
-        return await in_thread(self._thread, self._run, request, msgspec.to_builtins(answer))
+        canvas = request.canvas or {}
+        count = count_steps(canvas.get("callbacks")) + count_steps((canvas.get("chain") or [])[-1:])
+        return await self._of(count).run("after", request, msgspec.to_builtins(answer))
 
     async def after_failure(self, request: Request, error: SamphireError) -> Steps:
         """What a task that failed owes to others; raises as `after_success` does."""
+        canvas = request.canvas or {}
+        thread = self._of(count_steps(canvas.get("errbacks")), told=len(canvas.get("chain") or []))
         # A fresh exception: Celery clears the frames of the traceback, which are alive here.
         fresh = error_from_name(type(error).__name__, str(error))
-        return await in_thread(self._thread, self._run, request, fresh)
+        return await thread.run("after", request, fresh)
 
     async def after_revocation(self, request: Request, reason: str) -> Steps:
         """What a task that was cancelled or has expired owes to others; raises as `after_success` does."""
-        return await in_thread(self._thread, self._revoke, request, reason)
+        thread = self._of(0, told=len((request.canvas or {}).get("chain") or []))
+        return await thread.run("revoke", request, reason)
 
     async def start(self, task_id: str, canvas: CanvasStart) -> Steps:
         """The first tasks of a canvas whose last one has the given id; raises as `after_success` does."""
-        return await in_thread(self._thread, self._start, task_id, canvas)
+        return await self._of(count_steps(canvas.signature)).run("start", task_id, canvas)
+
+    def _of(self, sent: int, told: int = 0) -> _CanvasThread:
+        """The thread for so many steps that are sent, and so many that are told that they will not be."""
+        check_steps(sent)
+        return self._small if sent + told <= FEW_STEPS else self._large
+
+
+class _CanvasThread:
+    """A thread with Celery's code and an application of its own, which looks at one task after the other."""
+
+    def __init__(self, conf: Any, hostname: str, name: str) -> None:
+        self._conf = conf
+        self._hostname = hostname
+        self._outcome: Any = None
+        self._trace: Callable[..., Any] | None = None
+        self._capturing: Celery | None = None
+        # Celery looks its application up by thread: nothing here may go through the worker's own.
+        self._thread = ThreadPoolExecutor(1, name, initializer=self._make_tracer)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, what: Literal["after", "revoke", "start"], *args: Any) -> Steps:
+        """Find out what is to be sent and stored; raises as `Canvas.after_success` does."""
+        works: dict[str, Callable[..., Steps]] = {"after": self._after, "revoke": self._revoke, "start": self._start}
+        return await in_thread(self._thread, works[what], *args)
 
     # -- in the thread ------------------------------------------------------------------------------
 
@@ -179,7 +240,7 @@ class Canvas:
         delivery = {"exchange": "", "routing_key": queue, "priority": priority, "redelivered": False}
         return {**(request.canvas or {}), "delivery_info": delivery, "hostname": self._hostname}
 
-    def _run(self, request: Request, outcome: Any) -> Steps:
+    def _after(self, request: Request, outcome: Any) -> Steps:
         assert self._trace is not None
         celery_request = self._begin(request)
         self._outcome = outcome

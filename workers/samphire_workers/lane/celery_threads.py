@@ -18,15 +18,17 @@ from kombu.exceptions import OperationalError
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import RedisError
 
-from samphire import keys
 from samphire.connection import translate
 from samphire.errors import BrokerUnavailableError, InvalidInputError, SamphireError
+from samphire.keys import may_be_queue
 from samphire_broker.store import OtherEnd
+from samphire_workers.celery_settings import BROKER_SETTINGS
 from samphire_workers.lane.faults import is_shortage, our_error
 
 T = TypeVar("T")
 
 CAPTURING_THREAD, COUNTING_THREAD = "samphire-canvas", "samphire-chord"
+LARGE_CANVAS_THREAD = f"{CAPTURING_THREAD}-large"
 
 _STATES = {"SUCCESS": "succeeded", "FAILURE": "failed", "REVOKED": "cancelled"}
 
@@ -35,7 +37,8 @@ class CheckedChannel(kombu_redis.Channel):
     """Pushes to queues, and to no other key."""
 
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
-        if not keys.may_be_queue(queue):
+        options = self.connection.client.transport_options
+        if not may_be_queue(queue, options["samphire_namespace"], options["global_keyprefix"]):
             raise InvalidInputError(f"expected the name of a queue for a next step, given {queue[:200]!r}")
         self._push(queue, message, **kwargs)
 
@@ -82,10 +85,9 @@ def make_app(conf: Any, name: str, transport: type, backend: type) -> Celery:
     """
     made = Celery(name, set_as_current=False)
     made.conf.update(
-        broker_url=conf.broker_url,
+        {name: conf[name] for name in BROKER_SETTINGS},
         broker_transport=_path(transport),
-        broker_transport_options=conf.broker_transport_options,
-        result_backend=f"{_path(backend)}+{conf.result_backend}",
+        result_backend=f"{_path(backend)}+{conf.result_backend.removeprefix('redis+')}",
         result_expires=conf.result_expires,
         result_chord_expires=conf.result_chord_expires,
         task_routes=conf.task_routes,

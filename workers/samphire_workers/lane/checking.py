@@ -66,10 +66,10 @@ class Checker:
 
     def _check(self, request: Request) -> Checked:
         infer = request.request
-        version = self.signature.resolve(infer.model_version)
+        version = self.signature.resolve(infer.version)
         rows = self.signature.check(infer)
         sources = [source for tensor in infer.inputs for source in sources_of(tensor)]
-        sizes = [(source.name, _size(source)) for source in sources]
+        sizes = [(source.name, _size(source, request)) for source in sources]
         check_request_size(sizes, self._max_request_bytes)
         request.json_values = any(source.data is not UNSET for source in sources)
         return Checked(rows, version, sum(size for _, size in sizes), self._batch_key(infer, version))
@@ -106,16 +106,19 @@ def _form(infer: InferRequest, separate_tenants: bool) -> object:
     return tuple(parts)
 
 
-def _size(tensor: InputTensor) -> int:
+def _size(tensor: InputTensor, request: Request) -> int:
     sources = [source for source in (tensor.data, tensor.raw, tensor.ref) if source is not UNSET]
     if len(sources) != 1:
         raise InvalidInputError(
             f"input {tensor.name!r}: expected exactly one of data, raw, ref and from, given {len(sources)}"
         )
     if isinstance(tensor.ref, Ref):
-        if not tensor.ref.key.startswith((keys.BLOB_PREFIX, keys.RESULT_BLOB_PREFIX)):
+        tenants = keys.result_blobs_of(request.request.tenant)
+        if not (keys.is_blob_of(tensor.ref.key, request.task_id) or tensor.ref.key.startswith(tenants)):
             raise InvalidInputError(
-                f"input {tensor.name!r}: expected a ref to a key {keys.BLOB_PREFIX}…, given {tensor.ref.key[:200]!r}"
+                f"input {tensor.name!r}: expected a ref to one of the task's own claim checks, "
+                f"{keys.BLOB_PREFIX}{request.task_id}:<number>, or to an output of its tenant's, {tenants}…, given "
+                f"{tensor.ref.key[:200]!r}; the steps of a chain that hand outputs on have the same tenant"
             )
         if not 0 <= tensor.ref.size < 2**63:
             raise InvalidInputError(f"input {tensor.name!r}: expected a size of at least 0 and below 2**63")

@@ -29,6 +29,8 @@ from samphire_workers.lane.celery_threads import (
     in_thread,
     make_app,
 )
+from samphire_workers.lane.next_steps import FEW_STEPS, check_steps, count_steps
+from samphire_workers.lane.who_waits import checked_stream
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class _Here(threading.local):
     """Ends a task that nobody holds."""
     stream = ""
     """Event stream of the client whose chord is counted."""
+    app: Celery
+    """Of this thread alone."""
 
 
 _here = _Here()
@@ -57,17 +61,20 @@ class CountingBackend(OwnThreadBackend):
 
 
 class Chords:
-    """Counts parts of chords in a thread of its own, one at a time."""
+    """Counts parts of chords in threads of its own, one at a time in each; large bodies hold up no others."""
 
     def __init__(self, conf: Any) -> None:
         self._conf = conf
-        self._app: Celery | None = None
         # Celery looks its application up by thread: nothing here may go through the worker's own.
-        self._thread = ThreadPoolExecutor(1, COUNTING_THREAD, initializer=self._make_app)
+        self._small, self._large = (
+            ThreadPoolExecutor(1, name, initializer=self._make_app)
+            for name in (COUNTING_THREAD, f"{COUNTING_THREAD}-large")
+        )
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """End the threads."""
+        for thread in (self._small, self._large):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     async def return_part(self, part: ChordPart, end_other: Callable[[OtherEnd], Awaitable[None]]) -> None:
         """Count a part of a chord; the last one sends the chord's body, or ends it.
@@ -77,7 +84,8 @@ class Chords:
             end_other: ends a task that nobody holds, unless it has ended; repeated until the broker has answered.
 
         Raises:
-            InvalidInputError: nobody knows the chord's body, or it is not one that Celery understands.
+            InvalidInputError: nobody knows the chord's body, or it is not one that Celery understands, or it has too
+                many steps.
             BrokerUnavailableError, BrokerMemoryFullError: it may be done again.
         """
         loop = asyncio.get_running_loop()
@@ -85,17 +93,24 @@ class Chords:
         def end(other: OtherEnd) -> None:
             asyncio.run_coroutine_threadsafe(_awaited(end_other, other), loop).result()
 
-        await in_thread(self._thread, self._return_part, part, end)
+        count = _steps_of(part.request.chord)
+        thread = self._small if count <= FEW_STEPS else self._large
+        await in_thread(thread, self._return_part, part, count, end)
 
     # -- in the thread ------------------------------------------------------------------------------
 
     def _make_app(self) -> None:
-        self._app = make_app(self._conf, "samphire.chord", CheckedTransport, CountingBackend)
+        _here.app = make_app(self._conf, "samphire.chord", CheckedTransport, CountingBackend)
 
-    def _return_part(self, part: ChordPart, end_other: Callable[[OtherEnd], None]) -> None:
-        assert self._app is not None
+    def _return_part(self, part: ChordPart, count: int, end_other: Callable[[OtherEnd], None]) -> None:
         _here.end_other, _here.stream = end_other, _stream_of(part)
-        backend = self._app.backend
+        backend = _here.app.backend
+        try:
+            check_steps(count)
+        except InvalidInputError as error:
+            if isinstance(body_id := _options_of(part.request.chord).get("task_id"), str):
+                backend.store_result(body_id, error, "FAILURE")
+            raise
         result = part.result
         if part.state != "SUCCESS":
             result = backend.exception_to_python(result)
@@ -158,11 +173,18 @@ async def _awaited(end_other: Callable[[OtherEnd], Awaitable[None]], other: Othe
 
 def _stream_of(part: ChordPart) -> str:
     """Event stream of the client that waits for a chord's body; empty where none is named."""
-    chord = part.request.chord
-    options = chord.get("options") if isinstance(chord, dict) else None
-    headers = options.get("headers") if isinstance(options, dict) else None
-    stream = headers.get("samphire_stream") if isinstance(headers, dict) else None
-    return stream if isinstance(stream, str) else ""
+    headers = _options_of(part.request.chord).get("headers")
+    return checked_stream(headers.get("samphire_stream")) if isinstance(headers, dict) else ""
+
+
+def _options_of(chord: dict[str, Any]) -> dict[str, Any]:
+    options = chord.get("options")
+    return options if isinstance(options, dict) else {}
+
+
+def _steps_of(chord: dict[str, Any]) -> int:
+    """Steps that the last part sends: the chord's body, or once a part has failed the body's errbacks."""
+    return max(count_steps(chord), count_steps(_options_of(chord).get("link_error")))
 
 
 def _is_unfinished(backend: Any, group: str) -> bool:

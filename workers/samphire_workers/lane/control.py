@@ -14,7 +14,7 @@ from celery.worker import state as worker_state
 from celery.worker.control import Panel, control_command, inspect_command, nok, ok
 
 from samphire import keys
-from samphire.contract import ID_MAX_CHARACTERS
+from samphire.contract import is_task_id
 from samphire.envelope import describe
 from samphire_broker.queues import declared, refuse_queue
 from samphire_workers.lane import step
@@ -127,7 +127,7 @@ def query_task(state: Any, ids: Any, **_: Any) -> dict[str, Any]:
 def revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> Any:
     """Revoke task by task id (or list of ids); one that is running is cancelled, with `terminate` or without."""
     named = [task_id] if isinstance(task_id, str) else list(task_id or ())
-    ids = {name for name in named if isinstance(name, str) and 1 <= len(name) <= ID_MAX_CHARACTERS}
+    ids = {name for name in named if is_task_id(name)}
     worker_state.revoked.update(ids)
     verdicts: dict[str, str] | None = None
     for lane in step.serving:

@@ -208,11 +208,19 @@ class Endings:
             return
         except SamphireError as error:
             logger.warning("task %s: %s", settlement.task_id, error, extra={"action": "no_steps"})
-            if request.canvas is not None and request.canvas.get("chord"):
-                # A chord waits for this task, whatever else of its canvas is not understood.
-                request.canvas = {**request.canvas, "callbacks": None, "errbacks": None, "chain": None}
-                try:
-                    settlement = with_steps(settlement, await persist(find_steps))
-                except SamphireError as again:
-                    logger.warning("task %s: %s", settlement.task_id, again, extra={"action": "no_chord_part"})
+            settlement = await self._with_fewer_steps(request, settlement, find_steps)
         self._settler.add(settlement)
+
+    async def _with_fewer_steps(
+        self, request: Request, settlement: Settlement, find_steps: Callable[[], Awaitable[Steps]]
+    ) -> Settlement:
+        """For those who wait for the chain or the chord of the task, whatever else of its canvas is wrong."""
+        for wrong in (("callbacks", "errbacks"), ("chain",)):
+            request.canvas = {**(request.canvas or {}), **dict.fromkeys(wrong)}
+            if not (request.canvas.get("chain") or request.canvas.get("chord")):
+                break
+            try:
+                return with_steps(settlement, await persist(find_steps))
+            except SamphireError as error:
+                logger.warning("task %s: %s", settlement.task_id, error, extra={"action": "not_told"})
+        return settlement

@@ -20,11 +20,7 @@ from typing import Any, NamedTuple
 
 from samphire import keys
 from samphire.envelope import describe
-from samphire.errors import (
-    BrokerRightError,
-    BrokerUnavailableError,
-    SamphireError,
-)
+from samphire.errors import BrokerRightError, BrokerUnavailableError, SamphireError
 from samphire_broker.settings import Settings
 from samphire_broker.store import (
     WAS_CANCELLED,
@@ -108,7 +104,6 @@ class Lane:
         self._events = events
         self._watch = watch
         self._planner = QueuePlanner(settings.queue_weights)
-        self._planner.add([keys.INTAKE])
         self._catalogue = Catalogue(endpoints, settings)
         self._pace = Pace(settings.inflight_max)
         self._held = Held(self._pace)
@@ -183,6 +178,7 @@ class Lane:
                 group.create_task(self._catalogue.watch(self._watch.wake)),
                 group.create_task(self._settler.run()),
                 group.create_task(self._queues.discover(group, self._may_claim)),
+                group.create_task(self._queues.look()),
                 group.create_task(self._watch.listen()),
                 group.create_task(self._sequences.lead(self._watch.wake, self._held.some_of)),
                 group.create_task(self._events.run()),
@@ -290,7 +286,7 @@ class Lane:
                 continue
             for claim in claimed:
                 self._held.add(claim)
-            self._sorter.take_in(claimed)
+            await self._sorter.take_in(claimed)
             if self._more:
                 short_rounds = 0
                 await asyncio.sleep(0)  # let what was claimed get under way before more is claimed
@@ -332,7 +328,8 @@ class Lane:
         rooms = [room if model == INTAKE_MODEL else self._pace.room(model) for model in plan.models]
         claimed = await self._store.claim(plan.turns, rooms, room, room_bytes)
         # Fewer than there was room for: the queues that were looked into are empty now, or have had their part.
-        self._more = len(claimed) == room
+        self._more = len(claimed) == room or self._store.cut_short
+        self._queues.serve({keys.split_list(claim.list_key)[0] for claim in claimed})
         given = Counter(home_of(claim.list_key)[0] for claim in claimed)
         full = any(given[model] >= part for model, part in zip(plan.models, rooms, strict=True))
         self._held_up |= full or sum(len(claim.message) for claim in claimed) >= room_bytes
@@ -393,6 +390,7 @@ class Lane:
             for request in requests:
                 self._sequences.refuse(request, error)
         else:
+            self._queues.serve({keys.split_list(request.claim.list_key)[0] for request in requests})
             self._let_go([request.claim.field for request in requests])
 
     def _run_batch(self, model: str, batch: list[Request]) -> Coroutine[Any, Any, None]:

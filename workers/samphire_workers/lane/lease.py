@@ -7,11 +7,10 @@ import logging
 import time
 from collections.abc import Callable
 
-from samphire import keys
 from samphire.direct import DirectConnection
 from samphire.errors import BrokerRightError, SamphireError, WorkerCrashError
 from samphire_broker.settings import Settings
-from samphire_broker.store import Store, WorkerInfo
+from samphire_broker.store import OtherDeploymentError, Store, WorkerInfo
 from samphire_workers.lane.outcome import attempt_text
 
 logger = logging.getLogger(__name__)
@@ -26,12 +25,16 @@ REAP_INTERVAL_S = 0.55
 
 async def keep_lease(store: Store, settings: Settings, info: WorkerInfo, registered: asyncio.Event) -> None:
     """Beat for ever, on the connection whose name tells the others that this worker lives."""
-    connection = DirectConnection(settings.broker_url, name=keys.CONNECTION_PREFIX + info.id)
+    connection = DirectConnection(settings.broker.address, name=store.keys.connection_prefix + info.id)
     try:
         while True:
             try:
-                await store.beat(info, connection)
+                if await store.beat(info, connection) == 1 and registered.is_set():
+                    await store.enter()  # the lease had lapsed: meanwhile others may have come
                 registered.set()
+                await asyncio.sleep(BEAT_S)
+            except OtherDeploymentError as error:
+                logger.error("two deployments serve the same queues: %s", error, extra={"action": "not_alone"})
                 await asyncio.sleep(BEAT_S)
             except SamphireError as error:
                 logger.warning("heartbeat failed: %s", error, extra={"action": "beat_failed"})
@@ -56,7 +59,7 @@ class BrokerAge:
         self._run: str | None = None
         self._began = 0.0
         # Without the right to ask, a connection that breaks stands for a broker that may have restarted.
-        self._probe = DirectConnection(settings.broker_url)
+        self._probe = DirectConnection(settings.broker.address)
         self._may_ask = True
 
     async def close(self) -> None:

@@ -57,7 +57,7 @@ def _meta(status: str, task_id: str, result: bytes, done: str) -> str:
 async def store_large(request: Request, outputs: Sequence[Tensor], store: Store, above_bytes: int) -> dict[str, Ref]:
     """Store large outputs as claim checks; returns them by output name."""
     return {
-        name: await store.write_blob(request.task_id, number, data, await sha256_hex(data))
+        name: await store.write_blob(request.request.tenant, request.task_id, number, data, await sha256_hex(data))
         for number, (name, _, _, data) in enumerate(outputs)
         if len(data) > above_bytes
     }
@@ -85,16 +85,18 @@ def response(request: Request, outputs: Sequence[Tensor], refs: Mapping[str, Ref
     return InferResponse(request.request.model_name, request.version, tensors)
 
 
+def _own_blobs(request: Request) -> tuple[str, ...]:
+    """The claim checks that were written for this task's inputs: nobody else needs them."""
+    if request.infer is None:
+        return ()
+    refs = (tensor.ref for tensor in request.infer.inputs)
+    return tuple(ref.key for ref in refs if isinstance(ref, Ref) and keys.is_blob_of(ref.key, request.task_id))
+
+
 def success(request: Request, answer: InferResponse, done: str) -> Settlement:
     """The settlement of a task that Triton answered."""
-    own_prefix = f"{keys.BLOB_PREFIX}{request.task_id}:"
-    blobs = tuple(
-        tensor.ref.key
-        for tensor in request.request.inputs
-        if isinstance(tensor.ref, Ref) and tensor.ref.key.startswith(own_prefix)
-    )
     meta = _meta_of(request, "SUCCESS", answer, done)
-    return Settlement(request.claim.field, request.task_id, "succeeded", meta, request.stream, blobs)
+    return Settlement(request.claim.field, request.task_id, "succeeded", meta, request.stream, _own_blobs(request))
 
 
 def _meta_of(request: Request, status: str, result: object, done: str) -> str:
@@ -119,7 +121,7 @@ def revoked(request: Request, state: Literal["cancelled", "expired"]) -> Settlem
     """The settlement of a task that is not to be run, or not to its end."""
     reason = "expired" if state == "expired" else "revoked" if request.started_at is None else "terminated"
     meta = _meta_of(request, "REVOKED", _revoked_info(reason), now_text())
-    return Settlement(request.claim.field, request.task_id, state, meta, request.stream)
+    return Settlement(request.claim.field, request.task_id, state, meta, request.stream, _own_blobs(request))
 
 
 def with_steps(settlement: Settlement, steps: Steps) -> Settlement:

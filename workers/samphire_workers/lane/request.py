@@ -21,7 +21,6 @@ from samphire.contract import (
     CANVAS_TASK,
     CHORD_PART_TASK,
     CONTRACT_VERSION,
-    ID_MAX_CHARACTERS,
     INFER_TASK,
     Canvas,
     CanvasStart,
@@ -33,6 +32,7 @@ from samphire.contract import (
     Ref,
     check_max_attempts,
     check_model_name,
+    check_task_id,
     check_tenant,
 )
 from samphire.encoder import LONGEST_S
@@ -182,10 +182,7 @@ def _read_into(request: Request, claim: Claimed, settings: Settings) -> None:
         )
     envelope = decode_envelope(claim.message)
     request.envelope = envelope
-    if not 1 <= len(envelope.headers.id) <= ID_MAX_CHARACTERS:
-        raise InvalidInputError(
-            f"expected a task id of 1 to {ID_MAX_CHARACTERS} characters, given {envelope.headers.id[:300]!r}"
-        )
+    check_task_id(envelope.headers.id)
     request.task_id = envelope.headers.id
     request.stream = checked_stream(envelope.headers.samphire_stream)
     if envelope.headers.task == CHORD_PART_TASK:
@@ -322,6 +319,7 @@ async def _redeem(name: str, ref: Ref, store: Store) -> bytes:
     digest = await sha256_hex(data)
     if digest != ref.sha256.lower():
         raise InvalidInputError(
-            f"input {name!r}: the bytes behind {ref.key!r} have sha256 {digest}, the request says {ref.sha256[:64]}"
+            f"input {name!r}: the bytes behind {ref.key!r} have another sha256 than {ref.sha256[:64]!r}, which the "
+            "request says"
         )
     return data

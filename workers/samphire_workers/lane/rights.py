@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from samphire.errors import BrokerRightError, SamphireError
-from samphire_broker.store import Right, Store
+from samphire.errors import BrokerRightError, InvalidInputError, SamphireError
+from samphire_broker.store import OtherDeploymentError, Right, Store
 
 logger = logging.getLogger(__name__)
 
@@ -15,15 +15,19 @@ RETRY_S = 0.5
 
 
 async def check_rights(store: Store, is_stopping: Callable[[], bool]) -> None:
-    """Return once the broker has said that this worker's user has all the rights that it needs.
+    """Return once the broker has said that this worker has all the rights that it needs, and is of its deployment.
 
     Raises:
         BrokerRightError: it lacks some, which the message names; the worker must not begin.
+        OtherDeploymentError: the queues are served by another deployment, or the keys are of another version.
+        InvalidInputError: the broker refuses user and password.
     """
     while not is_stopping():
         try:
             missing = await store.missing_rights()
-        except BrokerRightError:
+            if not any(right.vital for right in missing):
+                await store.enter()
+        except (BrokerRightError, OtherDeploymentError, InvalidInputError):
             raise
         except SamphireError as error:
             logger.warning("the broker is away: %s", error, extra={"action": "broker_away"})

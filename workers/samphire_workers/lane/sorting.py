@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
@@ -25,6 +26,9 @@ from samphire_workers.lane.request import Request, find_who_waits, read
 from samphire_workers.lane.sequences import Sequences
 
 logger = logging.getLogger(__name__)
+
+READ_S = 0.05
+"""For so long messages are read without a pause: a claim may hold many large ones, and the worker has to beat."""
 
 
 def read_or_error(claim: Claimed, settings: Settings) -> tuple[Request, SamphireError | None]:
@@ -86,10 +90,14 @@ class Sorter:
         self._wake = wake
         self._in_order: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    def take_in(self, claimed: Sequence[Claimed]) -> None:
+    async def take_in(self, claimed: Sequence[Claimed]) -> None:
         """Read what was claimed, and start what each message asks for."""
         requests: list[Request] = []
+        began = time.monotonic()
         for claim in claimed:
+            if time.monotonic() - began > READ_S:
+                await asyncio.sleep(0)
+                began = time.monotonic()
             request, error = read_or_error(claim, self._settings)
             self._held.has_read(request)
             if error is not None and not request.keeps_order:

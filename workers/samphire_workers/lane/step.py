@@ -21,10 +21,10 @@ from celery import bootsteps
 from celery.exceptions import ImproperlyConfigured
 from celery.signals import worker_shutting_down
 
-from samphire.errors import BrokerRightError
+from samphire.errors import BrokerRightError, InvalidInputError
 from samphire_broker.queues import refuse_queue
 from samphire_broker.settings import read_settings
-from samphire_broker.store import Store, WorkerInfo
+from samphire_broker.store import OtherDeploymentError, Store, WorkerInfo
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.events import CeleryEvents
@@ -151,8 +151,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._loop = runner.get_loop()
             try:
                 runner.run(self._serve())
-            except BrokerRightError as error:
-                logger.critical("%s", error, extra={"action": "right_missing"})
+            except (BrokerRightError, OtherDeploymentError, InvalidInputError) as error:
+                logger.critical("%s", error, extra={"action": "not_started"})
                 os._exit(78)  # as EX_CONFIG: who supervises it need not try again and again
             except BaseException:
                 # Nobody would notice a dead thread in a live worker: end it, so its supervisor restarts it.
@@ -184,7 +184,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             endpoints = Endpoints(self._settings.triton_urls)
             events = CeleryEvents(self._app, self._info.hostname, self._settings.events_per_s)
             events.enabled = send_events
-            watch = QueueWatch(self._settings.broker_url)
+            watch = QueueWatch(self._settings.broker)
             canvas = Canvas(self._app, self._info.hostname)
             self._lane = Lane(self._settings, store, endpoints, self._info, events, watch, canvas)
             began = time.monotonic()

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from samphire import keys
+from samphire.address import Broker
 from samphire.direct import DirectConnection
 from samphire.errors import BrokerUnavailableError, SamphireError
+from samphire.keys import known_form
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,13 @@ REFUSED_RETRY_S = 2.0
 class QueueWatch:
     """One event that says: there may be something to do."""
 
-    def __init__(self, broker_url: str) -> None:
-        self._url = broker_url
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
-        self._watched: set[str] = set()
         self._named: set[str] = set()
         self._anywhere = False
-        self._peeks: list[asyncio.Task[None]] = []
+        self._peeks: dict[str, asyncio.Task[None]] = {}
         self._closed = False
 
     def wake(self, queue: str | None = None) -> None:
@@ -61,8 +61,7 @@ class QueueWatch:
     def close(self) -> None:
         """End the background tasks; redis-py may swallow a cancellation, so they also look at this."""
         self._closed = True
-        for peek in self._peeks:
-            peek.cancel()
+        self.forget(list(self._peeks))
 
     async def wait(self, timeout_s: float) -> None:
         """Return when woken, or after `timeout_s`."""
@@ -74,15 +73,15 @@ class QueueWatch:
 
     async def listen(self) -> None:
         """Wake on the SDK's channel, until closed."""
-        connection = DirectConnection(self._url)
+        connection = DirectConnection(self._broker.address)
         while not self._closed:
             try:
-                await connection.execute("SUBSCRIBE", keys.WAKE_CHANNEL)
+                await connection.execute("SUBSCRIBE", self._broker.keys.wake_channel)
                 self.wake()  # whatever was published before is found in the queues
                 while not self._closed:
                     message = await connection.read(BLOCK_S)
                     if message is not None and message[0] == b"message":
-                        self.wake(keys.known_form(message[2]))
+                        self.wake(known_form(message[2]))
             except BrokerUnavailableError:
                 await asyncio.sleep(RETRY_S)
             except SamphireError as error:  # queues are looked into all the same, if less often
@@ -96,15 +95,26 @@ class QueueWatch:
 
         While `may_claim` says no, a message in the queue is nothing to wake for.
         """
-        if queue not in self._watched and len(self._watched) < WATCHED_QUEUES:
-            self._watched.add(queue)
-            self._peeks.append(group.create_task(self._peek(queue, may_claim)))
+        if queue not in self._peeks and not self.is_full:
+            self._peeks[queue] = group.create_task(self._peek(queue, may_claim))
+
+    def forget(self, queues: Iterable[str]) -> None:
+        """Watch these no more: their connections are free for others."""
+        for queue in queues:
+            if peek := self._peeks.pop(queue, None):
+                peek.cancel()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no connection to spare."""
+        return len(self._peeks) >= WATCHED_QUEUES
 
     async def _peek(self, queue: str, may_claim: Callable[[str], bool]) -> None:
-        connection = DirectConnection(self._url)
-        command = ("BLMOVE", queue, queue, "RIGHT", "RIGHT", BLOCK_S)
+        connection = DirectConnection(self._broker.address)
+        key = self._broker.keys.of_celery(queue)
+        command = ("BLMOVE", key, key, "RIGHT", "RIGHT", BLOCK_S)
         try:
-            while not self._closed:
+            while not self._closed and self._peeks.get(queue) is asyncio.current_task():
                 try:
                     await self._idle.wait()
                     if not may_claim(queue):

@@ -1,0 +1,68 @@
+"""How many messages a task's canvas sends at once: counted before Celery's code takes on the work.
+
+A message of 4 MiB has room for some 50,000 callbacks, and Celery needs most of a millisecond for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from samphire.errors import InvalidInputError
+
+NEXT_STEPS_MAX = 10_000
+"""Most next steps that one task may send at once."""
+
+NEXT_STEPS_MAX_BYTES = 128 * 2**20
+"""Most bytes of their messages: each carries the result of the task before, and a chord's parts its body."""
+
+FEW_STEPS = 50
+"""Up to so many are sent in a few hundredths of a second, so other canvases may wait for them."""
+
+_PARTS = {"group": ("tasks",), "chain": ("tasks",), "chord": ("header", "body"), "chunks": ("it",)}
+"""By the kind of a signature, in which of its arguments others stand; `it` are arguments, many for one message."""
+
+
+def count_steps(signatures: object) -> int:
+    """The tasks in signatures, with those in groups, chains and chords inside them.
+
+    What is no signature counts too: Celery finds out that it is none.
+
+    Args:
+        signatures: what stands in a message as JSON; a list of signatures, one, or anything else.
+    """
+    count = 0
+    left: list[object] = [signatures]
+    while left:  # not by recursion: the depth is the producer's choice
+        found = left.pop()
+        if isinstance(found, list):
+            left += found
+        elif found is not None:
+            parts = list(_parts(found))
+            left += parts
+            count += not parts
+    return count
+
+
+def _parts(signature: object) -> Iterator[object]:
+    if not isinstance(signature, dict):
+        return
+    kind, kwargs = signature.get("subtask_type"), signature.get("kwargs")
+    if not isinstance(kind, str) or not isinstance(kwargs, dict):
+        return
+    for name in _PARTS.get(kind, ()):
+        if isinstance(part := kwargs.get(name), list | dict):
+            # The arguments of a chunk are looked at no further.
+            yield [1] * len(part) if kind == "chunks" else part
+
+
+def check_steps(count: int) -> None:
+    """Raise where a task has more next steps than it may.
+
+    Raises:
+        InvalidInputError: it has.
+    """
+    if count > NEXT_STEPS_MAX:
+        raise InvalidInputError(
+            f"expected at most {NEXT_STEPS_MAX} next steps (link, link_error, members of groups and chords) of one "
+            f"task, given {count}: send fewer, each of which sends some of the others"
+        )
