@@ -10,6 +10,7 @@ from hypothesis import settings
 
 from samphire import Client, keys
 from tests.stacks import Up, Valkey, eventually, model_repository, need_servers, running_stack, running_valkey
+from tests.support.names import KEYS
 
 settings.register_profile("samphire", deadline=None, derandomize=True)  # a slow machine is no failure
 settings.load_profile("samphire")
@@ -60,7 +61,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterato
     need_servers()
     with running_stack(tmp_path_factory.mktemp("stack"), "--model-repository", str(repository)) as up:
         with up.redis() as client:
-            eventually(lambda: client.hexists(keys.CATALOGUE, keys.CATALOGUE_COMPLETE), 20, "the catalogue")
+            eventually(lambda: client.hexists(KEYS.catalogue, keys.CATALOGUE_COMPLETE), 20, "the catalogue")
         yield up
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -15,8 +16,8 @@ from celery import Celery, chain, chord, group, signature
 from celery.exceptions import ChordError, TaskRevokedError, TimeLimitExceeded
 from celery.result import AsyncResult
 
-from samphire import keys
 from tests.stacks import ENDS_S, Up, bound, clean_environment, eventually, standing_still
+from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
@@ -46,6 +47,14 @@ def total(answer):
 @app.task(name="foreign.note")
 def note(answer, key):
     app.backend.client.rpush(key, "called")
+
+@app.task(name="foreign.failed")
+def failed(*args, **kwargs):
+    import json
+    args, key = list(args), kwargs["key"]
+    error = app.AsyncResult(args[0]).result
+    told = {"args": args, "class": type(error).__name__, "text": str(error)}
+    app.backend.client.rpush(key, json.dumps(told))
 """
 
 
@@ -188,6 +197,66 @@ def test_links_are_called(infer: Infer, app: Celery, foreign: str, stack: Up) ->
         client.delete(*keys_used)
 
 
+def test_an_errback_gets_the_id_of_the_task_that_failed(infer: Infer, app: Celery, foreign: str, stack: Up) -> None:
+    """And nothing else, as of any errback that the worker does not know; by it, it finds the error."""
+    with stack.redis() as client:
+        client.delete(key := "test:errback")
+        errback = signature("foreign.failed", kwargs={"key": key}, app=app).set(queue=foreign)
+        negative = infer(tensor(-1) | {"name": "x"}, model="picky")
+        for sent in (
+            lambda: negative.apply_async(link_error=errback),
+            lambda: chain(negative, infer(*FROM_PARENT)).on_error(errback).apply_async().parent,
+        ):
+            failed = sent()
+            told = json.loads(eventually(lambda: client.lpop(key), TIMEOUT_S, "the call of the errback"))
+            assert told["args"] == [failed.id]
+            assert told["class"] == "ModelFaultError" and "negative" in told["text"]
+        client.delete(key)
+
+
+def test_an_errbacks_own_arguments_stand_behind_the_id(infer: Infer, app: Celery, stack: Up) -> None:
+    """Unless it is immutable: then there is nothing else. Read from the queue as a consumer does."""
+    note = signature("unknown.failed", args=("mine",), app=app).set(queue="errbacks")
+    alone = signature("unknown.failed", args=("mine",), app=app, immutable=True).set(queue="errbacks")
+    sent = infer(tensor(-1) | {"name": "x"}, model="picky").apply_async(link_error=[note, alone])
+    with app.connection_for_read() as connection, connection.SimpleQueue("errbacks") as waiting:
+        messages = [waiting.get(timeout=TIMEOUT_S) for _ in range(2)]
+        for message in messages:
+            message.ack()
+    assert sorted(len(message.payload[0]) for message in messages) == [1, 2]
+    assert all(message.payload[0] in (["mine"], [sent.id, "mine"]) for message in messages)
+
+
+def routed(app: Celery, step: Any) -> Any:
+    """The function of docs/celery.md."""
+    return step.set(queue=app.amqp.router.route({}, step.task, step.args, step.kwargs)["queue"].name)
+
+
+@pytest.mark.parametrize("setting", ["task_routes", "task_default_queue"])
+def test_the_routes_of_an_application_hold_for_steps_that_carry_them(
+    infer: Infer, app: Celery, foreign: str, setting: str
+) -> None:
+    """After an inference, in a chord's body, and as a link."""
+    app.conf[setting] = {"foreign.*": {"queue": foreign}} if setting == "task_routes" else foreign
+    total = routed(app, signature("foreign.total", app=app))
+    assert total.options["queue"] == foreign
+    assert chain(infer(tensor(1)), total).apply_async().get(timeout=TIMEOUT_S) == 1
+    assert chord([infer(tensor(1)), infer(tensor(2))], total).apply_async().get(timeout=TIMEOUT_S) == 3
+    linked = total.clone().set(task_id=f"linked-{time.time()}")
+    infer(tensor(4)).apply_async(link=linked)
+    assert AsyncResult(linked.options["task_id"], app=app).get(timeout=TIMEOUT_S) == 4
+
+
+def test_a_step_without_a_queue_goes_to_celerys_own(infer: Infer, app: Celery, foreign: str, stack: Up) -> None:
+    """Whatever the application's settings say: they are not in the message, and Samphire's workers have others."""
+    app.conf.task_routes = {"foreign.*": {"queue": foreign}}
+    sent = chain(infer(tensor(1)), signature("foreign.total", app=app)).apply_async()
+    assert values(sent.parent.get(timeout=TIMEOUT_S)) == [1]
+    with stack.redis() as client:
+        (message,) = (one for one in client.lrange("celery", 0, -1) if sent.id.encode() in one)
+        client.lrem("celery", 1, message)
+
+
 def test_a_failed_step_fails_the_chain(infer: Infer, stack: Up) -> None:
     """Whoever waits for its end is told, the steps after it never run, the letter is of the step that failed."""
     bad = infer({"name": "input_fp32", "from": "nope"})
@@ -195,8 +264,8 @@ def test_a_failed_step_fails_the_chain(infer: Infer, stack: Up) -> None:
     with pytest.raises(Exception, match="the task before has the outputs 'output_fp32', from asks for 'nope'"):
         sent.get(timeout=TIMEOUT_S)
     with stack.redis() as client:
-        assert client.exists(keys.DEAD_PREFIX + sent.parent.parent.id)
-        assert not client.exists(keys.DEAD_PREFIX + sent.id)
+        assert client.exists(KEYS.dead_prefix + sent.parent.parent.id)
+        assert not client.exists(KEYS.dead_prefix + sent.id)
 
 
 def test_a_failed_part_fails_the_chord(infer: Infer, app: Celery) -> None:
@@ -270,7 +339,13 @@ def test_large_tensors_go_on_as_claim_checks(infer: Infer) -> None:
 
 @pytest.mark.parametrize(
     "queue",
-    ["cancelled", "scheduled", "dead", "worker:x:started", "celery-task-meta-x", "sub:cancels", "_kombu.binding.x"],
+    [
+        "samphire:cancelled",
+        "samphire:worker:x:started",
+        "samphire:sub:cancels",
+        "celery-task-meta-x",
+        "_kombu.binding.x",
+    ],
 )
 def test_a_next_step_cannot_go_to_a_key_with_state(infer: Infer, stack: Up, queue: str) -> None:
     """A worker has rights that a producer may lack, and does not lend them."""
@@ -363,7 +438,7 @@ def _nothing_in_flight(stack: Up) -> None:
     with stack.redis() as client:
 
         def empty() -> bool:
-            held = sum(client.hlen(key) for key in client.scan_iter("worker:*:inflight"))
+            held = sum(client.hlen(key) for key in client.scan_iter("samphire:worker:*:inflight"))
             return held == 0 and client.llen("inference") == 0
 
         eventually(empty, 20, "the end of everything in flight")
@@ -379,7 +454,7 @@ def test_expired_tasks_are_not_run(infer: Infer, stack: Up) -> None:
         sent.get(timeout=TIMEOUT_S)
     assert sent.state == "REVOKED"
     with stack.redis() as client:
-        assert not client.exists(keys.DEAD_PREFIX + sent.id)
+        assert not client.exists(KEYS.dead_prefix + sent.id)
     assert infer(tensor(1)).apply_async(expires=60).get(timeout=TIMEOUT_S)
 
 
@@ -393,8 +468,8 @@ def test_delayed_tasks_wait_in_the_store(infer: Infer, app: Celery, stack: Up, h
 
     waits = send(600)
     with stack.redis() as client:
-        eventually(lambda: client.zscore(keys.SCHEDULED, waits.id), 5, "the schedule")
-        assert client.hexists(keys.SCHEDULED_MESSAGES, waits.id)
+        eventually(lambda: client.zscore(KEYS.scheduled, waits.id), 5, "the schedule")
+        assert client.hexists(KEYS.scheduled_messages, waits.id)
     assert waits.state == "PENDING"
     app.control.revoke(waits.id)
     at = time.time() + 1
@@ -432,11 +507,11 @@ def test_ignored_results_are_not_stored(infer: Infer, app: Celery, stack: Up) ->
     marker = infer(tensor(2)).apply_async()
     marker.get(timeout=TIMEOUT_S)
     with stack.redis() as client:
-        eventually(lambda: not client.exists(keys.meta_key(sent.id)), 10, "no result")
-        assert sum(client.hlen(key) for key in client.scan_iter("worker:*:inflight")) == 0
+        eventually(lambda: not client.exists(KEYS.meta_prefix + sent.id), 10, "no result")
+        assert sum(client.hlen(key) for key in client.scan_iter("samphire:worker:*:inflight")) == 0
         failed = infer(tensor(1) | {"name": "nope"}).apply_async(ignore_result=True)
-        eventually(lambda: client.exists(keys.DEAD_PREFIX + failed.id), 10, "the dead letter")
-        assert not client.exists(keys.meta_key(failed.id))
+        eventually(lambda: client.exists(KEYS.dead_prefix + failed.id), 10, "the dead letter")
+        assert not client.exists(KEYS.meta_prefix + failed.id)
 
 
 @pytest.mark.parametrize("compression", ["gzip", "bzip2"])
@@ -507,12 +582,12 @@ def test_revoke_a_scheduled_task(infer: Infer, app: Celery, stack: Up) -> None:
     """REVOKED at once, and nothing of it is left."""
     sent = infer(tensor(1)).apply_async(countdown=60)
     with stack.redis() as client:
-        eventually(lambda: client.zscore(keys.SCHEDULED, sent.id), 5, "the schedule")
+        eventually(lambda: client.zscore(KEYS.scheduled, sent.id), 5, "the schedule")
         app.control.revoke(sent.id)
         with pytest.raises(TaskRevokedError):
             sent.get(timeout=TIMEOUT_S)
-        eventually(lambda: client.zscore(keys.CANCELLED, sent.id) is None, 10, "the end of its message")
-        assert client.zscore(keys.SCHEDULED, sent.id) is None
+        eventually(lambda: client.zscore(KEYS.cancelled, sent.id) is None, 10, "the end of its message")
+        assert client.zscore(KEYS.scheduled, sent.id) is None
 
 
 def test_revoke_a_queued_task(infer: Infer, app: Celery, stack: Up) -> None:
@@ -528,7 +603,7 @@ def test_revoke_a_queued_task(infer: Infer, app: Celery, stack: Up) -> None:
     with pytest.raises(TaskRevokedError):
         sent.get(timeout=TIMEOUT_S)
     with stack.redis() as client:
-        eventually(lambda: client.zscore(keys.CANCELLED, sent.parent.id) is None, 10, "the end of its message")
+        eventually(lambda: client.zscore(KEYS.cancelled, sent.parent.id) is None, 10, "the end of its message")
 
 
 def test_a_revoked_part_fails_its_chord(infer: Infer, app: Celery, stack: Up) -> None:
@@ -537,7 +612,7 @@ def test_a_revoked_part_fails_its_chord(infer: Infer, app: Celery, stack: Up) ->
     later = infer(tensor(1)).set(countdown=60, task_id=part)
     sent = chord([infer(tensor(1)), later], infer(*FROM_PARENT)).apply_async()
     with stack.redis() as client:
-        eventually(lambda: client.zscore(keys.SCHEDULED, part), 10, "the schedule")
+        eventually(lambda: client.zscore(KEYS.scheduled, part), 10, "the schedule")
     app.control.revoke(part)
     with pytest.raises((ChordError, TaskRevokedError)):
         sent.get(timeout=TIMEOUT_S)
@@ -550,7 +625,7 @@ def test_revoke_somebody_elses_task(app: Celery, stack: Up) -> None:
     assert AsyncResult("somebody-else's", app=app).state == "PENDING"
     assert app.control.revoke([1, "a"], reply=True, timeout=2, destination=_samphire_workers(app))
     with stack.redis() as client:
-        client.delete(keys.CANCELLED)
+        client.delete(KEYS.cancelled)
 
 
 def test_revoke_an_ended_task(infer: Infer, app: Celery) -> None:

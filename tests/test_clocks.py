@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import redis
 
-from samphire import Client, EndpointTimeoutError, TaskExpiredError, keys
+from samphire import Client, EndpointTimeoutError, TaskExpiredError
+from samphire.address import Address
 from samphire.clock import ROUND_TRIP_MAX_S, BrokerClock
 from samphire.direct import DirectConnection
 from samphire_broker.doctor import check_work
 from samphire_broker.overview import look
 from tests.stacks import ENDS_S, Up, Valkey, clean_environment, eventually
+from tests.support.names import KEYS
 from tests.workers import running_worker
 
 TIMEOUT_S = 30
@@ -82,7 +84,7 @@ def test_a_worker_whose_clock_is_wrong(
         began = broker_s(valkey.client)
         delayed = client.submit("identity", one, delay_s=DELAY_S)
         assert client.submit("identity", one, deadline_s=20).result(TIMEOUT_S).outputs
-        eventually(lambda: valkey.client.zscore(keys.SCHEDULED, delayed.id), TIMEOUT_S, "the schedule")
+        eventually(lambda: valkey.client.zscore(KEYS.scheduled, delayed.id), TIMEOUT_S, "the schedule")
         assert delayed.result(TIMEOUT_S).outputs
         assert DELAY_S <= broker_s(valkey.client) - began < DELAY_S + 20
         began = broker_s(valkey.client)
@@ -92,7 +94,7 @@ def test_a_worker_whose_clock_is_wrong(
         assert broker_s(valkey.client) - began >= 1.9
         said = rf"this machine's clock is \{skew[0]}(59|60|61)\.\d s from the broker's"
         eventually(lambda: re.search(said, worker.log()), TIMEOUT_S, "the log")
-        warned = [f.found for f in check_work(valkey.client, look(valkey.client)) if f.name == "clock"]
+        warned = [f.found for f in check_work(valkey.client, KEYS, look(valkey.client, KEYS)) if f.name == "clock"]
         assert re.fullmatch(rf"worker \S+: its clock is \{skew[0]}(59|60|61)\.\d s from the broker's", warned[0])
 
 
@@ -113,7 +115,7 @@ def test_the_brokers_time_is_kept(valkey: Valkey, monkeypatch: pytest.MonkeyPatc
     import asyncio
 
     async def test() -> None:
-        connection = DirectConnection(valkey.url)
+        connection = DirectConnection(Address.parse(valkey.url))
         clock = BrokerClock(connection)
         assert not clock.is_known and abs(clock.now() - time.time()) < 1
         await clock.look()
@@ -130,7 +132,7 @@ def test_the_brokers_time_is_kept(valkey: Valkey, monkeypatch: pytest.MonkeyPatc
         assert slow.is_known and abs(await slow.fresh_now() - right) < 5
         assert slow._looked_at, "the first look was too slow to be relied on: it has looked again"
         await connection.close()
-        lost = BrokerClock(DirectConnection("redis://127.0.0.1:1/0"))
+        lost = BrokerClock(DirectConnection(Address.parse("redis://127.0.0.1:1/0")))
         assert abs(await lost.fresh_now() - (right + 3600)) < 5, "no broker: this machine's clock"
         monkeypatch.undo()
 

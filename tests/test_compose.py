@@ -39,23 +39,13 @@ from samphire_broker.embedded.valkey import server_binary
 from samphire_broker.settings import shipped_model_repository
 from samphire_workers.triton import Endpoint
 from tests.stacks import ENDS_S, bound, clean_environment, eventually, need_servers
+from tests.support.tools import tool
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 60
 SECRETS = {"SAMPHIRE_TRITON_KEY": "a-key", "SAMPHIRE_FLOWER_PASSWORD": "a-password"}
 CONTROL_APIS = {"model-repository", "shared-memory", "trace", "logging"}
 DOCKERFILES = ("broker/Dockerfile", "workers/Dockerfile")
-
-
-def tool(package: str, *names: str) -> str:
-    """The first of these commands that is installed; without one the test is skipped, in CI it fails."""
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    message = f"{names[0]} is not installed: apt-get install {package}"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
 
 
 def compose_config(secrets: Mapping[str, str]) -> subprocess.CompletedProcess[str]:

@@ -20,11 +20,11 @@ from samphire import (
     ModelFaultError,
     ResultTimeoutError,
     UnknownModelError,
-    keys,
 )
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store
 from tests.stacks import Up, Valkey, eventually, only, running_stack, samphire
+from tests.support.names import KEYS
 
 TIMEOUT_S = 30
 
@@ -72,16 +72,16 @@ def test_a_redriven_task_is_run_again(client: Client, stack: Up) -> None:
         assert (again.attempts, again.run) == (3, 2)
         # One that succeeds: the message of a good task, made a letter by hand.
         good = client.submit("picky", {"x": np.array([[1]], np.float32)}, delay_s=60)
-        eventually(lambda: redis.hexists(keys.SCHEDULED_MESSAGES, good.id), TIMEOUT_S, "the schedule")
-        held = redis.hget(keys.SCHEDULED_MESSAGES, good.id)
+        eventually(lambda: redis.hexists(KEYS.scheduled_messages, good.id), TIMEOUT_S, "the schedule")
+        held = redis.hget(KEYS.scheduled_messages, good.id)
         list_key, _, message = held.partition(b" ")
         message = message.replace(b'"eta":"', b'"was":"')
-        redis.hdel(keys.SCHEDULED_MESSAGES, good.id)
-        redis.zrem(keys.SCHEDULED, good.id)
+        redis.hdel(KEYS.scheduled_messages, good.id)
+        redis.zrem(KEYS.scheduled, good.id)
         fields = {"message": message, "list": list_key, "task_id": good.id, "died_at": time.time(), "model": "picky"}
-        redis.hset(keys.DEAD_PREFIX + good.id, mapping=fields)
-        redis.zadd(keys.DEAD, {good.id: time.time()})
-        redis.set(keys.meta_key(good.id), '{"status":"FAILURE","task_id":"x","result":{}}')
+        redis.hset(KEYS.dead_prefix + good.id, mapping=fields)
+        redis.zadd(KEYS.dead, {good.id: time.time()})
+        redis.set((KEYS.meta_prefix + good.id), '{"status":"FAILURE","task_id":"x","result":{}}')
     assert client.dead_letters.redrive([good.id]) == 1
     assert good.result(TIMEOUT_S).outputs["y"].tolist() == [[2]]
     with pytest.raises(LetterGoneError):
@@ -110,13 +110,13 @@ def test_redriving_keeps_to_its_rate(client: Client) -> None:
 def test_without_a_worker_the_request_stands(valkey: Valkey) -> None:
     """The letter is neither lost nor sent twice."""
     fields = {"message": "m", "list": "inference.m", "task_id": "a", "died_at": 1.0}
-    valkey.client.hset(keys.DEAD_PREFIX + "a", mapping=fields)
-    valkey.client.zadd(keys.DEAD, {"a": 1.0})
+    valkey.client.hset(KEYS.dead_prefix + "a", mapping=fields)
+    valkey.client.zadd(KEYS.dead, {"a": 1.0})
     with Client(valkey.url) as client, pytest.raises(ResultTimeoutError, match="the request stands"):
         client.dead_letters.redrive(["a"], timeout_s=0.2)
-    valkey.client.rpush(keys.LETTERS, "redrive a", "redrive gone", "junk", "burn a")
-    valkey.client.set(keys.DEAD_PREFIX + "text", "no letter")
-    valkey.client.rpush(keys.LETTERS, "redrive text", "purge text")
+    valkey.client.rpush(KEYS.letters, "redrive a", "redrive gone", "junk", "burn a")
+    valkey.client.set(KEYS.dead_prefix + "text", "no letter")
+    valkey.client.rpush(KEYS.letters, "redrive text", "purge text")
 
     async def serve() -> int:
         store = Store(Settings(broker_url=valkey.url), "w")
@@ -127,14 +127,14 @@ def test_without_a_worker_the_request_stands(valkey: Valkey) -> None:
 
     assert asyncio.run(serve()) == 7
     assert valkey.client.lrange("inference.m", 0, -1) == [b"m"]
-    assert valkey.client.exists(keys.DEAD, keys.DEAD_PREFIX + "a", keys.LETTERS) == 0
+    assert valkey.client.exists(KEYS.dead, KEYS.dead_prefix + "a", KEYS.letters) == 0
 
 
 def test_a_letter_stays_where_its_queue_is_none(valkey: Valkey) -> None:
     """A push to a key of another type would lose the message."""
     valkey.client.set("inference.m", "no list")
-    valkey.client.hset(keys.DEAD_PREFIX + "a", mapping={"message": "m", "list": "inference.m", "task_id": "a"})
-    valkey.client.rpush(keys.LETTERS, "redrive a")
+    valkey.client.hset(KEYS.dead_prefix + "a", mapping={"message": "m", "list": "inference.m", "task_id": "a"})
+    valkey.client.rpush(KEYS.letters, "redrive a")
 
     async def serve() -> None:
         store = Store(Settings(broker_url=valkey.url), "w")
@@ -142,7 +142,7 @@ def test_a_letter_stays_where_its_queue_is_none(valkey: Valkey) -> None:
         await store.close()
 
     asyncio.run(serve())
-    assert valkey.client.hget(keys.DEAD_PREFIX + "a", "message") == b"m"
+    assert valkey.client.hget(KEYS.dead_prefix + "a", "message") == b"m"
 
 
 def test_the_command(client: Client, stack: Up, tmp_path: Any) -> None:
@@ -193,4 +193,4 @@ def test_the_oldest_letters_go_when_there_are_too_many(tmp_path: Path) -> None:
         assert {letter.id for letter in client.dead_letters.list()} == set(last)
         assert "8 of the oldest were deleted" in up.worker_log()
         with up.redis() as server:
-            assert not server.exists(*(keys.DEAD_PREFIX + letter for letter in first))
+            assert not server.exists(*(KEYS.dead_prefix + letter for letter in first))

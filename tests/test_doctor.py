@@ -17,6 +17,7 @@ from tritonclient.utils import InferenceServerException
 from samphire import Client, keys
 from samphire_broker import doctor
 from tests.stacks import ENDS_S, SAMPHIRE, Up, Valkey, clean_environment, eventually, running_valkey
+from tests.support.names import KEYS
 
 Findings = dict[str, dict[str, Any]]
 
@@ -88,7 +89,7 @@ def test_a_broker_that_forgets_and_evicts(tmp_path: Path) -> None:
         assert examine(valkey.url)[1]["memory"]["state"] == "error"
         valkey.client.config_set("appendonly", "yes")
         valkey.client.config_set("appendfsync", "no")
-        valkey.client.hset(keys.CATALOGUE, mapping={keys.CATALOGUE_COMPLETE: "1"})
+        valkey.client.hset(KEYS.catalogue, mapping={keys.CATALOGUE_COMPLETE: "1"})
         _, found = examine(valkey.url)
         assert found["durability"]["state"] == "error"
         assert "appendfsync no" in found["durability"]["found"]
@@ -197,3 +198,38 @@ def test_doctor_is_patient_with_a_hung_broker(valkey: Valkey) -> None:
     finally:
         valkey.process.send_signal(18)
         eventually(valkey.client.ping, 10, "the broker's answer")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("inference:3", "another sep"),
+        ("inference.digits:6", "another sep"),
+        ("inference\x06\x165", "other priority_steps"),
+        ("inference.digits@acme\x06\x161", "other priority_steps"),
+        ("shop_inference", "has global_keyprefix 'shop_', the workers have ''"),
+        ("shop:inference.digits\x06\x163", "has global_keyprefix 'shop:'"),
+        ("inference.digits:returned", "a key of another type lay"),
+        ("inference.digits\x06\x163:returned", "a key of another type lay"),
+    ],
+)
+def test_messages_in_lists_that_nobody_reads_are_found(valkey: Valkey, name: str, why: str) -> None:
+    """With the setting of the producer that has put them there."""
+    valkey.client.rpush(name, "a", "b")
+    for read in ("inference", "inference.digits", "inference.digits\x06\x163", "inferences", "my-inference-cache2"):
+        valkey.client.rpush(read, "c")
+    _, found = examine(valkey.url)
+    finding = found["unread list"]
+    assert finding["state"] == "warning" and finding["remedy"]
+    assert why in finding["found"] and "2 messages" in finding["found"]
+
+
+def test_the_lists_of_another_deployment_are_its_own(valkey: Valkey) -> None:
+    """As long as its workers tell so."""
+    valkey.client.rpush("shop_inference.digits", "a")
+    valkey.client.set("shop_samphire.namespace", "shop:")
+    _, found = examine(valkey.url)
+    assert "unread list" not in found
+    valkey.client.delete("shop_samphire.namespace")
+    _, found = examine(valkey.url)
+    assert "of this deployment" in found["unread list"]["found"]

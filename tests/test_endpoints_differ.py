@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tritonclient.grpc import InferenceServerClient
 
-from samphire import Client, InvalidInputError, ModelSignature, TensorSpec, keys
+from samphire import Client, InvalidInputError, ModelSignature, TensorSpec
 from samphire_workers.lane.signatures import Signatures
 from tests.stacks import Up, Valkey, eventually, running_stack
+from tests.support.names import KEYS
 from tests.workers import running_worker
 
 TIMEOUT_S = 30
@@ -56,7 +57,7 @@ def test_the_first_endpoint_counts(stack: Up, valkey: Valkey, tmp_path: Path) ->
         with running_worker(tmp_path / "w", valkey.url, urls) as worker, Client(valkey.url) as client:
             tasks = [client.submit("two_faced", {"x": np.array([[n]], np.float32)}) for n in range(120)]
             assert [int(task.result(TIMEOUT_S).outputs["y"][0, 0]) for task in tasks] == list(range(120))
-            assert not valkey.client.zcard(keys.DEAD)
+            assert not valkey.client.zcard(KEYS.dead)
             told = f"model two_faced differs between endpoints: {stack.triton_grpc} takes (x FP32[1]) -> (y FP32[1])"
             assert told in worker.log() and f"{second.triton_grpc} takes (x INT32[1])" in worker.log()
             assert asked(second.triton_grpc) == 0
@@ -74,7 +75,7 @@ def test_the_first_endpoint_counts(stack: Up, valkey: Valkey, tmp_path: Path) ->
             load(second.triton_grpc)  # while requests go there
             tasks = [client.submit("two_faced", {"x": np.array([[n]], np.float32)}) for n in range(120)]
             assert [int(task.result(TIMEOUT_S).outputs["y"][0, 0]) for task in tasks] == list(range(120))
-            assert not valkey.client.zcard(keys.DEAD)
+            assert not valkey.client.zcard(KEYS.dead)
             assert worker.log().count("differs between endpoints") == 2
 
 

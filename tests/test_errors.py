@@ -9,7 +9,8 @@ import pytest
 import redis.exceptions
 
 from samphire import errors
-from samphire.connection import redact, translate
+from samphire.address import redact
+from samphire.connection import translate
 from samphire_workers import triton_errors
 
 

@@ -25,6 +25,7 @@ from samphire import Client, keys
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.ports import choose_port
 from tests.stacks import ENDS_S, Up, bound, clean_environment, eventually, running_valkey
+from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 
 EXAMPLES = Path(__file__).parents[1] / "clients" / "python" / "examples"
@@ -129,7 +130,7 @@ def serving(framework: str, folder: Path, broker_url: str) -> Iterator[Server]:
 def server(request: pytest.FixtureRequest, stack: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Each of the web applications, in front of the session's stack."""
     with stack.redis() as broker:
-        eventually(lambda: broker.hget(keys.CATALOGUE, "digits"), TIMEOUT_S, "the catalogue")
+        eventually(lambda: broker.hget(KEYS.catalogue, "digits"), TIMEOUT_S, "the catalogue")
     with serving(request.param, tmp_path_factory.mktemp(request.param), stack.broker_url) as server:
         yield server
 

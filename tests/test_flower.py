@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 from celery import Celery
 
-from samphire import Backoff, Client, InvalidInputError, keys
+from samphire import Backoff, Client, InvalidInputError
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.flower import kept_password
 from samphire_broker.settings import Settings
 from samphire_workers.lane.events import EVENTS_A_TASK
 from tests.browser import open_page
 from tests.stacks import SAMPHIRE, Up, clean_environment, eventually, running_stack, running_valkey
+from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 
 TIMEOUT_S = 30
@@ -325,7 +326,7 @@ def test_what_was_seen_to_begin_is_seen_to_end(stack: Up, flower: Flower, plain:
             for _ in range(BURST)
         ]
     with stack.redis() as server:
-        metas = [keys.meta_key(task_id) for task_id in sent]
+        metas = [(KEYS.meta_prefix + task_id) for task_id in sent]
         eventually(lambda: all(b"SUCCESS" in (meta or b"") for meta in server.mget(metas)), TIMEOUT_S, "every end")
 
     def states() -> dict[str, str]:

@@ -18,7 +18,8 @@ import pytest
 from celery import Celery
 from redis.exceptions import InvalidResponse
 
-from samphire import AsyncClient, Backoff, Client, InternalError, ModelFaultError, keys
+from samphire import AsyncClient, Backoff, Client, InternalError, ModelFaultError
+from samphire.address import Address, broker_of
 from samphire.direct import DirectConnection
 from samphire.errors import SamphireError
 from samphire_broker.retry import DeadLetter, Retry, RetryPolicy, decide
@@ -32,6 +33,7 @@ from samphire_workers.lane.lane import Lane
 from samphire_workers.lane.lease import keep_lease
 from samphire_workers.lane.wake import QueueWatch
 from tests.stacks import Up, Valkey, eventually
+from tests.support.names import KEYS
 from tests.workers import running_worker
 
 TIMEOUT_S = 60
@@ -82,7 +84,11 @@ def lane_beside(valkey: Valkey, triton_grpc: str) -> Iterator[asyncio.Runner]:
             store, registered = Store(settings, "w1"), asyncio.Event()
             beating = asyncio.create_task(keep_lease(store, settings, info, registered))
             await registered.wait()
-            events, watch, canvas = CeleryEvents(app, info.hostname, 0), QueueWatch(valkey.url), Canvas(app, "w1@host")
+            events, watch, canvas = (
+                CeleryEvents(app, info.hostname, 0),
+                QueueWatch(broker_of(valkey.url)),
+                Canvas(app, "w1@host"),
+            )
             endpoints = Endpoints((triton_grpc,))
             lane = Lane(settings, store, endpoints, info, events, watch, canvas)
             running = asyncio.create_task(lane.run())
@@ -160,14 +166,14 @@ def test_a_worker_short_of_threads_gives_its_tasks_to_others(stack: Up, valkey: 
         with running_worker(tmp_path / "well", valkey.url, stack.triton_grpc):
             for task in tasks:
                 assert task.result(TIMEOUT_S).outputs["output_fp32"].shape == (1, 200_000)
-        assert not valkey.client.zcard(keys.DEAD)
+        assert not valkey.client.zcard(KEYS.dead)
 
 
 def test_a_reply_without_room_is_a_shortage(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """hiredis says so in an error that redis-py takes for one of the protocol; the connection is opened anew."""
 
     async def test() -> None:
-        connection = DirectConnection(valkey.url)
+        connection = DirectConnection(Address.parse(valkey.url))
         await connection.execute("SET", "k", "v")
 
         async def no_room(*_args: object, **_kwargs: object) -> None:
@@ -198,4 +204,4 @@ def test_a_worker_that_stays_short_ends(stack: Up, valkey: Valkey, tmp_path: Pat
         began = time.monotonic()
         with running_worker(tmp_path / "well", valkey.url, stack.triton_grpc):
             assert all(task.result(TIMEOUT_S).outputs for task in tasks)
-        assert not valkey.client.zcard(keys.DEAD), time.monotonic() - began
+        assert not valkey.client.zcard(KEYS.dead), time.monotonic() - began

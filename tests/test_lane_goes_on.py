@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from samphire import AsyncClient, EndpointTimeoutError, ResultTimeoutError, keys
+from samphire import AsyncClient, EndpointTimeoutError, ResultTimeoutError
 from tests.stacks import Valkey
 from tests.support.lane import LaneWorker, body, fake_triton, lane_worker, remember, until, x
+from tests.support.names import KEYS
 
 HALF = "\ud800"
 """Half a surrogate pair: JSON may say it, and UTF-8 cannot."""
@@ -58,8 +59,8 @@ def test_text_that_is_no_utf_8(valkey: Valkey, headers: dict[str, Any], embed: d
             for correlation_id in ("c", HALF):
                 valkey.client.lpush("inference.one", message(headers, embed, correlation_id))
             assert (await (await sdk.submit("one", x(1))).result(20)).outputs["y"].tolist() == [[2.0]]
-            await until(lambda: valkey.client.zcard(keys.DEAD), "a letter")
-            await until(lambda: not valkey.client.hlen(f"worker:{worker.info.id}:inflight"), "the end of both")
+            await until(lambda: valkey.client.zcard(KEYS.dead), "a letter")
+            await until(lambda: not valkey.client.hlen(f"samphire:worker:{worker.info.id}:inflight"), "the end of both")
             assert not any(task.done() for task in worker.tasks)
 
     run(test)
@@ -122,12 +123,12 @@ def test_a_cancel_that_cannot_be_looked_for(valkey: Valkey) -> None:
             lane_worker(valkey.url, triton) as worker,
         ):
             assert (await (await sdk.submit("one", x(1))).result(20)).outputs
-            valkey.client.delete(keys.QUEUES)
-            valkey.client.set(keys.QUEUES, "somebody's")
+            valkey.client.delete(KEYS.queues)
+            valkey.client.set(KEYS.queues, "somebody's")
             with pytest.raises(ResultTimeoutError):
                 await sdk.task("nobody's").cancel(timeout_s=3)
             assert not any(task.done() for task in worker.tasks)
-            valkey.client.delete(keys.QUEUES)
+            valkey.client.delete(KEYS.queues)
             assert (await (await sdk.submit("one", x(1))).result(20)).outputs
 
     run(test)

@@ -26,6 +26,7 @@ from tests.support.lane import (
     until,
     x,
 )
+from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 
 
@@ -35,7 +36,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 async def catalogue_of(valkey: Valkey, *models: str) -> None:
     for model in models:
-        await until(lambda model=model: valkey.client.hexists(keys.CATALOGUE, model), "the catalogue")  # type: ignore[misc]
+        await until(lambda model=model: valkey.client.hexists(KEYS.catalogue, model), "the catalogue")  # type: ignore[misc]
 
 
 def test_a_redriven_first_step_of_a_chain_runs_its_next_steps_to_the_end(valkey: Valkey) -> None:
@@ -92,7 +93,7 @@ def test_a_worker_without_an_endpoint_gives_back_what_it_has_claimed_unknowingly
             await lost.wait()
             async with lane_worker(valkey.url, living):
                 assert (await task.result(20)).outputs["y"].tolist() == [[2.0]]
-            assert not valkey.client.hlen(f"{keys.WORKER_PREFIX}{a.info.id}:inflight")
+            assert not valkey.client.hlen(f"{KEYS.worker_prefix}{a.info.id}:inflight")
 
     run(test)
 
@@ -113,7 +114,7 @@ def test_a_task_in_a_queue_that_nobody_knows_yet_can_be_cancelled(valkey: Valkey
                     return set()
 
                 worker.store.known_queues = none  # type: ignore[method-assign]
-                valkey.client.delete(keys.QUEUES)
+                valkey.client.delete(KEYS.queues)
                 options = {"queue": "inference.one@tenant", "kwargs": body("one") | {"tenant": "tenant"}}
                 with plain_celery(valkey.url) as app:
                     sent = await asyncio.to_thread(lambda: app.send_task("samphire.infer", **options))
@@ -140,7 +141,7 @@ def test_a_chain_can_be_cancelled_while_an_earlier_step_waits_for_its_time(valke
             await catalogue_of(valkey, "one", "two")
             first = Step("one", x())
             chain = await sdk.chain(first, Step("two", {"x": first["y"]}))
-            await until(lambda: valkey.client.zcard(keys.SCHEDULED), "the retry")
+            await until(lambda: valkey.client.zcard(KEYS.scheduled), "the retry")
             assert await chain.cancel() is True
             with pytest.raises(TaskCancelledError):
                 await chain.result(5)
@@ -171,11 +172,11 @@ def test_a_part_that_fails_later_does_not_write_over_a_cancelled_chain(valkey: V
             left, right = Step("one", x()), Step("bad", x())
             chain = await sdk.chain([left, right], Step("two", {"x": [left["y"], right["y"]]}))
             pubsub = valkey.client.pubsub(ignore_subscribe_messages=True)
-            pubsub.subscribe(keys.meta_key(chain.id))
+            pubsub.subscribe(KEYS.meta_prefix + chain.id)
             await until(lambda: len(triton.asked) == 2, "both parts")
             assert await chain.cancel() is True
             go.set()
-            await until(lambda: valkey.client.zcard(keys.DEAD), "the part's failure")
+            await until(lambda: valkey.client.zcard(KEYS.dead), "the part's failure")
             await until(lambda: not valkey.client.llen(keys.INTAKE), "the part's return")
             await until(lambda: not any(":inflight" in key.decode() for key in valkey.client.keys("*")), "its end")
             assert state(valkey.client, chain.id) == "REVOKED"
@@ -202,7 +203,7 @@ def test_a_chord_that_fails_is_ended_and_its_client_told(valkey: Valkey) -> None
             with pytest.raises(SamphireError):
                 await chain.result(20)
             assert state(valkey.client, chain.id) == "FAILURE"
-            told = [fields for _, fields in valkey.client.xrange(sdk._session.stream)]
+            told = [fields for _, fields in valkey.client.xrange(KEYS.own(sdk._session.stream))]
             assert {b"failed": chain.id.encode()} in told
 
     run(test)
@@ -228,7 +229,7 @@ def test_a_task_that_has_had_all_its_attempts_is_failed_without_another_start(va
             with pytest.raises(SamphireError, match="3 of 3 attempts took a worker"):
                 await task.result(20)
             assert started == [] and triton.asked == []
-            assert valkey.client.hget(keys.DEAD_PREFIX + task.id, "attempts") == b"3"
+            assert valkey.client.hget(KEYS.dead_prefix + task.id, "attempts") == b"3"
             await worker.down()
 
     run(test)
@@ -258,7 +259,7 @@ def test_a_suspect_waits_until_what_was_answered_before_it_is_written(valkey: Va
             for n, task in enumerate(tasks, 1):
                 assert (await task.result(20)).outputs["y"].tolist() == [[n + 1.0]]
             await a.down()
-            assert not valkey.client.zcard(keys.DEAD)
+            assert not valkey.client.zcard(KEYS.dead)
 
     run(test)
 
@@ -275,7 +276,7 @@ def test_what_need_not_wait_is_not_started_with_what_must(valkey: Valkey) -> Non
             async def claim_twice(*args: Any) -> Any:
                 first = await claim(*args)
                 if first:
-                    valkey.client.sadd(keys.TRIED, "suspect")
+                    valkey.client.sadd(KEYS.tried, "suspect")
                 return [*first, *await claim(*args)] if first else first
 
             async def noted(tasks: Any, info: Any) -> Any:
@@ -315,7 +316,7 @@ def test_suspects_do_not_stop_what_another_worker_waits_for(valkey: Valkey) -> N
             for task in tasks[:13]:
                 remember(valkey.client, task.id, attempts=2, crashes=2)
             await a.up()
-            await until(lambda: valkey.client.hlen(f"{keys.WORKER_PREFIX}{a.info.id}:started"), "a start")
+            await until(lambda: valkey.client.hlen(f"{KEYS.worker_prefix}{a.info.id}:started"), "a start")
             one = await sdk.submit("one", x(), priority="high")
             remember(valkey.client, one.id, attempts=2, crashes=2, shared=2)
             await b.up()

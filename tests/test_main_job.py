@@ -33,6 +33,7 @@ from samphire import (
 from samphire.keys import Priority
 from samphire_broker.digits import load_split
 from tests.stacks import Up, eventually, standing_still
+from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 
 TIMEOUT_S = 30
@@ -144,8 +145,8 @@ def test_large_tensors_travel_as_claim_checks(client: Client, stack: Up, size: i
     task = client.submit("identity", {"input_fp32": x})
     np.testing.assert_array_equal(task.result(TIMEOUT_S).outputs["output_fp32"], x)
     with stack.redis() as redis:
-        assert not list(redis.scan_iter(f"{keys.BLOB_PREFIX}{task.id}*"))
-        blobs = list(redis.scan_iter(f"{keys.RESULT_BLOB_PREFIX}{task.id}*"))
+        assert not list(redis.scan_iter(f"{KEYS.own(keys.BLOB_PREFIX)}{task.id}*"))
+        blobs = list(redis.scan_iter(f"{KEYS.own(keys.RESULT_BLOB_PREFIX)}:{task.id}*"))
         assert len(blobs) == (x.nbytes > 8192)
         assert all(redis.ttl(blob) > 0 for blob in blobs)
 
@@ -213,7 +214,7 @@ def test_priorities_overtake(client: Client, stack: Up) -> None:
     for task in [*blockers, *low, high]:
         task.result(TIMEOUT_S)
     with stack.redis() as redis:
-        done = {task.id: json.loads(redis.get(keys.meta_key(task.id)))["date_done"] for task in (*low, high)}
+        done = {task.id: json.loads(redis.get(KEYS.meta_prefix + task.id))["date_done"] for task in (*low, high)}
     assert sum(done[task.id] > done[high.id] for task in low) >= 5
 
 
@@ -223,7 +224,7 @@ def test_tenants_have_queues_of_their_own(stack: Up) -> None:
         result = acme.submit("identity", {"input_fp32": array(1.0)}).result(TIMEOUT_S)
         assert result.outputs["output_fp32"].tolist() == [[1.0]]
     with stack.redis() as redis:
-        assert redis.sismember(keys.QUEUES, "inference.identity@acme")
+        assert redis.sismember(KEYS.queues, "inference.identity@acme")
 
 
 # -- waiting ----------------------------------------------------------------------------------------
@@ -259,9 +260,9 @@ def test_a_task_can_be_found_again_by_its_id(client: Client, stack: Up) -> None:
         again = other.task(task.id)
         assert again.result(TIMEOUT_S).outputs["slept"].tolist() == [[0.5]]
         assert again.status() == "succeeded"
-        assert other.task("nobody knows this").status() == "queued"
+        assert other.task("nobody-knows-this").status() == "queued"
         with pytest.raises(ResultTimeoutError):
-            other.task("nobody knows this").result(0.1)
+            other.task("nobody-knows-this").result(0.1)
         with pytest.raises(InvalidInputError, match="task id"):
             other.task("")
 
@@ -309,7 +310,7 @@ def test_a_client_that_is_closed_leaves_nobody_waiting(stack: Up) -> None:
 
     def wait() -> None:
         try:
-            client.task("nobody knows this").result()
+            client.task("nobody-knows-this").result()
         except SamphireError as error:
             errors.append(error)
 
@@ -444,19 +445,19 @@ def test_bad_requests_of_plain_producers(
 
 
 def put_blob(stack: Up, data: bytes, **changed: Any) -> dict[str, Any]:
-    key = f"{keys.BLOB_PREFIX}{hashlib.sha256(data).hexdigest()[:8]}:0"
+    key = f"{keys.result_blobs_of('')}{hashlib.sha256(data).hexdigest()[:8]}:0"
     with stack.redis() as redis:
-        redis.set(key, data, ex=60)
+        redis.set(KEYS.own(key), data, ex=60)
     return {"key": key, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} | changed
 
 
 @pytest.mark.parametrize(
     ("text", "changed"),
     [
-        ("have sha256", {"sha256": "0" * 64}),
+        ("have another sha256", {"sha256": "0" * 64}),
         ("expected 5 bytes behind .*, found 4", {"size": 5}),
-        ("has expired or never was", {"key": f"{keys.BLOB_PREFIX}none:0"}),
-        ("expected a ref to a key", {"key": "celery-task-meta-secret"}),
+        ("has expired or never was", {"key": f"{keys.result_blobs_of('')}none:0"}),
+        ("expected a ref to one of the task's own", {"key": "celery-task-meta-secret"}),
         ("size of at least 0", {"size": -1}),
         ("below 2", {"size": 10**30}),
     ],
@@ -485,9 +486,9 @@ def dead_letter(stack: Up, message: bytes) -> dict[bytes, bytes]:
 
     def find() -> dict[bytes, bytes] | None:
         with stack.redis() as redis:
-            for letter in redis.zrange(keys.DEAD, 0, -1, desc=True):
-                if redis.hget(keys.DEAD_PREFIX + letter.decode(), "message") == message:
-                    found: dict[bytes, bytes] = redis.hgetall(keys.DEAD_PREFIX + letter.decode())
+            for letter in redis.zrange(KEYS.dead, 0, -1, desc=True):
+                if redis.hget(KEYS.dead_prefix + letter.decode(), "message") == message:
+                    found: dict[bytes, bytes] = redis.hgetall(KEYS.dead_prefix + letter.decode())
                     return found
         return None
 
@@ -572,21 +573,21 @@ def test_no_message_wedges_the_lane(stack: Up, client: Client, tensor: str) -> N
 def test_hostile_names_and_wake_ups_harm_nothing(stack: Up, client: Client) -> None:
     """Names that are no queues are ignored, and no other application's list is touched."""
     with stack.redis() as redis:
-        redis.sadd(keys.QUEUES, b"\xff\xfe", "celery", "inference.x\x06\x16y")
+        redis.sadd(KEYS.queues, b"\xff\xfe", "celery", "inference.x\x06\x16y")
         redis.lpush("celery", "somebody else's")
         redis.lpush(b"inference.m\x06\x16x", "x")
         for payload in (b"\xff", b"celery", b"inference.m\x06\x16x", b"", b"inference.nosuch"):
-            redis.publish(keys.WAKE_CHANNEL, payload)
+            redis.publish(KEYS.wake_channel, payload)
         for look in range(2):  # a queue of which the worker hears by its name alone
             queue, task_id = f"inference.identity@look{look}", os.urandom(8).hex()
             redis.lpush(queue, message(task_id))
-            redis.sadd(keys.QUEUES, queue)
+            redis.sadd(KEYS.queues, queue)
             with pytest.raises(InvalidInputError):
                 client.task(task_id).result(TIMEOUT_S)
         client.submit("identity", {"input_fp32": array(1.0)}).result(TIMEOUT_S)
         assert redis.lrange("celery", 0, -1) == [b"somebody else's"]
         redis.delete("celery", b"inference.m\x06\x16x")
-        redis.srem(keys.QUEUES, b"\xff\xfe", "celery", "inference.x\x06\x16y")
+        redis.srem(KEYS.queues, b"\xff\xfe", "celery", "inference.x\x06\x16y")
     assert "the lane failed" not in stack.worker_log()
 
 
@@ -597,8 +598,8 @@ def test_a_message_of_100_mb_becomes_a_dead_letter_and_its_producer_is_told(stac
         redis.lpush("inference.identity", raw)
         with pytest.raises(PayloadTooLargeError, match="at most 4194304 bytes, given 100000"):
             client.task("too-large").result(60)
-        assert redis.hstrlen("dead:too-large", "message") == len(raw)
-        redis.delete("dead:too-large")
+        assert redis.hstrlen("samphire:dead:too-large", "message") == len(raw)
+        redis.delete("samphire:dead:too-large")
     client.submit("identity", {"input_fp32": array(1.0)}).result(TIMEOUT_S)
 
 

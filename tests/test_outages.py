@@ -15,9 +15,10 @@ import pytest
 import redis
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from samphire import Backoff, Client, Task, WorkerCrashError, keys
+from samphire import Backoff, Client, Task, WorkerCrashError
 from samphire_workers.triton import CONTROL_TIMEOUT_S
 from tests.stacks import Up, eventually, only, running_stack, standing_still
+from tests.support.names import KEYS
 
 TIMEOUT_S = 60
 OUTAGE_S = float(os.environ.get("SAMPHIRE_TEST_OUTAGE_S", "8"))
@@ -34,13 +35,13 @@ def check(tasks: list[Task]) -> None:
 
 
 def nothing_burned(server: redis.Redis) -> bool:
-    tried = server.scan_iter(keys.TASK_PREFIX + "*")
-    return server.zcard(keys.DEAD) == 0 and not [key for key in tried if server.hexists(key, "attempts")]
+    tried = server.scan_iter(KEYS.task_prefix + "*")
+    return server.zcard(KEYS.dead) == 0 and not [key for key in tried if server.hexists(key, "attempts")]
 
 
 def held(server: redis.Redis) -> int:
     """Messages between claim and settlement."""
-    return sum(server.hlen(key) for key in server.scan_iter("worker:*:inflight"))
+    return sum(server.hlen(key) for key in server.scan_iter("samphire:worker:*:inflight"))
 
 
 @contextmanager
@@ -120,7 +121,7 @@ def test_a_request_that_kills_the_server_is_isolated(tmp_path: Path) -> None:
             if x != 999:
                 assert task.result(TIMEOUT_S).outputs["y"].tolist() == [[2 * x]]
         check(others)
-        assert server.zcard(keys.DEAD) == 1
+        assert server.zcard(KEYS.dead) == 1
         assert "died with this task alone" in client.dead_letters.get(deadly[2].id).history[0].error
 
 
@@ -187,7 +188,7 @@ def test_a_full_queue_at_triton_burns_nothing(stack: Up, client: Client) -> None
         for task in tasks:  # a single retry would take ten minutes
             task.result(TIMEOUT_S)
     with stack.redis() as server:
-        assert not [task for task in tasks if server.exists(keys.TASK_PREFIX + task.id)]
+        assert not [task for task in tasks if server.exists(KEYS.task_prefix + task.id)]
 
 
 def slow_request(seconds: float) -> service_pb2.ModelInferRequest:

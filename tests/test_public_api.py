@@ -47,8 +47,8 @@ WorkerCrashError(SamphireError)
 """
 
 CLASSES = """
-AsyncClient(broker_url=, *, tenant=, queue_limit=, inline_limit_bytes=, max_request_bytes=, blob_ttl_s=, \
-idempotency_ttl_s=, validate=)
+AsyncClient(broker_url=, *, namespace=, celery_key_prefix=, tenant=, queue_limit=, inline_limit_bytes=, \
+max_request_bytes=, blob_ttl_s=, idempotency_ttl_s=, validate=)
     async chain(*stages, priority=, eta=, delay_s=, deadline_s=)
     async close()
     dead_letters
@@ -65,8 +65,8 @@ AsyncTask
     async status()
 Attempt(at, worker, error, traceback=)
 Backoff(base_s=, cap_s=, jitter=)
-Client(broker_url=, *, tenant=, queue_limit=, inline_limit_bytes=, max_request_bytes=, blob_ttl_s=, \
-idempotency_ttl_s=, validate=)
+Client(broker_url=, *, namespace=, celery_key_prefix=, tenant=, queue_limit=, inline_limit_bytes=, \
+max_request_bytes=, blob_ttl_s=, idempotency_ttl_s=, validate=)
     chain(*stages, priority=, eta=, delay_s=, deadline_s=)
     close()
     dead_letters

@@ -16,13 +16,14 @@ from celery.result import AsyncResult
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samphire import Client, InvalidInputError, keys
+from samphire import Client, InvalidInputError
 from samphire.contract import INFER_TASK, UNKNOWN_CHORD
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed
 from samphire_workers.lane.request import read
 from samphire_workers.lane.who_waits import who_waits
 from tests.stacks import Up, Valkey, eventually
+from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 from tests.workers import running_worker
 
@@ -83,7 +84,7 @@ def test_the_task_is_told_and_its_letter_names_it(app: Celery, stack: Up, how: s
     with pytest.raises(Exception, match=TOLD):
         AsyncResult(sent.id, app=app).get(timeout=TIMEOUT_S)
     with stack.redis() as client:
-        assert client.hget(keys.DEAD_PREFIX + sent.id, "task_id") == sent.id.encode()
+        assert client.hget(KEYS.dead_prefix + sent.id, "task_id") == sent.id.encode()
 
 
 @pytest.mark.parametrize("how", UNDERSTOOD + NOT_UNDERSTOOD)
@@ -115,7 +116,7 @@ def test_a_producer_that_speaks_protocol_1_is_told(app: Celery, stack: Up) -> No
     with pytest.raises(Exception, match="expected a Celery protocol-2 message"):
         sent.get(timeout=TIMEOUT_S)
     with stack.redis() as client:
-        assert client.hget(keys.DEAD_PREFIX + sent.id, "task_id") == sent.id.encode()
+        assert client.hget(KEYS.dead_prefix + sent.id, "task_id") == sent.id.encode()
     sent = chord([infer(app, tensor(1)), infer(app, tensor(2))], infer(app, FROM_PARENT)).apply_async()
     with pytest.raises(Exception, match="expected a Celery protocol-2 message"):
         AsyncResult(sent.id, app=app).get(timeout=TIMEOUT_S)
@@ -129,7 +130,9 @@ def test_a_chord_of_which_nothing_is_understood(app: Celery, stack: Up) -> None:
             part.get(timeout=TIMEOUT_S)
     eventually(lambda: f"the body of chord {sent.parent.id} is not known" in stack.worker_log(), TIMEOUT_S, "the log")
     with stack.redis() as client:
-        eventually(lambda: not any(client.hlen(key) for key in client.scan_iter("worker:*:inflight")), 20, "the end")
+        eventually(
+            lambda: not any(client.hlen(key) for key in client.scan_iter("samphire:worker:*:inflight")), 20, "the end"
+        )
 
 
 def test_a_chord_whose_parts_end_further_apart_than_results_live(stack: Up, valkey: Valkey, tmp_path: Path) -> None:

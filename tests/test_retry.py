@@ -29,13 +29,13 @@ from samphire import (
     UnknownModelError,
     WorkerCrashError,
     errors,
-    keys,
 )
 from samphire.contract import InferRequest
 from samphire_broker.retry import REASONS, DeadLetter, Retry, RetryPolicy, decide, policy_for, reason_of, wait_s
 from samphire_broker.settings import Settings
 from samphire_workers.lane.outcome import TimeLimitError
 from tests.stacks import Up, eventually
+from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 
 TIMEOUT_S = 30
@@ -170,9 +170,9 @@ def test_a_task_that_fails_twice_succeeds_at_its_third_attempt(client: Client, s
     assert task.result(TIMEOUT_S).outputs["asked"].tolist() == [[3]]
     assert [each.result(TIMEOUT_S).outputs["asked"].tolist() for each in good] == [[[1]]] * 20
     with stack.redis() as server:
-        assert not server.exists(keys.TASK_PREFIX + task.id)
-        assert not server.sismember(keys.TRIED, task.id)
-        assert server.zscore(keys.DEAD, task.id) is None
+        assert not server.exists(KEYS.task_prefix + task.id)
+        assert not server.sismember(KEYS.tried, task.id)
+        assert server.zscore(KEYS.dead, task.id) is None
 
 
 def test_between_attempts_a_task_waits_on_the_broker(client: Client, stack: Up) -> None:
@@ -180,10 +180,10 @@ def test_between_attempts_a_task_waits_on_the_broker(client: Client, stack: Up) 
     task = client.submit("flaky", flaky(1), backoff=Backoff(base_s=600, cap_s=600, jitter=0))
     eventually(lambda: task.status() == "retrying", TIMEOUT_S, "the retry")
     with stack.redis() as server:
-        assert server.zscore(keys.SCHEDULED, task.id) - time.time() > 300
-        meta = json.loads(server.get(keys.meta_key(task.id)))
+        assert server.zscore(KEYS.scheduled, task.id) - time.time() > 300
+        meta = json.loads(server.get(KEYS.meta_prefix + task.id))
         assert (meta["status"], meta["result"]["exc_type"]) == ("RETRY", "ModelFaultError")
-        assert server.hget(keys.TASK_PREFIX + task.id, "attempts") == b"1"
+        assert server.hget(KEYS.task_prefix + task.id, "attempts") == b"1"
     assert task.cancel() is True
     with pytest.raises(TaskCancelledError, match="before it ran"):
         task.result(TIMEOUT_S)
@@ -232,7 +232,7 @@ def test_a_redriven_task_begins_a_new_run(client: Client, stack: Up) -> None:
 
 
 def client_stream(client: Client) -> str:
-    return client._client._session.stream
+    return KEYS.own(client._client._session.stream)
 
 
 @pytest.mark.parametrize(

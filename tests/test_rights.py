@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from samphire import AsyncClient, BrokerRightError, ModelFaultError, keys
+from samphire.address import broker_of
 from samphire.ended import ended_states
 from samphire.publisher import Publisher
 from samphire_broker.settings import Settings
@@ -25,6 +26,7 @@ from samphire_workers.lane.lease import BrokerAge, Reaper
 from samphire_workers.lane.rights import check_rights
 from tests.stacks import ENDS_S, Valkey, clean_environment, eventually
 from tests.support.lane import fake_triton, lane_worker, until, x
+from tests.support.names import KEYS
 from tests.test_doctor import examine
 from tests.test_store import ATTEMPT, META, QUEUE, Worker, everywhere, push, run, status
 from tests.test_store_orders import end
@@ -124,14 +126,14 @@ def test_no_missing_right_loses_a_task(valkey: Valkey, call: Callable[..., Await
         await other.beat()
         push(valkey, "lost")
         await other.start(await other.claim())
-        valkey.client.delete("worker:w2")
+        valkey.client.delete("samphire:worker:w2")
         push(valkey, "later", "dead")
         later, dead = await other_claims(valkey, "w3")
         await later[1].store.schedule([(later[0].field, "later", 4e9)])
         await dead[1].store.settle([end(dead[0], "dead", "failed", letter=letter("dead"))])
-        valkey.client.zadd(keys.SCHEDULED, {"later": 1})
-        valkey.client.rpush(keys.LETTERS, "redrive:1 dead")
-        valkey.client.rpush(keys.CANCELS, "events:c later")
+        valkey.client.zadd(KEYS.scheduled, {"later": 1})
+        valkey.client.rpush(KEYS.letters, "redrive:1 dead")
+        valkey.client.rpush(KEYS.cancels, "events:c later")
         push(valkey, "a", "b", "c", "d")
         claims = {claim.message.decode(): claim for claim in await w.claim()}
         push(valkey, "more")
@@ -168,7 +170,7 @@ def test_results_are_stored_without_the_right_to_publish_them(valkey: Valkey) ->
     """Once a whole batch of claims was deleted before PUBLISH was refused (F2)."""
 
     async def test() -> None:
-        url = user_of(valkey, "quiet", "on", f">{PASSWORD}", "~*", "resetchannels", "&sub:wake", "+@all")
+        url = user_of(valkey, "quiet", "on", f">{PASSWORD}", "~*", "resetchannels", "&samphire:0:wake", "+@all")
         w = Worker(url, "w1")
         await w.beat()
         push(valkey, *(str(n) for n in range(40)))
@@ -177,7 +179,7 @@ def test_results_are_stored_without_the_right_to_publish_them(valkey: Valkey) ->
         settlements = [end(claim, claim.message.decode(), "succeeded") for claim in claims]
         assert await w.store.settle(settlements) == [1] * 40
         assert {status(valkey, str(n)) for n in range(40)} == {"SUCCESS"}
-        assert not valkey.client.exists("worker:w1:inflight", "worker:w1:started")
+        assert not valkey.client.exists("samphire:worker:w1:inflight", "samphire:worker:w1:started")
         with pytest.raises(BrokerRightError, match=r"PUBLISH celery-task-meta-id x \(results\)"):
             await check_rights(w.store, lambda: False)
         await w.named.close()
@@ -197,7 +199,7 @@ def test_a_settlement_appends_to_clients_streams_and_to_no_other_key(valkey: Val
         (claim,) = await w.claim()
         ended = Settlement(claim.field, "a", "succeeded", '{"status":"SUCCESS"}', stream)
         assert await w.store.settle([ended]) == [1]
-        assert bool(valkey.client.exists(stream)) == (stream == "events:c")
+        assert bool(valkey.client.exists(stream)) == (stream == "samphire:events:c")
         await w.named.close()
         await w.store.close()
 
@@ -210,7 +212,7 @@ def test_a_submit_without_a_right_queues_all_or_nothing(valkey: Valkey, command:
 
     async def test() -> None:
         url = user_of(valkey, "producer", *EVERYTHING, f"-{command}")
-        publisher = Publisher(url, queue_limit=0, blob_ttl_s=60)
+        publisher = Publisher(broker_of(url), queue_limit=0, blob_ttl_s=60)
         if command in ("publish", "info"):
             await publisher.publish(QUEUE, 0, [b"a"], [("sub:blob:a:0", b"data")])
             assert valkey.client.lrange(QUEUE, 0, -1) == [b"a"]
@@ -369,12 +371,12 @@ def test_a_lease_that_lapses_for_a_moment_is_no_loss(valkey: Valkey) -> None:
         reaper = Reaper(w.store, Settings(broker_url=valkey.url, lease_s=1))
         while await reaper._age.seconds(w.store) <= 1:
             await asyncio.sleep(0.1)
-        valkey.client.delete("worker:w1")
+        valkey.client.delete("samphire:worker:w1")
         await reaper.look()
         await living.beat()
         await reaper.look()
-        assert valkey.client.hlen("worker:w1:inflight") == 1
-        valkey.client.delete("worker:w1")
+        assert valkey.client.hlen("samphire:worker:w1:inflight") == 1
+        valkey.client.delete("samphire:worker:w1")
         await reaper.look()
         await reaper.look()
         assert valkey.client.llen(QUEUE) == 1
@@ -406,8 +408,8 @@ def examine_rights(url: str) -> list[dict[str, str]]:
     from samphire_broker.doctor import check_rights as look
     from samphire_broker.overview import broker_connection
 
-    with broker_connection(url) as client:
-        return [vars(finding) for finding in look(client) if finding.state != "ok"]
+    with broker_connection(broker_of(url)) as client:
+        return [vars(finding) for finding in look(client, KEYS) if finding.state != "ok"]
 
 
 def rules() -> dict[str, str]:
@@ -455,10 +457,10 @@ def test_the_documented_rule_is_enough_for_a_producer(valkey: Valkey) -> None:
             with pytest.raises(ModelFaultError):
                 await task.result(10)
             assert await task.cancel() is False
-            assert await ended_states(client._session.publisher.connection, [task.id]) == {task.id: "failed"}
+            assert await ended_states(client._session.publisher.connection, KEYS, [task.id]) == {task.id: "failed"}
             (found,) = await client.dead_letters.list()
             assert found.task_id == task.id
-            for key in (keys.meta_key(task.id), keys.ENDED, keys.DEAD, "worker:w1:inflight"):
+            for key in ((KEYS.meta_prefix + task.id), KEYS.ended, KEYS.dead, "worker:w1:inflight"):
                 with pytest.raises(BrokerRightError):
                     await client._session.publisher.connection.execute("DEL", key)
             await w.named.close()

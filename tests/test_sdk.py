@@ -44,6 +44,7 @@ from samphire import (
 )
 from samphire.results import Status
 from tests.stacks import ENDS_S, Up, Valkey, clean_environment, eventually, standing_still
+from tests.support.names import KEYS
 
 TIMEOUT_S = 30
 
@@ -71,7 +72,7 @@ def slow(seconds: float) -> dict[str, NDArray[Any]]:
         ("identity", fp32(1), {"outputs": ["nope"]}, InvalidInputError, "asked for 'nope'"),
         ("identity", fp32(1), {"outputs": "output_fp32"}, InvalidInputError, "a list of names"),
         ("identity", {"input_fp32": [[1], [1, 2]]}, {}, InvalidInputError, "numpy makes none of"),
-        (7, fp32(1), {}, InvalidInputError, "expected a model name"),
+        (7, fp32(1), {}, InvalidInputError, "expected the model's name as text"),
         ("identity", fp32(1), {"outputs": 7}, InvalidInputError, "a list of names"),
         ("identity", fp32(1), {"priority": "urgent"}, InvalidInputError, "high, normal, low"),
         ("identity", fp32(1), {"priority": []}, InvalidInputError, "high, normal, low"),
@@ -89,13 +90,13 @@ def test_what_cannot_succeed_is_not_queued(
 ) -> None:
     """The error is raised by `submit`, and the broker has nothing of it."""
     with stack.redis() as redis:
-        letters = redis.zcard(keys.DEAD)
+        letters = redis.zcard(KEYS.dead)
         with pytest.raises(error, match=text):
             client.submit(model, inputs, **options)
         with pytest.raises(error, match=text):
             outputs = {"outputs": options.pop("outputs")} if "outputs" in options else {}
             client.chain(Step(model, inputs, **outputs), **options)
-        assert redis.zcard(keys.DEAD) == letters
+        assert redis.zcard(KEYS.dead) == letters
         assert all(redis.llen(key) == 0 for key in keys.queue_lists(keys.queue_name("nope")))
 
 
@@ -121,14 +122,14 @@ def test_without_a_catalogue_nothing_is_refused(valkey: Valkey) -> None:
         assert client.signature("m") is None
         task = client.submit("m", {"whatever": np.zeros(3)})
         assert task.status() == "queued"
-        valkey.client.hset(keys.CATALOGUE, "other", b"")  # not all models: this one may be among the others
+        valkey.client.hset(KEYS.catalogue, "other", b"")  # not all models: this one may be among the others
         assert client.submit("m", {"whatever": np.zeros(3)}).id
     assert valkey.client.llen(keys.queue_list("inference.m", 3)) == 2
 
 
 def test_a_model_that_has_changed_is_looked_up_again(valkey: Valkey) -> None:
     """What was known of it is no reason to refuse; and what a client need not know, it may skip."""
-    valkey.client.hset(keys.CATALOGUE, mapping={"m": msgspec.json.encode(SIGNATURE), keys.CATALOGUE_COMPLETE: "1"})
+    valkey.client.hset(KEYS.catalogue, mapping={"m": msgspec.json.encode(SIGNATURE), keys.CATALOGUE_COMPLETE: "1"})
     with Client(valkey.url) as client, Client(valkey.url, validate=False) as careless:
         assert client.signature("m") == SIGNATURE
         with pytest.raises(InvalidInputError):
@@ -136,7 +137,7 @@ def test_a_model_that_has_changed_is_looked_up_again(valkey: Valkey) -> None:
         with pytest.raises(UnknownModelError):
             client.submit("gone", {})
         wider = dataclasses.replace(SIGNATURE, inputs={"x": TensorSpec("x", "FP32", (3,))})
-        valkey.client.hset(keys.CATALOGUE, "m", msgspec.json.encode(wider))
+        valkey.client.hset(KEYS.catalogue, "m", msgspec.json.encode(wider))
         assert client.submit("m", {"x": np.zeros(3, np.float32)}).status() == "queued"
         assert careless.submit("gone", {"x": np.zeros(1)}).status() == "queued"
 
@@ -225,7 +226,7 @@ def test_a_chain_that_has_begun_can_be_cancelled(client: Client, stack: Up) -> N
         def under_way() -> list[bytes]:
             return [
                 message
-                for key in server.scan_iter("worker:*:inflight")
+                for key in server.scan_iter("samphire:worker:*:inflight")
                 for message in server.hvals(key)
                 if b"samphire.infer" in message
             ]
@@ -248,20 +249,20 @@ def test_a_cancel_of_what_is_no_task_says_so(client: Client, stack: Up) -> None:
     with pytest.raises(UnknownTaskError, match="no task 00000000"):
         unknown.cancel()
     with stack.redis() as server:
-        assert not server.exists(keys.meta_key(unknown.id))
-        assert server.zscore(keys.CANCELLED, unknown.id) is None
+        assert not server.exists(KEYS.meta_prefix + unknown.id)
+        assert server.zscore(KEYS.cancelled, unknown.id) is None
     (worker,) = stack.ready["pids"]["worker"]
     with standing_still(worker):
         queued = [client.submit("identity", fp32(1), priority=priority) for priority in ("high", "normal", "low")]
         with stack.redis() as server:
             for task in queued:
-                server.rpush(keys.CANCELS, f" {task.id}")
+                server.rpush(KEYS.cancels, f" {task.id}")
     for task in queued:  # whatever the worker takes up first
         with contextlib.suppress(TaskCancelledError):
             task.result(TIMEOUT_S)
     with stack.redis() as server:
-        eventually(lambda: not server.exists(keys.CANCELS), 10, "the answers")
-        assert all(server.get(keys.ANSWER_PREFIX + task.id) != b"unknown" for task in queued)
+        eventually(lambda: not server.exists(KEYS.cancels), 10, "the answers")
+        assert all(server.get(KEYS.answer_prefix + task.id) != b"unknown" for task in queued)
 
 
 def together(client: Client, stack: Up, **first: Any) -> tuple[Task, Task]:
@@ -313,7 +314,7 @@ def test_a_cancel_without_a_worker_stands(valkey: Valkey) -> None:
         task = client.submit("m", {"x": np.zeros(1)})
         with pytest.raises(ResultTimeoutError, match="the request stands"):
             task.cancel(timeout_s=0.3)
-        assert task.id.encode() in valkey.client.lindex(keys.CANCELS, 0)
+        assert task.id.encode() in valkey.client.lindex(KEYS.cancels, 0)
 
 
 def test_events(client: Client) -> None:
@@ -355,17 +356,17 @@ def test_delete_on_read(client: Client, stack: Up) -> None:
         eventually(deleted, 10, "the deletion")
         assert task.status() == "succeeded"
         with stack.redis() as redis:
-            assert not list(redis.scan_iter(f"{keys.RESULT_BLOB_PREFIX}{task.id}:*"))
+            assert not list(redis.scan_iter(f"{KEYS.own(keys.RESULT_BLOB_PREFIX)}:{task.id}:*"))
 
 
 @pytest.mark.parametrize("stored", [b'{"status":"SUCCESS","task_id":"x","result":{"total":3}}', b"junk", b"[1]"])
 def test_an_id_of_another_kind(client: Client, stack: Up, stored: bytes) -> None:
     """Somebody else's task is not taken for an inference."""
     with stack.redis() as redis:
-        redis.set(keys.meta_key("another"), stored, ex=30)
+        redis.set((KEYS.meta_prefix + "another"), stored, ex=30)
         with pytest.raises(ProtocolError):
             client.task("another").result(TIMEOUT_S)
-        redis.delete(keys.meta_key("another"))
+        redis.delete(KEYS.meta_prefix + "another")
 
 
 @pytest.mark.parametrize("task_id", [None, 7, "", "x" * 300])
@@ -640,7 +641,7 @@ def test_chains_with_claim_checks_priority_delay_and_deadline(client: Client, st
     np.testing.assert_array_equal(outputs["output_fp32"], big)
     np.testing.assert_array_equal(outputs["output_fp64"], big.astype(np.float64))
     with stack.redis() as redis:
-        assert not list(redis.scan_iter(f"{keys.BLOB_PREFIX}{task.id}:*"))
+        assert not list(redis.scan_iter(f"{KEYS.own(keys.BLOB_PREFIX)}{task.id}:*"))
 
 
 def test_a_failed_step_is_the_chains_error(client: Client) -> None:
@@ -694,4 +695,4 @@ def test_a_broken_canvas_message_is_a_dead_letter(client: Client, stack: Up) -> 
         redis.lpush("inference", message)
         with pytest.raises(InvalidInputError, match="canvas"):
             client.task(task_id).result(TIMEOUT_S)
-        assert json.loads(redis.hget(keys.DEAD_PREFIX + task_id, "message"))["headers"]["task"] == CANVAS_TASK
+        assert json.loads(redis.hget(KEYS.dead_prefix + task_id, "message"))["headers"]["task"] == CANVAS_TASK

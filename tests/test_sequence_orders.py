@@ -24,6 +24,7 @@ from tests.support.lane import (
     until,
     x,
 )
+from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 
 MODEL = "counter"
@@ -49,7 +50,7 @@ async def answer(task: AsyncTask) -> float:
 
 
 def leader(valkey: Valkey) -> str:
-    return (valkey.client.hget(keys.LEADERS, MODEL) or b"").decode()
+    return (valkey.client.hget(KEYS.leaders, MODEL) or b"").decode()
 
 
 def test_a_sequence_that_another_worker_has_led_meanwhile_is_asked_again(valkey: Valkey) -> None:

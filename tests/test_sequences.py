@@ -58,7 +58,7 @@ def test_what_follows_a_request_that_did_not_succeed(client: Client, wrong: str)
     if wrong == "the model raises":
         bad = ask(client, name, -1)
     elif wrong == "a shape that does not fit":
-        with Client(client._client.broker_url, validate=False) as careless:
+        with Client(client._client.broker.address.url, validate=False) as careless:
             inputs = {"x": np.zeros((1, 3), np.int32), "ms": np.zeros((1, 1), np.int32)}
             bad = careless.submit("counter", inputs, parameters={"sequence_id": name})
     elif wrong == "cancelled":

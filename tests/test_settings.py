@@ -96,6 +96,15 @@ def test_every_command_refuses_at_start(command: str, wrong: dict[str, str]) -> 
     assert all(name in said for name in wrong), said
 
 
+@pytest.mark.parametrize("prefix", ["shop:x", "inference.", "celery-task-", "_kombu.", "unacked"])
+def test_a_celery_key_prefix_that_is_somebody_elses_is_refused(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    """The namespace's, the queues' of a deployment without one, and Celery's own."""
+    monkeypatch.setenv("SAMPHIRE_NAMESPACE", "shop")
+    monkeypatch.setenv("SAMPHIRE_CELERY_KEY_PREFIX", prefix)
+    with pytest.raises(InvalidInputError, match="SAMPHIRE_CELERY_KEY_PREFIX"):
+        read_settings()
+
+
 def test_good_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists by comma, objects as JSON; what is empty is not set."""
     monkeypatch.setenv("SAMPHIRE_TRITON_URLS", "a:1, b_2.example-3:65535,[::1]:8001")

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from samphire import Client, EndpointTimeoutError, SamphireError, Task, WorkerCrashError, keys
+from samphire import Client, EndpointTimeoutError, SamphireError, Task, WorkerCrashError
 from samphire_broker.embedded.ports import LOOPBACK, choose_port
 from samphire_broker.embedded.triton import SHARED_MEMORY
 from tests.stacks import (
@@ -33,6 +33,7 @@ from tests.stacks import (
     start_up,
     stop,
 )
+from tests.support.names import KEYS
 
 X = np.ones((1, 4), np.float32)
 TIMEOUT_S = 60
@@ -73,6 +74,7 @@ def test_the_ready_file_says_what_scripts_need(stack: Up) -> None:
     """Addresses, and process ids that are those of the parts."""
     ready = stack.ready
     assert ready["broker_url"].startswith("redis://127.0.0.1:")
+    assert stack.ready_file.stat().st_mode & 0o777 == 0o600, "it may hold a password"
     assert set(ready["pids"]) == {"broker", "triton", "worker", "flower"}
     names = {part: psutil.Process(ready["pids"][part]).name() for part in ("broker", "triton")}
     assert names == {"broker": "valkey-server", "triton": "tritonserver"}
@@ -256,20 +258,20 @@ def test_a_killed_workers_tasks_are_done_by_another(tmp_path: Path) -> None:
             for task in tasks:
                 assert task.result(TIMEOUT_S).outputs["slept"].shape == (1, 1)
         with up.redis() as client_:
-            assert client_.zcard(keys.DEAD) == 0
+            assert client_.zcard(KEYS.dead) == 0
 
 
 def infos(up: Up) -> list[dict[str, object]]:
     with up.redis() as client:
-        found = [client.get(f"worker:{worker.decode()}:info") for worker in client.smembers(keys.WORKERS)]
+        found = [client.get(f"samphire:worker:{worker.decode()}:info") for worker in client.smembers(KEYS.workers)]
     return [json.loads(info) for info in found if info]
 
 
 def holder(up: Up) -> int:
     with up.redis() as client:
-        for worker in client.smembers(keys.WORKERS):
-            info = client.get(f"worker:{worker.decode()}:info")
-            if info and client.hlen(f"worker:{worker.decode()}:started"):
+        for worker in client.smembers(KEYS.workers):
+            info = client.get(f"samphire:worker:{worker.decode()}:info")
+            if info and client.hlen(f"samphire:worker:{worker.decode()}:started"):
                 return int(json.loads(info)["pid"])
     return 0
 
@@ -291,7 +293,7 @@ def test_a_task_that_takes_workers_down_is_dead_lettered_and_its_neighbours_are_
             pid = up.ready["pids"]["worker"][0]
             kill(pid)
             counted = str(attempt).encode()
-            task_key = keys.TASK_PREFIX + poison.id
+            task_key = KEYS.task_prefix + poison.id
             eventually(lambda: server.hget(task_key, "attempts") == counted, 60, "its return")  # noqa: B023
         assert beside, "some ran in its micro-batch"
         for task in good:
@@ -313,8 +315,8 @@ def test_while_triton_is_away_nothing_is_burned(tmp_path: Path) -> None:
             for i, task in enumerate(tasks):
                 np.testing.assert_array_equal(task.result(TIMEOUT_S).outputs["output_fp32"], X + i)
             assert "is away" in up.worker_log(), "the outage was noticed"
-            assert server.zcard(keys.DEAD) == 0
-            assert not list(server.scan_iter("task:*"))
+            assert server.zcard(KEYS.dead) == 0
+            assert not list(server.scan_iter("samphire:task:*"))
 
 
 def test_a_broker_restart_under_load_loses_nothing_that_was_accepted(tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ def test_a_warm_shutdown_finishes_what_is_held(tmp_path: Path) -> None:
             worker = psutil.Process(pid)
             worker.terminate()
             eventually(lambda: all_gone([worker]), 60, "the end of the worker")
-            assert not list(server.scan_iter("worker:*:inflight"))
+            assert not list(server.scan_iter("samphire:worker:*:inflight"))
             states = [task.status() for task in tasks]
             assert "succeeded" in states and set(states) <= {"succeeded", "queued", "running"}
             for task in tasks:  # the next worker
@@ -379,8 +381,8 @@ def test_a_worker_that_may_not_finish_hands_back(tmp_path: Path, by: str) -> Non
                 assert worker.is_running(), "it waits for what it holds"
                 worker.terminate()
             eventually(lambda: all_gone([worker]), 10, "the end of the worker")
-            assert not list(server.scan_iter("worker:*:inflight"))
-            assert not list(server.scan_iter(keys.TASK_PREFIX + "*")), "no attempt is counted"
+            assert not list(server.scan_iter("samphire:worker:*:inflight"))
+            assert not list(server.scan_iter(KEYS.task_prefix + "*")), "no attempt is counted"
             assert tasks[0].status() in ("queued", "running")  # the next worker may have it already
             assert tasks[0].cancel(timeout_s=TIMEOUT_S) is True
             for task in tasks[1:]:
@@ -413,7 +415,7 @@ def test_a_workers_memory_is_bounded_whatever_is_queued(tmp_path: Path) -> None:
                 for number in range(40):
                     headers = b'"headers": {"id": "%d", "task": "samphire.infer"}' % number
                     server.lpush("inference.identity", b'{"body": "' + b"[" * 4_000_000 + b'", ' + headers + b"}")
-                eventually(lambda: server.zcard(keys.DEAD) >= 40, 60, "40 dead letters")
+                eventually(lambda: server.zcard(KEYS.dead) >= 40, 60, "40 dead letters")
         finally:
             done.set()
             watcher.join()
@@ -467,8 +469,8 @@ def test_suspects_are_alone_among_all_workers(tmp_path: Path) -> None:
 
         def submit_suspect(value: float, tried: dict[str, int]) -> Task:
             task = client.submit("deadly", {"x": np.array([[value]], np.float32)})
-            server.hset(keys.TASK_PREFIX + task.id, mapping={"attempts": 2, **tried})
-            server.sadd(keys.TRIED, task.id)
+            server.hset(KEYS.task_prefix + task.id, mapping={"attempts": 2, **tried})
+            server.sadd(KEYS.tried, task.id)
             return task
 
         for value, tried in ((666.5, {"crashes": 2, "shared": 2}), (999.5, {"losses": 2})):
@@ -483,7 +485,9 @@ def test_suspects_are_alone_among_all_workers(tmp_path: Path) -> None:
                 os.kill(one, signal.SIGSTOP)
                 innocent = submit_suspect(1, tried)
                 os.kill(two, signal.SIGCONT)
-                eventually(lambda: len(list(server.scan_iter("worker:*:inflight"))) == 2, 20, "the other's claim")
+                eventually(
+                    lambda: len(list(server.scan_iter("samphire:worker:*:inflight"))) == 2, 20, "the other's claim"
+                )
             finally:
                 os.kill(one, signal.SIGCONT)
                 os.kill(two, signal.SIGCONT)
@@ -495,14 +499,14 @@ def test_suspects_are_alone_among_all_workers(tmp_path: Path) -> None:
                 eventually(lambda: up.ready["pids"]["triton"] != triton, 30, "another Triton")  # noqa: B023
             else:
                 assert up.ready["pids"]["triton"] == triton
-        eventually(lambda: not server.exists(keys.ALONE, keys.TRIED), 10, "the end")
+        eventually(lambda: not server.exists(KEYS.alone, KEYS.tried), 10, "the end")
 
 
 def test_who_waits_for_another_worker_keeps_its_deadline(stack: Up, client: Client) -> None:
     """While another worker is alone with a model nothing of it is started here; the other models go on."""
     with stack.redis() as server:
-        server.sadd(keys.TRIED, "somebody's")
-        server.set(keys.ALONE, "elsewhere 1 identity", px=60_000)
+        server.sadd(KEYS.tried, "somebody's")
+        server.set(KEYS.alone, "elsewhere 1 identity", px=60_000)
         try:
             patient = client.submit("identity", {"input_fp32": X})
             hasty = client.submit("identity", {"input_fp32": X}, deadline_s=5)
@@ -510,8 +514,8 @@ def test_who_waits_for_another_worker_keeps_its_deadline(stack: Up, client: Clie
                 hasty.result(TIMEOUT_S)
             assert client.submit("deadly", {"x": np.ones((1, 1), np.float32)}).result(TIMEOUT_S)
             assert patient.status() == "queued"
-            server.delete(keys.ALONE)
+            server.delete(KEYS.alone)
             assert patient.result(TIMEOUT_S)
         finally:
-            server.delete(keys.ALONE)
-            server.srem(keys.TRIED, "somebody's")
+            server.delete(KEYS.alone)
+            server.srem(KEYS.tried, "somebody's")

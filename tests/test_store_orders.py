@@ -23,6 +23,7 @@ from samphire_broker.store import (
 )
 from samphire_broker.store.records import OtherEnd
 from tests.stacks import Valkey, eventually
+from tests.support.names import KEYS
 from tests.test_store import META, QUEUE, Worker, failed, push, run, status, worker
 
 ATTEMPT = '{"at":"2026-11-22T10:00:00+00:00","worker":"w","error":"Error"}'
@@ -58,7 +59,7 @@ def told(valkey: Valkey, stream: str = "events:c") -> list[dict[bytes, bytes]]:
     """The events of a stream, without results."""
     return [
         {name: value for name, value in fields.items() if name != b"result"}
-        for _, fields in valkey.client.xrange(stream)
+        for _, fields in valkey.client.xrange(KEYS.own(stream))
     ]
 
 
@@ -67,7 +68,7 @@ def remembered(valkey: Valkey, *task_ids: str) -> dict[str, str]:
 
     async def ask() -> dict[str, str]:
         async with AsyncClient(valkey.url) as client:
-            return dict(await ended_states(client._session.publisher.connection, task_ids))
+            return dict(await ended_states(client._session.publisher.connection, KEYS, task_ids))
 
     return asyncio.run(ask())
 
@@ -86,7 +87,7 @@ def test_a_redrive_opens_a_run_for_all_that_ended_because_of_the_letter(valkey: 
             other = OtherEnd("tb", "failed", '{"status":"FAILURE","task_id":"tb"}', "events:c")
             assert await w.store.settle([fail(claim, "ta", others=(other,))]) == [1]
             assert (status(valkey, "ta"), status(valkey, "tb")) == ("FAILURE", "FAILURE")
-            valkey.client.rpush(keys.LETTERS, "redrive:1 ta")
+            valkey.client.rpush(KEYS.letters, "redrive:1 ta")
             await w.store.serve_letters()
             assert (status(valkey, "ta"), status(valkey, "tb")) == (None, None)
             again = await claimed(w)
@@ -97,7 +98,7 @@ def test_a_redrive_opens_a_run_for_all_that_ended_because_of_the_letter(valkey: 
             await w.store.settle([end(following, "tb", "succeeded")])
             assert status(valkey, "tb") == "SUCCESS"
         assert told(valkey)[-2:] == [{b"succeeded": b"ta", b"run": b"2"}, {b"succeeded": b"tb", b"run": b"2"}]
-        assert not valkey.client.exists(keys.TRIED, "task:ta", "task:tb")
+        assert not valkey.client.exists(KEYS.tried, "samphire:task:ta", "samphire:task:tb")
 
     run(test)
 
@@ -110,15 +111,15 @@ def test_a_cancel_of_a_dead_letter_is_answered_and_changes_nothing(valkey: Valke
         async with worker(valkey) as w:
             claim = await claimed(w)
             await w.store.settle([fail(claim, "ta")])
-            valkey.client.delete(keys.meta_key("ta"))
+            valkey.client.delete(KEYS.meta_prefix + "ta")
             for forgotten in (False, True):
                 if forgotten:
-                    valkey.client.delete(keys.ENDED, keys.ENDED_BEFORE)
-                valkey.client.rpush(keys.CANCELS, "events:c ta")
+                    valkey.client.delete(KEYS.ended, KEYS.ended_before)
+                valkey.client.rpush(KEYS.cancels, "events:c ta")
                 assert await w.store.cancel(META, ["ta"]) == {"ta": "FAILURE"}
-                assert valkey.client.get(f"{keys.ANSWER_PREFIX}ta") == b"failed"
-                assert status(valkey, "ta") is None and not valkey.client.exists(keys.CANCELLED)
-            valkey.client.rpush(keys.LETTERS, "redrive:1 ta")
+                assert valkey.client.get(f"{KEYS.answer_prefix}ta") == b"failed"
+                assert status(valkey, "ta") is None and not valkey.client.exists(KEYS.cancelled)
+            valkey.client.rpush(KEYS.letters, "redrive:1 ta")
             await w.store.serve_letters()
             again = await claimed(w)
             assert await w.store.start([(again.field, "ta")], w.info) == [0]
@@ -133,9 +134,9 @@ def test_the_client_is_told_that_a_dead_letter_cannot_be_cancelled(valkey: Valke
         push(valkey, "ta")
         async with worker(valkey) as w, AsyncClient(valkey.url) as client:
             await w.store.settle([fail(await claimed(w), "ta")])
-            valkey.client.delete(keys.meta_key("ta"))
+            valkey.client.delete(KEYS.meta_prefix + "ta")
             asked = asyncio.create_task(client.task("ta").cancel())
-            while not valkey.client.llen(keys.CANCELS):
+            while not valkey.client.llen(KEYS.cancels):
                 await asyncio.sleep(0.01)
             await w.store.cancel(META)
             assert await asked is False
@@ -161,14 +162,14 @@ def test_a_purge_names_the_run_of_the_letter_that_was_read(valkey: Valkey) -> No
 
             connection.execute = slow  # type: ignore[method-assign,assignment]
             purge = asyncio.create_task(client.dead_letters.purge(["ta"]))
-            valkey.client.rpush(keys.LETTERS, "redrive ta")
+            valkey.client.rpush(KEYS.letters, "redrive ta")
             await w.store.serve_letters()
             await w.store.settle([fail(await claimed(w), "ta")])
-            assert valkey.client.hget("dead:ta", "run") == b"2"
+            assert valkey.client.hget("samphire:dead:ta", "run") == b"2"
             go.set()
             await purge
             assert await w.store.serve_letters() == 1
-            assert valkey.client.hget("dead:ta", "run") == b"2"
+            assert valkey.client.hget("samphire:dead:ta", "run") == b"2"
             assert await client.dead_letters.get("ta")
 
     run(test)
@@ -180,13 +181,13 @@ def test_a_cancelled_task_leaves_no_letter_that_could_be_redriven_into_nothing(v
     async def test() -> None:
         push(valkey, "ta")
         async with worker(valkey) as w:
-            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            valkey.client.rpush(KEYS.cancels, "events:c ta")
             assert await w.store.cancel(META) == {"ta": "cancelled"}
             claim = await claimed(w)
             assert await w.store.settle([fail(claim, "ta")]) == [WAS_CANCELLED]
             assert await w.store.settle([end(claim, "ta", "cancelled")]) == [1]
         assert status(valkey, "ta") == "REVOKED"
-        assert not valkey.client.exists("dead:ta", keys.DEAD, keys.CANCELLED)
+        assert not valkey.client.exists("samphire:dead:ta", KEYS.dead, KEYS.cancelled)
         assert told(valkey) == [{b"cancelled": b"ta"}]
 
     run(test)
@@ -235,11 +236,11 @@ def test_what_is_sent_again_after_a_failure_runs_and_a_copy_does_not(valkey: Val
             assert status(valkey, "ta") == "STARTED"
             assert await w.store.start([(late.field, "ta")], w.info) == [-2], "also while the next run is under way"
             await w.store.settle([end(new, "ta", "retrying", retry=Later(0, "{}"))])
-            valkey.client.delete(keys.SCHEDULED, keys.SCHEDULED_MESSAGES)
+            valkey.client.delete(KEYS.scheduled, KEYS.scheduled_messages)
             (tried,) = await w.store.start([(again.field, "ta")], w.info)
             assert not isinstance(tried, int) and tried.attempts == 1
             await w.store.settle([fail(again, "ta")])
-            assert valkey.client.hget("dead:ta", "run") == b"2"
+            assert valkey.client.hget("samphire:dead:ta", "run") == b"2"
             assert status(valkey, "ta") == "FAILURE"
         assert told(valkey) == [{b"failed": b"ta"}, {b"retrying": b"ta"}, {b"failed": b"ta", b"run": b"2"}]
 
@@ -256,10 +257,10 @@ def test_a_copy_of_what_has_failed_is_known_from_what_is_kept(valkey: Valkey, ke
             one, copy = await w.claim()
             await w.store.settle([fail(one, "ta")])
             gone = {
-                "result": [keys.ENDED, "dead:ta"],
-                "memory": [keys.meta_key("ta"), "dead:ta"],
-                "letter": [keys.ENDED],
-                "nothing": [keys.meta_key("ta"), keys.ENDED, "dead:ta"],
+                "result": [KEYS.ended, "samphire:dead:ta"],
+                "memory": [(KEYS.meta_prefix + "ta"), "samphire:dead:ta"],
+                "letter": [KEYS.ended],
+                "nothing": [(KEYS.meta_prefix + "ta"), KEYS.ended, "samphire:dead:ta"],
             }[kept]
             valkey.client.delete(*gone)
             is_known = kept in ("memory", "letter")
@@ -277,9 +278,9 @@ def test_a_copy_of_what_has_failed_that_waits_for_its_time_is_not_cancelled(valk
         async with worker(valkey) as w:
             one, two = await w.claim()
             await w.store.settle([end(one, "ta", "retrying", retry=Later(60, ATTEMPT)), fail(two, "ta")])
-            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            valkey.client.rpush(KEYS.cancels, "events:c ta")
             assert await w.store.cancel(META) == {"ta": "FAILURE"}
-            valkey.client.zadd(keys.SCHEDULED, {"ta": 1})
+            valkey.client.zadd(KEYS.scheduled, {"ta": 1})
             await w.store.return_due()
             copy = await claimed(w)
             assert await w.store.start([(copy.field, "ta")], w.info) == [-2]
@@ -296,10 +297,10 @@ def test_what_was_sent_again_and_waits_can_be_cancelled(valkey: Valkey) -> None:
         push(valkey, message % 1)
         async with worker(valkey) as w:
             await w.store.settle([fail(await claimed(w), "ta")])
-            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            valkey.client.rpush(KEYS.cancels, "events:c ta")
             assert await w.store.cancel(META) == {"ta": "FAILURE"}
             push(valkey, message % 2)
-            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            valkey.client.rpush(KEYS.cancels, "events:c ta")
             assert await w.store.cancel(META) == {"ta": "cancelled"}
             again = await claimed(w)
             assert await w.store.start([(again.field, "ta")], w.info) == [CANCELLED]
@@ -322,9 +323,9 @@ def test_a_late_success_of_a_cancelled_task_pushes_nothing(valkey: Valkey) -> No
             one, two = await claimed(a), await claimed(b)
             await a.store.start([(one.field, "ta")], a.info)
             await b.store.start([(two.field, "ta")], b.info)
-            valkey.client.delete("worker:w2")
+            valkey.client.delete("samphire:worker:w2")
             await a.store.reap("w2", None, "{}")
-            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            valkey.client.rpush(KEYS.cancels, "events:c ta")
             assert (await a.store.cancel(META))["ta"] in ("cancelled", "running")
             assert status(valkey, "ta") == "REVOKED"
             step = end(one, "ta", "succeeded", pushes=(("inference.n", "tb"),))
@@ -364,7 +365,7 @@ def test_a_foreign_workers_revocation_still_leaves_what_it_owes(valkey: Valkey) 
     async def test() -> None:
         push(valkey, "ta", "ta")
         async with worker(valkey) as w:
-            valkey.client.set(keys.meta_key("ta"), '{"status": "REVOKED", "task_id": "ta"}')
+            valkey.client.set((KEYS.meta_prefix + "ta"), '{"status": "REVOKED", "task_id": "ta"}')
             owed = ((keys.INTAKE, "the chord's part"),)
             for claim in await w.claim(2):
                 assert await w.store.start([(claim.field, "ta")], w.info) == [CANCELLED]
@@ -383,13 +384,13 @@ def test_a_copy_of_a_cancelled_task_does_not_wait_for_its_eta(valkey: Valkey) ->
     async def test() -> None:
         push(valkey, "ta", "ta")
         async with worker(valkey) as w:
-            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            valkey.client.rpush(KEYS.cancels, "events:c ta")
             await w.store.cancel(META)
             one, two = await w.claim(2)
             eta = time.time() + 60
             assert await w.store.schedule([(one.field, "ta", eta)]) == [CANCELLED]
             assert await w.store.settle([end(one, "ta", "cancelled")]) == [1]
-            valkey.client.delete(keys.meta_key("ta"))
+            valkey.client.delete(KEYS.meta_prefix + "ta")
             assert await w.store.schedule([(two.field, "ta", eta)]) == [CANCELLED]
             assert await w.store.start([(two.field, "ta")], w.info) == [CANCELLED]
             assert await w.store.settle([end(two, "ta", "cancelled")]) == [1]
@@ -405,9 +406,9 @@ def test_a_cancelled_task_ends_once_although_its_result_has_expired(valkey: Valk
     async def test() -> None:
         push(valkey, "ta")
         async with worker(valkey) as w:
-            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            valkey.client.rpush(KEYS.cancels, "events:c ta")
             await w.store.cancel(META)
-            valkey.client.delete(keys.meta_key("ta"), *([keys.ENDED] if forgotten else []))
+            valkey.client.delete((KEYS.meta_prefix + "ta"), *([KEYS.ended] if forgotten else []))
             claim = await claimed(w)
             assert await w.store.start([(claim.field, "ta")], w.info) == [CANCELLED]
             owed = ((keys.INTAKE, "the chord's part"),)
@@ -430,7 +431,7 @@ def test_that_a_task_has_ended_is_remembered_longer_than_its_result(valkey: Valk
             one, copy, other = await w.claim()
             ended = end(one, "ta", state)
             await w.store.settle([ended if kept else ended._replace(meta="")])
-            eventually(lambda: not valkey.client.exists(keys.meta_key("ta")), 5, "the result's end")
+            eventually(lambda: not valkey.client.exists(KEYS.meta_prefix + "ta"), 5, "the result's end")
             verdicts = await w.store.start([(copy.field, "ta"), (other.field, "tb")], w.info)
             assert verdicts == [-2 if state == "succeeded" else CANCELLED, 0]
 
@@ -446,12 +447,12 @@ def test_memory_is_kept_for_one_to_two_lifetimes(valkey: Valkey) -> None:
             for task_id in ("ta", "tb", "tc"):
                 push(valkey, task_id)
                 await w.store.settle([end(await claimed(w), task_id, "succeeded")])
-                assert valkey.client.hget(keys.ENDED, task_id) == b"S"
-                eventually(lambda: not valkey.client.exists(keys.ENDED_TURN), 5, "the next turn")
-        assert valkey.client.hkeys(keys.ENDED) == [b"tc"]
-        assert valkey.client.hkeys(keys.ENDED_BEFORE) in ([b"tb"], [])
-        assert 0 < valkey.client.pttl(keys.ENDED) <= 2000
-        eventually(lambda: not valkey.client.exists(keys.ENDED, keys.ENDED_BEFORE), 5, "the end of memory")
+                assert valkey.client.hget(KEYS.ended, task_id) == b"S"
+                eventually(lambda: not valkey.client.exists(KEYS.ended_turn), 5, "the next turn")
+        assert valkey.client.hkeys(KEYS.ended) == [b"tc"]
+        assert valkey.client.hkeys(KEYS.ended_before) in ([b"tb"], [])
+        assert 0 < valkey.client.pttl(KEYS.ended) <= 2000
+        eventually(lambda: not valkey.client.exists(KEYS.ended, KEYS.ended_before), 5, "the end of memory")
 
     run(test)
 
@@ -464,13 +465,13 @@ def test_a_running_task_is_told_of_its_cancellation_however_late_its_worker_asks
         async with worker(valkey) as a, worker(valkey, "w2") as b:
             claim = await claimed(a)
             await a.store.start([(claim.field, "ta")], a.info)
-            valkey.client.rpush(keys.CANCELS, "events:c ta")
+            valkey.client.rpush(KEYS.cancels, "events:c ta")
             assert await b.store.cancel(META) == {"ta": "STARTED"}
-            valkey.client.delete(keys.CANCELLED_LATELY)
+            valkey.client.delete(KEYS.cancelled_lately)
             assert await a.store.cancel(META) == {"ta": "running"}
             assert await a.store.settle([end(claim, "ta", "cancelled")]) == [1]
             assert await a.store.cancel(META) == {}
-        assert not valkey.client.exists(keys.CANCELLED, keys.CANCELLED_RUNNING)
+        assert not valkey.client.exists(KEYS.cancelled, KEYS.cancelled_running)
 
     run(test)
 
@@ -487,7 +488,7 @@ def test_what_was_claimed_before_anything_was_tried_is_waited_for(valkey: Valkey
             calm, too = await b.claim(2)
             assert calm.is_first and not b.store.some_tried
             push(valkey, "suspect", "later")
-            valkey.client.sadd(keys.TRIED, "suspect")
+            valkey.client.sadd(KEYS.tried, "suspect")
             suspect, later = await claimed(a), await claimed(b)
             assert not later.is_first
             assert await a.store.alone("m", 20) == 2

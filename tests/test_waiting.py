@@ -12,11 +12,13 @@ import pytest
 import redis
 
 from samphire import AsyncClient, Client, InferResult, ResultExpiredError, keys
+from samphire.address import Address
 from samphire.direct import DirectConnection
 from samphire_broker.settings import Settings
 from samphire_broker.store import Settlement, Store, Turn, WorkerInfo
 from samphire_broker.store.records import STREAM_MAX_LENGTH
 from tests.stacks import Valkey, eventually
+from tests.support.names import KEYS
 
 MANY = 2 * STREAM_MAX_LENGTH + 500
 TIMEOUT_S = 30
@@ -36,7 +38,7 @@ class LoneSettler:
 
     def __init__(self, url: str) -> None:
         self.store = Store(Settings(broker_url=url), "w1")
-        self._named = DirectConnection(url, name=keys.CONNECTION_PREFIX + "w1")
+        self._named = DirectConnection(Address.parse(url), name=KEYS.connection_prefix + "w1")
 
     async def settle(self, most: int) -> int:
         """End up to so many tasks; each answers `y`, FP32 [1], 1.0."""
@@ -105,7 +107,8 @@ def test_many_are_submitted_and_then_read_one_by_one(valkey: Valkey) -> None:
     with Client(valkey.url, validate=False) as client:
         tasks = [client.submit("m", inputs()) for _ in range(MANY)]
         settle(valkey.url, MANY)
-        assert valkey.client.xlen(keys.STREAM_PREFIX + _stream_of(client)) < MANY / 2, "most events are trimmed"
+        kept = valkey.client.xlen(KEYS.own(keys.STREAM_PREFIX) + _stream_of(client))
+        assert kept < MANY / 2, "most events are trimmed"
         before = reads(valkey.client)
         assert all(right(task.result(TIMEOUT_S)) for task in tasks)
         assert reads(valkey.client) - before <= MANY
@@ -211,7 +214,7 @@ def test_a_result_that_has_expired_is_told(valkey: Valkey, how: str) -> None:
             assert right(followed.result(TIMEOUT_S)), "the stream is being followed"
         task = client.submit("m", inputs())
         settle(valkey.url, 1 if how == "the client that has waited" else 2)
-        valkey.client.delete(keys.meta_key(task.id))  # its lifetime is over
+        valkey.client.delete(KEYS.meta_prefix + task.id)  # its lifetime is over
         if how == "the client that has waited":
             passed = client._client._session.waiter._passed
             eventually(lambda: task.id in passed, TIMEOUT_S, "its event, unheeded")

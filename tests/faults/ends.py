@@ -8,7 +8,7 @@ from collections import Counter
 
 import redis
 
-from samphire import keys
+from tests.support.names import KEYS
 
 TERMINAL = {"SUCCESS", "FAILURE", "REVOKED"}
 
@@ -20,18 +20,18 @@ class Ends:
         self.name = f"ends-{time.monotonic_ns()}"
         self._client = redis.Redis.from_url(url, socket_timeout=10, client_name=self.name)
         self._pubsub = self._client.pubsub(ignore_subscribe_messages=True)
-        self._pubsub.psubscribe(f"{keys.META_PREFIX}*")
+        self._pubsub.psubscribe(f"{KEYS.meta_prefix}*")
         self.counted: Counter[str] = Counter()
 
     def read(self) -> Counter[str]:
         """All ends so far; what is published now is among them."""
         marker = f"#{time.monotonic_ns()}"
-        self._client.publish(keys.META_PREFIX + marker, "")
+        self._client.publish(KEYS.meta_prefix + marker, "")
         while True:
             message = self._pubsub.get_message(timeout=5)
             if message is None:  # a confirmation, which is not told
                 continue
-            task_id = message["channel"].decode().removeprefix(keys.META_PREFIX)
+            task_id = message["channel"].decode().removeprefix(KEYS.meta_prefix)
             if task_id == marker:
                 return self.counted
             self.counted[task_id] += json.loads(message["data"])["status"] in TERMINAL
@@ -52,6 +52,6 @@ def nothing_is_left(client: redis.Redis) -> bool:
     """Whether nothing is queued, scheduled, in flight or to be done for clients."""
     if any(client.llen(key) for key in client.scan_iter("inference*", _type="list")):
         return False
-    if any(client.hlen(key) for key in client.scan_iter("worker:*:inflight")):
+    if any(client.hlen(key) for key in client.scan_iter("samphire:worker:*:inflight")):
         return False
-    return not client.exists(keys.SCHEDULED, keys.CANCELS, keys.DELETES, keys.LETTERS)
+    return not client.exists(KEYS.scheduled, KEYS.cancels, KEYS.deletes, KEYS.letters)

@@ -24,8 +24,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from samphire import keys
 from samphire.results import TERMINAL
+from tests.support.names import KEYS
 
 TERMINAL_META = re.compile(rb'"status": ?"(SUCCESS|FAILURE|REVOKED)"')
 LOOK_S = 0.02
@@ -138,7 +138,7 @@ class Ledger:
         marker = f"#{time.monotonic_ns()}"
         async with self._connect() as client:
             while marker not in self._markers:  # whoever is just subscribing again does not hear it
-                await client.publish(keys.META_PREFIX + marker, "")
+                await client.publish(KEYS.meta_prefix + marker, "")
                 await asyncio.sleep(LOOK_S)
 
     async def wait_ended(self, task_ids: Collection[str], timeout_s: float) -> float:
@@ -203,7 +203,7 @@ class Ledger:
         async with self._connect() as client:
             while not self._stopping:
                 try:
-                    found: Any = await client.xread({stream: last}, block=BLOCK_MS)
+                    found: Any = await client.xread({KEYS.own(stream): last}, block=BLOCK_MS)
                 except RedisError:
                     await asyncio.sleep(RECONNECT_S)
                     continue
@@ -237,10 +237,10 @@ class Ledger:
         while not self._stopping:
             try:
                 async with self._connect() as client, client.pubsub() as subscription:
-                    await subscription.psubscribe(f"{keys.META_PREFIX}*")
+                    await subscription.psubscribe(f"{KEYS.meta_prefix}*")
                     while not self._stopping:
                         message = await subscription.get_message(ignore_subscribe_messages=True, timeout=1.0)
                         if message is not None:
-                            self._heard(message["channel"].decode().removeprefix(keys.META_PREFIX), message["data"])
+                            self._heard(message["channel"].decode().removeprefix(KEYS.meta_prefix), message["data"])
             except RedisError:
                 await asyncio.sleep(RECONNECT_S)

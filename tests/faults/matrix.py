@@ -13,7 +13,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from samphire import keys
 from tests.faults.stand import (
     ANSWER_TIMEOUT_S,
     NothingUnderWayError,
@@ -24,6 +23,7 @@ from tests.faults.stand import (
     stopped,
     until_async,
 )
+from tests.support.names import KEYS
 
 RESTART_S = 0.5
 """How long a killed server is away before it is started again: as `samphire up` waits."""
@@ -90,7 +90,7 @@ async def run_again(stand: Stand, held: set[str]) -> float:
     """When all of a lost worker's tasks, once they are returned, have been started elsewhere, or have ended."""
 
     async def look() -> bool:
-        metas = await stand.ask("MGET", *(keys.meta_key(task_id) for task_id in held)) if held else []
+        metas = await stand.ask("MGET", *((KEYS.meta_prefix + task_id) for task_id in held)) if held else []
         return all(meta is not None and UNDER_WAY_META.search(meta) for meta in metas)
 
     await until_async(look, ANSWER_TIMEOUT_S, "a lost worker's tasks to be started elsewhere")

@@ -21,10 +21,10 @@ from typing import Any
 
 import redis.asyncio
 
-from samphire import keys
 from samphire_broker.embedded.process import Part, PartSpec
 from tests.faults.ledger import LOOK_S, Tail
 from tests.faults.stand import ANSWER_TIMEOUT_S, ROOT, Stand, alone, killed, until_async
+from tests.support.names import KEYS
 
 QUEUE = "plain"
 """As in `benchmarks.plain_celery`, which reads its addresses when it is imported."""
@@ -111,7 +111,7 @@ class PlainStand:
         ordered = sorted(task_ids)
         if not ordered:
             return set()
-        metas = await self.redis.mget([keys.meta_key(task_id) for task_id in ordered])
+        metas = await self.redis.mget([(KEYS.meta_prefix + task_id) for task_id in ordered])
         return {task_id for task_id, meta in zip(ordered, metas, strict=True) if meta is None}
 
     async def held(self, worker: Part) -> set[str]:
@@ -188,7 +188,7 @@ async def _account(plain: PlainStand, result: PlainResult) -> None:
     somewhere = {json.loads(message)["headers"]["id"] for message in queued} | await plain.unacknowledged()
     result.tasks = len(submitted)
     for task_id, sent in submitted.items():
-        meta = await plain.redis.get(keys.meta_key(task_id))
+        meta = await plain.redis.get(KEYS.meta_prefix + task_id)
         if meta is None:
             result.stuck += task_id in somewhere
             result.lost += task_id not in somewhere

@@ -28,6 +28,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from samphire import keys
+from samphire.address import broker_of
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.embedded.process import Part, PartError, PartSpec
 from samphire_broker.embedded.triton import triton_spec
@@ -36,6 +37,7 @@ from samphire_broker.embedded.worker import worker_spec
 from samphire_broker.settings import FsyncPolicy, Settings, shipped_model_repository
 from tests.faults.client import MODEL
 from tests.faults.ledger import Ledger
+from tests.support.names import KEYS
 
 T = TypeVar("T")
 
@@ -150,7 +152,7 @@ class Stand:
         self.triton_grpc = f"127.0.0.1:{grpc}"
         self.triton = Part(alone(triton_spec(folder, grpc, http, metrics, lambda _line: None)))
         self.workers = [
-            Part(alone(worker_spec(folder, n + 1, self.broker_url, self.triton_grpc), **self._variables))
+            Part(alone(worker_spec(folder, n + 1, broker_of(self.broker_url), self.triton_grpc), **self._variables))
             for n in range(workers)
         ]
         self.clients: list[Part] = []
@@ -181,7 +183,7 @@ class Stand:
             return
         await asyncio.gather(*(worker.start() for worker in self.workers))
         await until_async(
-            lambda: self.ask("HEXISTS", keys.CATALOGUE, keys.CATALOGUE_COMPLETE), ANSWER_TIMEOUT_S, "the catalogue"
+            lambda: self.ask("HEXISTS", KEYS.catalogue, keys.CATALOGUE_COMPLETE), ANSWER_TIMEOUT_S, "the catalogue"
         )
         self.ledger.start()
 
@@ -307,15 +309,15 @@ class Stand:
     async def worker_id(self, worker: Part) -> str:
         """The id under which the worker holds tasks; its process has one for life."""
         if worker.pid not in self._ids:
-            for member in await self.ask("SMEMBERS", keys.WORKERS):
-                info = await self.ask("GET", f"{keys.WORKER_PREFIX}{member.decode()}:info")
+            for member in await self.ask("SMEMBERS", KEYS.workers):
+                info = await self.ask("GET", f"{KEYS.worker_prefix}{member.decode()}:info")
                 if info is not None:
                     self._ids[json.loads(info)["pid"]] = member.decode()
         return self._ids[worker.pid]
 
     async def inflight_key(self, worker: Part) -> str:
         """The hash of what the worker has claimed and not settled."""
-        return f"{keys.WORKER_PREFIX}{await self.worker_id(worker)}:inflight"
+        return f"{KEYS.worker_prefix}{await self.worker_id(worker)}:inflight"
 
     async def held(self, worker: Part) -> set[str]:
         """Ids of the tasks that the worker has claimed and not settled."""
@@ -324,7 +326,7 @@ class Stand:
 
     async def started(self, worker: Part) -> int:
         """How many of them it has given to Triton."""
-        return int(await self.ask("HLEN", f"{keys.WORKER_PREFIX}{await self.worker_id(worker)}:started"))
+        return int(await self.ask("HLEN", f"{KEYS.worker_prefix}{await self.worker_id(worker)}:started"))
 
     def ready_workers(self) -> list[Part]:
         """Workers that run, in the order in which it is their turn."""
@@ -373,8 +375,8 @@ class Stand:
     async def attempts(self) -> int:
         """Attempts that tasks under way have lost."""
         count = 0
-        for task_id in await self.ask("SMEMBERS", keys.TRIED):
-            count += int(await self.ask("HGET", keys.TASK_PREFIX + task_id.decode(), "attempts") or 0)
+        for task_id in await self.ask("SMEMBERS", KEYS.tried):
+            count += int(await self.ask("HGET", KEYS.task_prefix + task_id.decode(), "attempts") or 0)
         return count
 
     def may_be_forgotten(self, moment: float) -> bool:
@@ -383,11 +385,11 @@ class Stand:
 
     async def left_behind(self) -> int:
         """Messages that are in a queue, scheduled or in flight."""
-        count = int(await self.ask("ZCARD", keys.SCHEDULED))
+        count = int(await self.ask("ZCARD", KEYS.scheduled))
         for key in keys.queue_lists(keys.queue_name(MODEL)):
             count += int(await self.ask("LLEN", key))
-        for member in await self.ask("SMEMBERS", keys.WORKERS):
-            count += int(await self.ask("HLEN", f"{keys.WORKER_PREFIX}{member.decode()}:inflight"))
+        for member in await self.ask("SMEMBERS", KEYS.workers):
+            count += int(await self.ask("HLEN", f"{KEYS.worker_prefix}{member.decode()}:inflight"))
         return count
 
     async def memory_by_kind(self) -> dict[str, int]:

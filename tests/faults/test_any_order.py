@@ -32,6 +32,7 @@ from hypothesis.stateful import (
 )
 
 from samphire import keys
+from samphire.address import Address, broker_of
 from samphire.errors import BrokerUnavailableError, IdempotencyConflictError
 from samphire.publisher import IdempotencyKey, Publisher
 from samphire_broker.settings import Settings
@@ -51,6 +52,7 @@ from samphire_broker.store import (
 from tests.faults.ends import TERMINAL
 from tests.faults.lossy import LossyConnection
 from tests.stacks import ENDS_S, Valkey, running_valkey
+from tests.support.names import KEYS
 
 LONG = os.environ.get("SAMPHIRE_FAULTS") == "long"
 EXAMPLES, STEPS = (4000, 100) if LONG else (60, 50)
@@ -81,9 +83,9 @@ class Worker:
         self.store = Store(Settings(broker_url=url, lease_s=3600, dead_letters_max=LETTERS_MAX), name)
         for attribute, value in vars(self.store).items():
             if type(value).__name__ == "DirectConnection":
-                setattr(self.store, attribute, LossyConnection(url))
+                setattr(self.store, attribute, LossyConnection(Address.parse(url)))
         self.info = WorkerInfo(name, f"{name}@host", 1)
-        self.named = LossyConnection(url, name=keys.CONNECTION_PREFIX + name)
+        self.named = LossyConnection(Address.parse(url), name=KEYS.connection_prefix + name)
         self.believed: dict[str, str] = {}
         """Claim -> message."""
 
@@ -105,8 +107,8 @@ class Hands:
         self.client = valkey.client
         self.runner = asyncio.Runner()
         self.workers = {name: Worker(valkey.url, name) for name in WORKERS}
-        self.publisher = Publisher(valkey.url, queue_limit=0, blob_ttl_s=3600)
-        self.publisher.connection = LossyConnection(valkey.url)
+        self.publisher = Publisher(broker_of(valkey.url), queue_limit=0, blob_ttl_s=3600)
+        self.publisher.connection = LossyConnection(broker_of(valkey.url).address)
 
     def close(self) -> None:
         """Close all connections."""
@@ -157,14 +159,14 @@ class Snapshot:
         return {member.decode() for member in self.keys.get(key, ())}
 
     def state(self, task_id: str) -> str | None:
-        raw = self.keys.get(keys.meta_key(task_id))
+        raw = self.keys.get(KEYS.meta_prefix + task_id)
         return str(json.loads(raw)["status"]) if raw else None
 
     def messages(self) -> Counter[str]:
         """Messages that wait or are held, by task."""
         found = Counter(task_of(message.decode()) for key in LISTS for message in self.keys.get(key, ()))
-        scheduled = [value.partition(b" ")[2] for value in self.hash(keys.SCHEDULED_MESSAGES).values()]
-        held = [m for name in WORKERS for m in self.hash(f"{keys.WORKER_PREFIX}{name}:inflight").values()]
+        scheduled = [value.partition(b" ")[2] for value in self.hash(KEYS.scheduled_messages).values()]
+        held = [m for name in WORKERS for m in self.hash(f"{KEYS.worker_prefix}{name}:inflight").values()]
         found.update(task_of(message.decode()) for message in (*scheduled, *held))
         return found
 
@@ -179,7 +181,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.client = self.hands.client
         self.client.flushdb()
         self.pubsub = self.client.pubsub()
-        self.pubsub.psubscribe(f"{keys.META_PREFIX}*")
+        self.pubsub.psubscribe(f"{KEYS.meta_prefix}*")
         assert (self.pubsub.get_message(timeout=5) or {})["type"] == "psubscribe"
         self.runner, self.workers, self.publisher = self.hands.runner, self.hands.workers, self.hands.publisher
         for worker in self.workers.values():
@@ -273,10 +275,9 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: len(self.made) % 3 == 0)
     @rule(key=st.sampled_from("kl"), digest=st.sampled_from("xy"), lost=st.booleans())
     def submit_with_a_key(self, key: str, digest: str, lost: bool) -> None:
-        name = keys.IDEMPOTENCY_PREFIX + key
-        known = self.client.get(name)
+        known = self.client.get(KEYS.idempotency_prefix + key)
         task_id = f"t{len(self.made)}"
-        arguments = (lost, QUEUES[1], 0, [task_id.encode()], [], IdempotencyKey(name, task_id, digest, 3600))
+        arguments = (lost, QUEUES[1], 0, [task_id.encode()], [], IdempotencyKey(key, task_id, digest, 3600))
         if known is None:
             self.new_task()
             assert self.publish(*arguments) == ""
@@ -301,7 +302,7 @@ class AnyOrder(RuleBasedStateMachine):
     def claim(self, name: str, most: int, lost: bool) -> None:
         worker = self.workers[name]
         before = {key: [m.decode() for m in reversed(self.client.lrange(key, 0, -1))] for key in LISTS}
-        if not self.client.exists(keys.WORKER_PREFIX + name):
+        if not self.client.exists(KEYS.worker_prefix + name):
             with pytest.raises(LeaseLostError):
                 self.call(lambda: worker.store.claim(TURNS, [most], most, 10**9))
             self.call(lambda: worker.store.beat(worker.info, worker.named))
@@ -318,7 +319,7 @@ class AnyOrder(RuleBasedStateMachine):
         worker = self.workers[name]
         found = self.call(lambda: worker.store.adopt(set(worker.believed)))
         worker.believed |= {claim.field: claim.message.decode() for claim in found}
-        inflight = self.client.hkeys(f"{keys.WORKER_PREFIX}{name}:inflight")
+        inflight = self.client.hkeys(f"{KEYS.worker_prefix}{name}:inflight")
         assert {field.decode() for field in inflight} <= worker.believed.keys()
 
     @precondition(lambda self: self.anybody_holds)
@@ -339,12 +340,12 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(WORKERS), model=st.sampled_from(["m", "n", ""]), keep=st.booleans(), lost=st.booleans())
     def alone(self, name: str, model: str, keep: bool, lost: bool) -> None:
-        store, holder = self.workers[name].store, self.client.get(keys.ALONE)
+        store, holder = self.workers[name].store, self.client.get(KEYS.alone)
         others = self.persist(self.workers[name], lost, lambda: store.alone(model, 3600 if keep else 0))
         if holder is not None and not holder.startswith(name.encode()):
-            assert others == -1 and self.client.get(keys.ALONE) == holder
+            assert others == -1 and self.client.get(KEYS.alone) == holder
         else:
-            assert others >= 0 and (self.client.get(keys.ALONE) is not None) == keep
+            assert others >= 0 and (self.client.get(KEYS.alone) is not None) == keep
 
     # -- the ways out of a claim ------------------------------------------------------------------
 
@@ -397,7 +398,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.let_go(worker, [claim for claim, _, _ in moves])
 
     def not_started(self, claims: Iterable[str], worker: Worker) -> list[str]:
-        started = self.client.hkeys(f"{keys.WORKER_PREFIX}{worker.store.worker_id}:started")
+        started = self.client.hkeys(f"{KEYS.worker_prefix}{worker.store.worker_id}:started")
         return [claim for claim in claims if claim.encode() not in started]
 
     @precondition(lambda self: self.anybody_holds)
@@ -408,7 +409,7 @@ class AnyOrder(RuleBasedStateMachine):
         tasks = [(claim, task_of(worker.believed[claim]), 1.0 if due else 4e9) for claim in claims]
         if not tasks:
             return
-        scheduled = {task_id.decode() for task_id in self.client.zrange(keys.SCHEDULED, 0, -1)}
+        scheduled = {task_id.decode() for task_id in self.client.zrange(KEYS.scheduled, 0, -1)}
         times = Counter([task_id for _, task_id, _ in tasks] + [t for _, t, _ in tasks if t in scheduled])
         self.scheduled_twice |= {task_id for task_id, count in times.items() if count > 1}  # one takes another's place
         verdicts = self.persist(worker, lost, lambda: worker.store.schedule(tasks))
@@ -417,13 +418,13 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(lost=st.booleans(), data=st.data())
     def time_goes_by(self, data: st.DataObject, lost: bool) -> None:
-        waiting = sorted(task_id.decode() for task_id in self.client.zrange(keys.SCHEDULED, 0, -1))
+        waiting = sorted(task_id.decode() for task_id in self.client.zrange(KEYS.scheduled, 0, -1))
         if not waiting:
             return
         due = data.draw(st.lists(st.sampled_from(waiting), min_size=1, unique=True))
-        self.client.zadd(keys.SCHEDULED, {task_id: second for second, task_id in enumerate(due, 1)})
+        self.client.zadd(KEYS.scheduled, {task_id: second for second, task_id in enumerate(due, 1)})
         self.persist(self.workers["w1"], lost, self.workers["w1"].store.return_due)
-        assert not {task_id.encode() for task_id in due} & set(self.client.zrange(keys.SCHEDULED, 0, -1))
+        assert not {task_id.encode() for task_id in due} & set(self.client.zrange(KEYS.scheduled, 0, -1))
 
     # -- clients ----------------------------------------------------------------------------------
 
@@ -432,34 +433,34 @@ class AnyOrder(RuleBasedStateMachine):
         named = data.draw(st.lists(st.sampled_from(sorted(self.made)), max_size=2))
         revoked = data.draw(st.lists(st.sampled_from(sorted(self.made)), max_size=1))
         for task_id in named:
-            self.client.rpush(keys.CANCELS, f"{'events:c' if stream else ''} {task_id}")
+            self.client.rpush(KEYS.cancels, f"{'events:c' if stream else ''} {task_id}")
         self.asked_to_cancel |= {*named, *revoked}
         store = self.workers["w2"].store
         self.persist(self.workers["w2"], lost, lambda: store.cancel(CANCELLED_RESULT, revoked))
 
     @rule(data=st.data(), verb=st.sampled_from(["redrive", "purge"]), lost=st.booleans())
     def serve_letters(self, data: st.DataObject, verb: str, lost: bool) -> None:
-        known = sorted({"t0", *(letter.decode() for letter in self.client.zrange(keys.DEAD, 0, -1))})
+        known = sorted({"t0", *(letter.decode() for letter in self.client.zrange(KEYS.dead, 0, -1))})
         for letter in data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=3)):
-            run = self.client.hget(keys.DEAD_PREFIX + letter, "run")
-            self.client.rpush(keys.LETTERS, f"{verb}:{run.decode() if run else 1} {letter}")
+            run = self.client.hget(KEYS.dead_prefix + letter, "run")
+            self.client.rpush(KEYS.letters, f"{verb}:{run.decode() if run else 1} {letter}")
             if verb == "redrive":
                 self.runs[letter] += 1
                 self.runs["later"] += 1
         self.persist(self.workers["w3"], lost, self.workers["w3"].store.serve_letters)
-        assert not self.client.llen(keys.LETTERS)
+        assert not self.client.llen(KEYS.letters)
 
     @rule(lost=st.booleans())
     def trim_letters(self, lost: bool) -> None:
         trimmed = self.persist(self.workers["w2"], lost, self.workers["w2"].store.trim_letters)
-        assert trimmed.left == self.client.zcard(keys.DEAD) <= LETTERS_MAX
+        assert trimmed.left == self.client.zcard(KEYS.dead) <= LETTERS_MAX
 
     @rule(data=st.data(), lost=st.booleans())
     def delete_results(self, data: st.DataObject, lost: bool) -> None:
         for task_id in data.draw(st.lists(st.sampled_from(sorted(self.made)), min_size=1, max_size=3)):
-            self.client.rpush(keys.DELETES, task_id)
+            self.client.rpush(KEYS.deletes, task_id)
         self.persist(self.workers["w1"], lost, self.workers["w1"].store.delete_results)
-        assert not self.client.llen(keys.DELETES)
+        assert not self.client.llen(KEYS.deletes)
 
     # -- workers that are lost, and come back -------------------------------------------------------
 
@@ -472,7 +473,7 @@ class AnyOrder(RuleBasedStateMachine):
     def reap(self, by: str, name: str, how: str, lost: bool) -> None:
         if how == "left":
             self.call(self.workers[name].store.leave)
-        lease = keys.WORKER_PREFIX + name
+        lease = KEYS.worker_prefix + name
         beat = int(self.client.get(lease) or 0)
         how = how if beat else "lapsed"
         if how == "lapsed":
@@ -491,15 +492,15 @@ class AnyOrder(RuleBasedStateMachine):
     def what_is_read_fits_together(self) -> None:
         found = Snapshot(self.client)
         for name in WORKERS:
-            inflight = found.hash(f"{keys.WORKER_PREFIX}{name}:inflight")
-            started = found.hash(f"{keys.WORKER_PREFIX}{name}:started")
+            inflight = found.hash(f"{KEYS.worker_prefix}{name}:inflight")
+            started = found.hash(f"{KEYS.worker_prefix}{name}:started")
             assert started.keys() <= inflight.keys(), "a claim is started and not in flight"
             assert all(task_of(inflight[c].decode()) == task_id.decode() for c, task_id in started.items())
-            assert not inflight or name in found.members(keys.WORKERS), "nobody will reap it"
-        assert found.members(keys.SCHEDULED) == found.hash(keys.SCHEDULED_MESSAGES).keys()
-        letters = {key.removeprefix(keys.DEAD_PREFIX) for key in found.keys if key.startswith(keys.DEAD_PREFIX)}
-        assert letters == found.members(keys.DEAD)
-        assert all(f"{keys.TASK_PREFIX}{task_id}" in found.keys for task_id in found.members(keys.TRIED))
+            assert not inflight or name in found.members(KEYS.workers), "nobody will reap it"
+        assert found.members(KEYS.scheduled) == found.hash(KEYS.scheduled_messages).keys()
+        letters = {key.removeprefix(KEYS.dead_prefix) for key in found.keys if key.startswith(KEYS.dead_prefix)}
+        assert letters == found.members(KEYS.dead)
+        assert all(f"{KEYS.task_prefix}{task_id}" in found.keys for task_id in found.members(KEYS.tried))
         self.everything_is_in_one_place(found, letters)
         self.no_end_is_written_over(found)
 
@@ -520,7 +521,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def no_end_is_written_over(self, found: Snapshot) -> None:
         """But a failure, by the next run; and each is remembered."""
-        remembered = found.hash(keys.ENDED)
+        remembered = found.hash(KEYS.ended)
         for task_id, state in self.ended.items():
             assert state == "FAILURE" or found.state(task_id) == state, f"{task_id} was {state}"
         self.ended = {t: state for t in (*self.made, "later") if (state := found.state(t) or "") in TERMINAL}
@@ -530,11 +531,11 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def an_end_is_published_once_a_run(self) -> None:
-        self.client.publish(f"{keys.META_PREFIX}#", "")
+        self.client.publish(f"{KEYS.meta_prefix}#", "")
         while True:
             message = self.pubsub.get_message(timeout=5)
             assert message is not None
-            channel = message["channel"].decode().removeprefix(keys.META_PREFIX)
+            channel = message["channel"].decode().removeprefix(KEYS.meta_prefix)
             if channel == "#":
                 break
             self.ends[channel] += json.loads(message["data"])["status"] in TERMINAL

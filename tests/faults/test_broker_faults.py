@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import redis
 
-from samphire import Client, SamphireError, TransientError, keys
+from samphire import Client, SamphireError, TransientError
 from tests.faults.ends import Ends, nothing_is_left
 from tests.stacks import Up, eventually, only, running_stack, standing_still
+from tests.support.names import KEYS
 
 TIMEOUT_S = 60
 FAULT_S = 3.0
@@ -161,6 +162,6 @@ def test_under_load(own_stack: Up, fault: Callable[[Up, redis.Redis, set[int]], 
         assert {counted[task_id] for task_id in accepted} == {1}
         others = {task_id: count for task_id, count in counted.items() if task_id not in accepted}
         assert set(others.values()) <= {1} and len(others) <= len(load.raised), "queued more often than submitted"
-        assert not server.zcard(keys.DEAD), "something failed"
-        assert not list(server.scan_iter(f"{keys.TASK_PREFIX}*")), "an attempt was burned"
+        assert not server.zcard(KEYS.dead), "something failed"
+        assert not list(server.scan_iter(f"{KEYS.task_prefix}*")), "an attempt was burned"
     assert own_stack.ready["pids"] == before

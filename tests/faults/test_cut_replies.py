@@ -29,15 +29,15 @@ from samphire import (
     ModelFaultError,
     ResultDeletedError,
     Step,
-    keys,
 )
 from samphire.dead_letters import AsyncDeadLetters
 from samphire.direct import Script
-from samphire_broker.store import CANCELLED, Claimed, OtherEnd, Settlement, Store, Tried
+from samphire_broker.store import CANCELLED, FORGOTTEN, Claimed, OtherEnd, Settlement, Store, Tried
 from samphire_broker.store.calls import VERBS, script_text
 from tests.faults.ends import Ends, nothing_is_left
 from tests.proxy import Proxy, Where, cutting_proxy
 from tests.stacks import Up, Valkey, eventually, running_valkey
+from tests.support.names import KEYS
 from tests.test_store import META, QUEUE, Worker, everywhere, failed, push, status
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def public_methods(kind: type) -> set[str]:
 
 def scripts() -> dict[str, str]:
     """Names of the store's scripts by SHA-1."""
-    found = {verb: script_text(verb) for verb in VERBS}
+    found = {verb: script_text(verb, KEYS) for verb in VERBS}
     found["submit"] = (resources.files("samphire") / "submit.lua").read_text()
     return {Script(text).sha: name for name, text in found.items()}
 
@@ -87,7 +87,7 @@ class Setting:
 
     def ended(self) -> list[tuple[str, str]]:
         """Events in the stream, one by one."""
-        entries = [fields for _, fields in self.valkey.client.xrange("events:c")]
+        entries = [fields for _, fields in self.valkey.client.xrange("samphire:events:c")]
         return [(k.decode(), v.decode()) for fields in entries for k, v in fields.items() if k != b"result"]
 
 
@@ -97,7 +97,7 @@ class Setting:
 async def beat(s: Setting) -> None:
     s.arm()
     assert await again(s.worker.beat) >= 1
-    assert s.valkey.client.smembers(keys.WORKERS) == {b"w1", b"w2"}
+    assert s.valkey.client.smembers(KEYS.workers) == {b"w1", b"w2"}
 
 
 async def claim(s: Setting) -> None:
@@ -109,7 +109,7 @@ async def claim(s: Setting) -> None:
     except BrokerUnavailableError:
         claimed = await again(lambda: s.worker.store.adopt(set(held)))
     held |= {c.field: c for c in claimed}
-    inflight = s.valkey.client.hgetall("worker:w1:inflight")
+    inflight = s.valkey.client.hgetall("samphire:worker:w1:inflight")
     assert {c.field.encode(): c.message for c in held.values()} == inflight
     assert everywhere(s.valkey) == ["a", "b", "c"]
 
@@ -131,7 +131,7 @@ async def start(s: Setting) -> None:
     assert duplicate in (-1, -2)  # the second time it is not ours any more, which comes to the same
     assert (status(s.valkey, "a"), status(s.valkey, "done")) == ("STARTED", "SUCCESS")
     assert everywhere(s.valkey) == ["a", "gone"]
-    assert s.valkey.client.hvals("worker:w1:started") == [b"a"]
+    assert s.valkey.client.hvals("samphire:worker:w1:started") == [b"a"]
 
 
 async def settle(s: Setting) -> None:
@@ -152,7 +152,7 @@ async def release(s: Setting) -> None:
     s.arm()
     assert await again(lambda: s.worker.store.release([c.field for c in claims], attempt="{}")) in (2, 0)
     assert s.valkey.client.lrange(QUEUE, 0, -1) == [b"b", b"a"]
-    assert s.valkey.client.hget("task:a", "attempts") == b"1"
+    assert s.valkey.client.hget("samphire:task:a", "attempts") == b"1"
 
 
 async def route(s: Setting) -> None:
@@ -170,12 +170,12 @@ async def schedule(s: Setting) -> None:
     tasks = [(c.field, c.message.decode(), 4e9) for c in claims]
     assert await again(lambda: s.worker.store.schedule(tasks)) in ([1, 1], [0, 0])
     assert everywhere(s.valkey) == ["a", "b"]
-    assert s.valkey.client.zrange(keys.SCHEDULED, 0, -1) == [b"a", b"b"]
+    assert s.valkey.client.zrange(KEYS.scheduled, 0, -1) == [b"a", b"b"]
 
 
 async def return_due(s: Setting) -> None:
     await schedule(s)
-    s.valkey.client.zadd(keys.SCHEDULED, {"a": 1})
+    s.valkey.client.zadd(KEYS.scheduled, {"a": 1})
     s.arm()
     assert await again(s.worker.store.return_due) in (1, 0)
     assert s.valkey.client.lrange(QUEUE, 0, -1) == [b"a"]
@@ -184,12 +184,12 @@ async def return_due(s: Setting) -> None:
 
 async def cancel(s: Setting) -> None:
     push(s.valkey, "a", "b")
-    s.valkey.client.rpush(keys.CANCELS, "events:c a")
+    s.valkey.client.rpush(KEYS.cancels, "events:c a")
     s.arm()
     await again(lambda: s.worker.store.cancel(META, ["b"]))
     assert status(s.valkey, "a") == "REVOKED"
     assert s.ended() == [("cancelled", "a")]
-    assert set(s.valkey.client.zrange(keys.CANCELLED, 0, -1)) == {b"a", b"b"}
+    assert set(s.valkey.client.zrange(KEYS.cancelled, 0, -1)) == {b"a", b"b"}
     assert everywhere(s.valkey) == ["a", "b"]
 
 
@@ -202,18 +202,18 @@ async def is_cancelled(s: Setting) -> None:
 async def delete_results(s: Setting) -> None:
     (done,) = await s.claims("a")
     await s.worker.settle(done, '{"status":"SUCCESS","result":{"ref":{"key":"result:blob:a:0"}}}')
-    s.valkey.client.set("result:blob:a:0", "data")
-    s.valkey.client.rpush(keys.DELETES, "a", "a")
+    s.valkey.client.set("samphire:result:blob:a:0", "data")
+    s.valkey.client.rpush(KEYS.deletes, "a", "a")
     s.arm()
     assert await again(s.worker.store.delete_results) in (2, 0)
-    assert json.loads(s.valkey.client.get(keys.meta_key("a")))["result"] == {"deleted": True}
-    assert not s.valkey.client.exists("result:blob:a:0", keys.DELETES)
+    assert json.loads(s.valkey.client.get(KEYS.meta_prefix + "a"))["result"] == {"deleted": True}
+    assert not s.valkey.client.exists("samphire:result:blob:a:0", KEYS.deletes)
 
 
 async def serve_letters(s: Setting) -> None:
     one, two = await s.claims("a", "b")
     await s.worker.store.settle([failed(one, "a"), failed(two, "b")])
-    s.valkey.client.rpush(keys.LETTERS, "redrive a", "purge b", "redrive c")
+    s.valkey.client.rpush(KEYS.letters, "redrive a", "purge b", "redrive c")
     s.arm()
     assert await again(s.worker.store.serve_letters) in (3, 0)
     assert everywhere(s.valkey) == ["a"]
@@ -264,7 +264,7 @@ async def give_back(s: Setting) -> None:
     s.arm()
     await again(s.worker.store.give_back)
     assert s.valkey.client.lrange(QUEUE, 0, -1) == [b"b", b"a"]
-    assert not s.valkey.client.exists("worker:w1:inflight")
+    assert not s.valkey.client.exists("samphire:worker:w1:inflight")
 
 
 async def scheduled(s: Setting) -> None:
@@ -288,11 +288,11 @@ async def name_queues(s: Setting) -> None:
 
 
 async def publish_catalogue(s: Setting) -> None:
-    s.valkey.client.hset(keys.CATALOGUE, "gone", "{}")
+    s.valkey.client.hset(KEYS.catalogue, "gone", "{}")
     s.arm()
     await again(lambda: s.worker.store.publish_catalogue({"m": b"{}"}, ["gone"]))
-    assert s.valkey.client.hgetall(keys.CATALOGUE) == {b"m": b"{}"}
-    assert s.valkey.client.ttl(keys.CATALOGUE) > 0
+    assert s.valkey.client.hgetall(KEYS.catalogue) == {b"m": b"{}"}
+    assert s.valkey.client.ttl(KEYS.catalogue) > 0
 
 
 async def others(s: Setting) -> None:
@@ -332,8 +332,8 @@ async def end_others(s: Setting) -> None:
     end = OtherEnd("x", "failed", '{"status":"FAILURE","task_id":"x","result":{}}', "events:c")
     s.arm()
     await again(lambda: s.worker.store.end_others([end]))
-    assert b'"FAILURE"' in s.valkey.client.get(keys.meta_key("x"))
-    assert s.valkey.client.xlen("events:c") == 1
+    assert b'"FAILURE"' in s.valkey.client.get(KEYS.meta_prefix + "x")
+    assert s.valkey.client.xlen("samphire:events:c") == 1
 
 
 async def reap(s: Setting) -> None:
@@ -343,19 +343,19 @@ async def reap(s: Setting) -> None:
     s.arm()
     assert await again(lambda: s.worker.store.reap("w2", 1, "{}")) in ((2, 1, 0), (0, 0, 0))
     assert s.valkey.client.lrange(QUEUE, 0, -1) == [b"b", b"a"]
-    assert s.valkey.client.hget("task:a", "attempts") == b"1"
+    assert s.valkey.client.hget("samphire:task:a", "attempts") == b"1"
     assert await s.other.settle(claims[0]) == 0
 
 
 async def leave(s: Setting) -> None:
     s.arm()
     await again(s.worker.store.leave)
-    assert s.valkey.client.smembers(keys.WORKERS) == {b"w2"}
-    assert not s.valkey.client.exists("worker:w1", "worker:w1:info")
+    assert s.valkey.client.smembers(KEYS.workers) == {b"w2"}
+    assert not s.valkey.client.exists("samphire:worker:w1", "samphire:worker:w1:info")
 
 
 async def known_queues(s: Setting) -> None:
-    s.valkey.client.sadd(keys.QUEUES, "inference.m")
+    s.valkey.client.sadd(KEYS.queues, "inference.m")
     s.arm()
     assert await again(s.worker.store.known_queues) == {"inference.m"}
 
@@ -366,17 +366,33 @@ async def find_queues(s: Setting) -> None:
     assert await again(lambda: s.worker.store.find_queues(0)) == (0, {"inference.m"})
 
 
+async def enter(s: Setting) -> None:
+    s.arm()
+    await again(s.worker.store.enter)
+    assert s.valkey.client.get(KEYS.schema) == b"1"
+    assert s.valkey.client.get(KEYS.namespace_mark) == KEYS.namespace.encode()
+
+
+async def look_at_queues(s: Setting) -> None:
+    s.valkey.client.sadd(KEYS.queues, "inference.full", "inference.empty", "inference.new")
+    s.valkey.client.rpush("inference.full", "x")
+    s.arm()
+    found = await again(lambda: s.worker.store.look_at_queues(["inference.full", "inference.empty"], ["inference.new"]))
+    assert found == [1, FORGOTTEN, 0]
+    assert s.valkey.client.smembers(KEYS.queues) == {b"inference.full", b"inference.new"}
+
+
 async def read_blob(s: Setting) -> None:
-    s.valkey.client.set("sub:blob:a:0", b"x" * 200_000)
+    s.valkey.client.set("samphire:sub:blob:a:0", b"x" * 200_000)
     s.arm()
     assert await again(lambda: s.worker.store.read_blob("sub:blob:a:0", 200_000)) == b"x" * 200_000
 
 
 async def write_blob(s: Setting) -> None:
     s.arm()
-    ref = await again(lambda: s.worker.store.write_blob("a", 0, b"x" * 200_000, "sha"))
-    assert s.valkey.client.get(ref.key) == b"x" * 200_000
-    assert s.valkey.client.ttl(ref.key) > 0
+    ref = await again(lambda: s.worker.store.write_blob("t", "a", 0, b"x" * 200_000, "sha"))
+    assert s.valkey.client.get(KEYS.own(ref.key)) == b"x" * 200_000
+    assert s.valkey.client.ttl(KEYS.own(ref.key)) > 0
 
 
 STORE_CASES: dict[str, Callable[[Setting], Awaitable[None]]] = {
@@ -385,7 +401,7 @@ STORE_CASES: dict[str, Callable[[Setting], Awaitable[None]]] = {
         *(beat, claim, adopt, start, settle, release, route, schedule, return_due, cancel, is_cancelled),
         *(delete_results, serve_letters, publish_catalogue, others, connected, hostname, reap, leave),
         *(known_queues, name_queues, find_queues, read_blob, write_blob, tried, trim_letters, alone),
-        *(lead, give_back, scheduled, broker_run, missing_rights, is_another_alone, end_others),
+        *(lead, give_back, scheduled, broker_run, missing_rights, is_another_alone, end_others, enter, look_at_queues),
     )
 }
 
@@ -579,11 +595,8 @@ async def sdk_task(s: Sdk) -> None:
 
 async def sdk_signature(s: Sdk) -> None:
     s.arm()
-    found = await s.client.signature("identity")
-    while found is None:  # the broker was away: nothing is known, and nothing refused, until the next look
-        await asyncio.sleep(0.1)
-        found = await s.client.signature("identity")
-    assert found.versions == ("1",)
+    found = await again(lambda: s.client.signature("identity"))
+    assert found is not None and found.versions == ("1",)
 
 
 async def sdk_list(s: Sdk) -> None:
@@ -607,7 +620,7 @@ async def sdk_redrive(s: Sdk) -> None:
         assert await s.client.dead_letters.redrive([letter]) == 1
     except BrokerUnavailableError as error:
         assert error.retryable  # the request may stand: who asks again looks first
-        while s.server.exists(keys.LETTERS):
+        while s.server.exists(KEYS.letters):
             await asyncio.sleep(0.02)
         found = [seen for seen in await s.direct.dead_letters.list() if seen.id == letter]
         if found and found[0].died_at == died_at:

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from samphire.address import broker_of
+from samphire.keys import DEFAULT_NAMESPACE, Keys
 from samphire.publisher import IdempotencyKey, Publisher
 from samphire_broker.settings import Settings
 from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store, Turn, WorkerInfo
@@ -26,7 +28,7 @@ def script_text(verb: str) -> str:
     """The text of a script, as it is loaded."""
     if verb == "submit":
         return (resources.files("samphire") / "submit.lua").read_text()
-    return store_script_text(verb)
+    return store_script_text(verb, Keys()).replace("'samphire:'", "''", 1)  # the model's keys have bare names
 
 
 def forms_of(dumps: Iterable[Path]) -> list[Form]:
@@ -67,7 +69,7 @@ def _worker_of(form: Form) -> str:
 
 
 async def _submitted(keys: list[str], args: list[bytes]) -> Form:
-    publisher = Publisher("redis://localhost", queue_limit=0, blob_ttl_s=86400)
+    publisher = Publisher(broker_of("redis://localhost"), queue_limit=0, blob_ttl_s=86400)
     caught: list[Form] = []
 
     async def catch(key_names: Sequence[str], given: Sequence[Any]) -> Any:
@@ -76,7 +78,9 @@ async def _submitted(keys: list[str], args: list[bytes]) -> Form:
 
     publisher._call = catch  # type: ignore[method-assign]
     publisher._memory_checked = 1e18
-    key = IdempotencyKey(keys[7], args[7].decode(), args[8].decode(), int(args[6])) if len(keys) == 8 else None
+    key = None
+    if len(keys) == 8:
+        key = IdempotencyKey(keys[7].removeprefix("sub:key:"), args[7].decode(), args[8].decode(), int(args[6]))
     await publisher.publish(args[0].decode(), 0, [args[-1]], [], key)
     return caught[0]
 
@@ -149,10 +153,10 @@ _CALLS: dict[str, Callable[[Store, list[str], list[bytes]], Awaitable[object]]] 
 
 
 def comparable(form: Form) -> Form:
-    """A call without what the checker makes simpler: one name for all workers, no results in events, short numbers."""
+    """A call without what the checker makes simpler: no namespace, one worker, no results in events, short numbers."""
     verb, keys, args = form
-    keys = [re.sub(r"sub:once:.*", "sub:once:*", key) for key in keys]
-    plain: list[Any] = list(args)
+    keys = [re.sub(r"sub:once:.*", "sub:once:*", key.removeprefix(DEFAULT_NAMESPACE)) for key in keys]
+    plain: list[Any] = [arg.removeprefix(DEFAULT_NAMESPACE.encode()) for arg in args]
     if verb == "settle":
         plain[4], plain[7], plain[11] = "inline", "worker", msgspec.msgpack.decode(args[11])
     elif verb == "start":

@@ -16,16 +16,17 @@ import redis
 from celery import Celery
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from samphire import keys
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
+from samphire_workers.celery_settings import celery_settings
 from samphire_workers.endpoints import Endpoints
 from samphire_workers.lane.canvas import Canvas
 from samphire_workers.lane.events import CeleryEvents
 from samphire_workers.lane.lane import Lane
 from samphire_workers.lane.lease import keep_lease, reap_others
 from samphire_workers.lane.wake import QueueWatch
+from tests.support.names import KEYS
 
 Behaviour = Callable[[Any], Awaitable[None]]
 """What a model does before it answers: it may wait, or abort with the context of the call."""
@@ -163,13 +164,12 @@ class LaneWorker:
         await registered.wait()
         app = Celery("samphire")
         app.conf.update(
-            broker_url=self.settings.broker_url,
-            result_backend=self.settings.broker_url,
+            **celery_settings(self.settings.broker),
             task_serializer="json",
             result_serializer="json",
             accept_content=["json"],
         )
-        self.watch = QueueWatch(self.settings.broker_url)
+        self.watch = QueueWatch(self.settings.broker)
         self.canvas = Canvas(app, self.info.hostname)
         self.endpoints = Endpoints(self.settings.triton_urls)
         events = CeleryEvents(app, self.info.hostname, 0)
@@ -212,7 +212,7 @@ async def until(check: Callable[[], Any], what: str, timeout_s: float = 20.0) ->
 
 def state(client: redis.Redis, task_id: str) -> str | None:
     """Celery's state of a task."""
-    raw = client.get(keys.meta_key(task_id))
+    raw = client.get(KEYS.meta_prefix + task_id)
     return None if raw is None else str(json.loads(raw)["status"])
 
 
@@ -221,10 +221,10 @@ def places(client: redis.Redis, task_id: str) -> list[str]:
     held = {
         key.decode(): client.lrange(key, 0, -1)
         for key in client.scan_iter(count=10_000, _type="list")
-        if not key.startswith(b"sub:")
+        if not key.startswith(b"samphire:sub:")
     }
     for key in client.scan_iter(count=10_000, _type="hash"):
-        if key.endswith((b":inflight", keys.SCHEDULED_MESSAGES.encode())):
+        if key.endswith((b":inflight", KEYS.scheduled_messages.encode())):
             held[key.decode()] = client.hvals(key)
     return sorted(name for name, messages in held.items() if any(task_id.encode() in message for message in messages))
 
@@ -232,5 +232,5 @@ def places(client: redis.Redis, task_id: str) -> list[str]:
 def remember(client: redis.Redis, task_id: str, **counts: int) -> None:
     """Make a task one that was tried before."""
     mapping: Mapping[str, Any] = {"history": "{}", **counts}
-    client.hset(keys.TASK_PREFIX + task_id, mapping=dict(mapping))
-    client.sadd(keys.TRIED, task_id)
+    client.hset(KEYS.task_prefix + task_id, mapping=dict(mapping))
+    client.sadd(KEYS.tried, task_id)

@@ -37,21 +37,21 @@ inline Call call_submit(int task, const string& once, bool with_key) {
   Call call{"submit",
             {list, list, list + separator + "3", list + separator + "6", list + separator + "9", "sub:queues",
              "sub:once:" + once},
-            {list, "0", "0", "sub:wake", "86400", "300"}};
+            {list, "0", "0", "0:wake", "86400", "300"}};
   if (with_key) {
     call.keys.push_back("sub:key:k");
     call.args.insert(call.args.end(), {"3600", TASK_NAMES[task], "digest"});
   } else {
     call.args.insert(call.args.end(), {"", "", ""});
   }
-  call.args.push_back("0");
+  call.args.insert(call.args.end(), {"1", "schema", "0"});  // and no claim checks
   call.args.push_back(message_of(task));
   return call;
 }
 
 inline Call call_beat(int worker, int incarnation) {
   string key = worker_key(worker, incarnation);
-  return {"beat", {key, key + ":info", "workers"}, {worker_id(worker, incarnation), "12000", "{}"}};
+  return {"beat", {key, key + ":info", "workers", "samphire.namespace"}, {worker_id(worker, incarnation), "12000", "{}"}};
 }
 
 inline Call call_claim(int worker, int incarnation, int number) {
@@ -120,8 +120,8 @@ inline Call call_settle(int worker, int incarnation, const vector<string>& settl
   string key = worker_key(worker, incarnation);
   return {"settle",
           {key + ":inflight", key + ":started", "dead", "cancelled", "scheduled", "scheduled:messages", "tried",
-           "sub:queues", "ended", "ended:before", "ended:turn", "cancelled:running"},
-          {META, "3600", "1000", "3600", "0", "dead:", "1209600", "W", "sub:wake", "task:", "7200",
+           "ended", "ended:before", "ended:turn", "cancelled:running"},
+          {META, "3600", "1000", "3600", "0", "dead:", "1209600", "W", "0:wake", "task:", "7200",
            packed_array(settlements)}};
 }
 
@@ -143,11 +143,11 @@ inline Call call_schedule(int worker, int incarnation, const Held& held, bool is
 
 inline Call call_route(int worker, int incarnation, const Held& held) {
   return {"route",
-          {worker_key(worker, incarnation) + ":inflight", "sub:queues"},
-          {"sub:wake", field_of(held), LISTS[0], LISTS[0]}};
+          {worker_key(worker, incarnation) + ":inflight"},
+          {"0:wake", field_of(held), LISTS[0], LISTS[0]}};
 }
 
-inline Call call_due() { return {"due", {"scheduled", "scheduled:messages"}, {"sub:wake", "500"}}; }
+inline Call call_due() { return {"due", {"scheduled", "scheduled:messages"}, {"0:wake", "500"}}; }
 
 inline string cancel_request(int task) {
   return string(scene.otherclient ? "events:d " : "events:c ") + TASK_NAMES[task];
@@ -160,7 +160,7 @@ inline Call call_cancel(int worker, int incarnation, const string& revoked = "",
              worker_key(worker, incarnation) + ":started", "sub:queues", "workers", "ended", "ended:before",
              "ended:turn", "cancelled:running"},
             {META, "3600", "1000", "3600", "604800", "100000",
-             "{\"status\":\"REVOKED\",\"task_id\":\"\",\"result\":\"revoked\"}", "sub:wake", "500",
+             "{\"status\":\"REVOKED\",\"task_id\":\"\",\"result\":\"revoked\"}", "0:wake", "500",
              "cancelled:answer:", "inference", "worker:", "dead:", "task:", "7200", std::to_string(again.size())}};
   call.args.insert(call.args.end(), again.begin(), again.end());
   if (!revoked.empty()) call.args.push_back(revoked);
@@ -170,12 +170,13 @@ inline Call call_cancel(int worker, int incarnation, const string& revoked = "",
 inline Call call_letters() {
   return {"letters",
           {"sub:letters", "dead", "tried", "ended", "ended:before"},
-          {"dead:", META, "task:", "sub:wake", "200", "1000", "3600", "1209600"}};
+          {"dead:", META, "task:", "0:wake", "200", "1000", "3600", "1209600", "sub:blob:"}};
 }
 
 inline Call call_leave(int worker, int incarnation) {
   string key = worker_key(worker, incarnation);
-  return {"leave", {key, key + ":info", key + ":inflight", "workers"}, {worker_id(worker, incarnation)}};
+  return {"leave", {key, key + ":info", key + ":inflight", "workers", "samphire.namespace"},
+          {worker_id(worker, incarnation)}};
 }
 
 inline Call call_alone(int worker, int incarnation, bool keep, int hold) {

@@ -209,6 +209,7 @@ class Commands {
     Value* value = get(words[1], Type::hash);
     return Reply::number(value ? value->hash.size() : 0);
   }
+  Reply hstrlen(const Words& words) { return Reply::number(hget(words).text.size()); }
   Reply hexists(const Words& words) {
     Value* value = get(words[1], Type::hash);
     return Reply::number(value && value->hash.count(words[2]));
@@ -349,6 +350,7 @@ inline const std::unordered_map<string, Commands::Handler>& Commands::table() {
                                                                {"HSET", &C::hset},
                                                                {"HDEL", &C::hdel},
                                                                {"HLEN", &C::hlen},
+                                                               {"HSTRLEN", &C::hstrlen},
                                                                {"HEXISTS", &C::hexists},
                                                                {"HKEYS", &C::hkeys},
                                                                {"HVALS", &C::hvals},

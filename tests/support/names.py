@@ -1,0 +1,5 @@
+"""The keys of a deployment that has set nothing."""
+
+from samphire.keys import Keys
+
+KEYS = Keys()
