@@ -21,7 +21,8 @@ QUEUE = "inference.identity"
 NORMAL = "\x06\x163"
 """What kombu appends to the name of a queue for the priority that is not given."""
 META_PREFIX = "celery-task-meta-"
-LETTERS = "dead"
+NAMESPACES = ("samphire:", "")
+"""What own keys begin with, now and in the versions before there was a namespace."""
 ENDED = ("succeeded", "failed", "cancelled", "expired")
 PAGE = 1000
 SHOWN = 3
@@ -91,7 +92,7 @@ class Ends:
 
     def __init__(self, server_url: str, stream: str) -> None:
         self._server = redis.Redis.from_url(server_url, socket_timeout=60)
-        self._stream = stream
+        self._last: dict[Any, Any] = {namespace + stream: "0-0" for namespace in NAMESPACES}
         self._seen: list[dict[bytes, bytes]] = []
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._read)
@@ -107,13 +108,12 @@ class Ends:
         self._server.close()
 
     def _read(self) -> None:
-        last: bytes | str = "0-0"
         while True:
             was_done = self._done.is_set()
-            found: Any = self._server.xread({self._stream: last}, count=PAGE, block=50)
-            for _, entries in found or ():
+            found: Any = self._server.xread(self._last, count=PAGE, block=50)
+            for stream, entries in found or ():
                 self._seen += [fields for _, fields in entries]
-                last = entries[-1][0]
+                self._last[stream.decode()] = entries[-1][0]
             if was_done and not found:
                 return
 
@@ -125,8 +125,10 @@ class Ends:
 
 def unsettled(server: redis.Redis, queue: str = QUEUE) -> int:
     """Tasks of a queue that are queued, and all that are in flight."""
-    workers: Any = server.smembers("workers")
-    inflight = sum(int(server.hlen(f"worker:{worker.decode()}:inflight")) for worker in workers)
+    inflight = 0
+    for namespace in NAMESPACES:
+        workers: Any = server.smembers(f"{namespace}workers")
+        inflight += sum(int(server.hlen(f"{namespace}worker:{worker.decode()}:inflight")) for worker in workers)
     return int(server.llen(queue + NORMAL)) + inflight
 
 
@@ -160,7 +162,7 @@ def check_ended(
                 wrong.append(task_id)
     _complain("have no answer, or a wrong one", wrong, len(ids))
     _complain("have not ended exactly once", [task_id for task_id in ids if ends[task_id] != 1], len(ids))
-    if letters := server.zcard(LETTERS):
+    if letters := sum(server.zcard(f"{namespace}dead") for namespace in NAMESPACES):
         raise WrongAnswerError(f"{letters} dead letters")
 
 

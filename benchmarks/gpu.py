@@ -30,6 +30,7 @@ from benchmarks.answers import Ends, WrongAnswerError, check_ended, queued, stre
 from benchmarks.gpu_models import MODELS, Model
 from benchmarks.stack import drain_rate
 from samphire import AsyncClient
+from samphire.address import broker_of
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.embedded.process import Part
 from samphire_broker.embedded.triton import triton_spec
@@ -115,7 +116,7 @@ class Servers:
     async def grow(self, count: int) -> None:
         """Start workers until there are so many."""
         numbers = range(len(self.workers) + 1, count + 1)
-        more = [Part(worker_spec(self.folder, number, self.broker_url, self.triton)) for number in numbers]
+        more = [Part(worker_spec(self.folder, number, broker_of(self.broker_url), self.triton)) for number in numbers]
         self.workers += more
         await asyncio.gather(*(worker.start() for worker in more))
 

@@ -255,7 +255,7 @@ def claim_cost(stack: BenchStack, scale: float) -> Figures:
                 planner.add([queue])
                 turns = [turn for turn in planner.plan(64, set()).turns if turn.list_key == queue]
                 plans[name] = [turn._replace(group=0) for turn in turns]
-            lease, inflight = "worker:bench", "worker:bench:inflight"
+            lease, inflight = store._lease, store._inflight  # every version has these
             server.set(lease, 1)
             for _ in range(400):
                 for name, turns in plans.items():

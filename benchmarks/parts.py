@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks import measure, rivals
+from benchmarks import idle, measure, rivals, stall
 from benchmarks.stack import BenchStack, Figures, bench_stack
 
 Note = Callable[[str, float], None]
@@ -32,6 +32,8 @@ PARTS: dict[str, Part] = {
     "drain": Part("everysec", measure.drain),
     "claims": Part("everysec", measure.claim_cost),
     "read-one-by-one": Part("everysec", measure.read_one_by_one),
+    "stall": Part("everysec", stall.stall),
+    "idle": Part("everysec", idle.idle),
     "drain-always": Part("always", measure.drain, "_always"),
     "fairness": Part("always", measure.fairness),  # as the stack runs by default
 }
@@ -96,6 +98,8 @@ RATIOS: dict[str, Ratio] = {
     "first_task_delay_max_ms": Ratio(("fairness",), beyond("first_task_beside_backlog_max_ms", ALONE)),
     "claim_cost_1m_vs_1k": Ratio(("claims",), over("claim_us_1m", "claim_us_1k"), "<=", 1.2),
     "claim_cost_100k_vs_1k": Ratio(("claims",), over("claim_us_100k", "claim_us_1k")),
+    "stall_claim_vs_push": Ratio(("stall",), over("stall_claim_ms", "stall_push_ms"), "<=", 3),
+    "idle_share": Ratio(("idle",), figure("idle_share"), "<=", 0.05),
     "read_one_by_one_p50_ms": Ratio(("read-one-by-one",), figure("read_one_by_one_p50_ms")),
     "read_one_by_one_round_trips": Ratio(("read-one-by-one",), figure("read_one_by_one_round_trips")),
 }
