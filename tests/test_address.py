@@ -21,7 +21,7 @@ from samphire.address import Address, broker_of, redact
 from samphire.connection import client_of
 from samphire_broker.embedded.ports import choose_port
 from samphire_workers.celery_settings import celery_settings, refuse_other_addresses
-from tests.stacks import ENDS_S, Up, bound, eventually, samphire
+from tests.stacks import ENDS_S, Up, bound, clean_environment, eventually, samphire, standing_still
 from tests.support.plain import plain_celery
 from tests.support.tools import tool
 from tests.workers import running_worker
@@ -39,6 +39,7 @@ class RealRedis:
         self.folder = folder
         self.port, self.tls_port = choose_port(0, ""), choose_port(0, "")
         self.socket = folder / "a socket"
+        self.pid = 0
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start it; the binary that checks files is the server under another name."""
@@ -50,7 +51,9 @@ class RealRedis:
         command += ["--tls-cert-file", f"{self.folder}/cert", "--tls-key-file", f"{self.folder}/key"]
         command += ["--tls-ca-cert-file", f"{self.folder}/cert", "--appendonly", "yes", "--save", ""]
         with (self.folder / "log").open("wb") as log:
-            return subprocess.Popen(bound(command), stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(bound(command), stdout=log, stderr=log, start_new_session=True)
+        self.pid = process.pid
+        return process
 
     def _make_certificate(self) -> None:
         command = [tool("openssl", "openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
@@ -91,6 +94,34 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealRedis]:
         client.close()
         process.terminate()
         process.wait(10)
+
+
+CLOSING = """
+import asyncio, gc, sys
+from samphire.address import Address
+from samphire.direct import DirectConnection
+
+async def test():
+    connection = DirectConnection(Address.parse(sys.argv[1]))
+    print(await connection.ask("PING"), flush=True)
+    sys.stdin.readline()
+    await connection.close()
+
+asyncio.run(test())
+gc.collect()
+"""
+
+
+def test_a_connection_is_closed_whatever_the_other_side_does(real: RealRedis) -> None:
+    """TLS has a goodbye, for which nobody waits; Python complains of what was left open."""
+    command = [sys.executable, "-W", "always", "-c", CLOSING, real.url("tls")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=clean_environment(), **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout is not None
+        assert process.stdout.readline() == "b'PONG'\n"
+        with standing_still(real.pid):
+            _, complaints = process.communicate("\n", timeout=ENDS_S)
+    assert process.returncode == 0 and "ResourceWarning" not in complaints, complaints
 
 
 def answers(client: redis.Redis) -> bool:

@@ -137,7 +137,10 @@ class DirectConnection:
         """Close the connection; the next command opens it again."""
         connection, self._connection = self._connection, None
         if connection is not None:
+            writer = connection._writer
             await connection.disconnect(nowait=True)
+            if writer is not None:  # else TLS waits for the other side, and is left open where the loop ends before
+                writer.transport.abort()
 
 
 async def read_blob(connection: DirectConnection, key: str, size: int) -> bytes | None:
