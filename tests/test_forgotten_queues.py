@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from celery import Celery
@@ -99,7 +100,6 @@ def test_queues_come_back_with_their_first_message(valkey: Valkey, monkeypatch: 
         valkey.client.sadd(KEYS.queues, *TENANTS)
         async with fake_triton("m") as triton, lane_worker(valkey.url, triton) as w:
             await until(lambda: set(TENANTS) < _known(w), "the tenants' queues")
-            await until(lambda: len(w.watch._peeks) == 16, "peeks")
             await until(lambda: _known(w) == {"inference", "inference.m"}, "their end")
             await until(lambda: valkey.client.scard(KEYS.queues) <= 1, "the end of their names")
             await until(lambda: set(w.watch._peeks) == {"inference", "inference.m"}, "the end of the peeks")
@@ -135,6 +135,31 @@ def test_a_forgotten_queue_is_seen_before_a_scan_finds_it(valkey: Valkey, monkey
 
 async def nothing_found(cursor: int) -> tuple[int, set[str]]:
     return 0, set()
+
+
+def test_nobody_asks_for_the_models_of_queues_that_are_empty(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may submit can name as many as they like; the one that holds something is served."""
+    monkeypatch.setattr(lane_queues, "FORGET_S", 1.0)
+
+    async def test() -> None:
+        valkey.client.sadd(KEYS.queues, *(f"inference.m{number}" for number in range(3000)))
+        async with fake_triton("m") as triton, lane_worker(valkey.url, triton) as w:
+            asked: list[str] = []
+            known = w.lane._catalogue.checker
+
+            async def noting(model: str, *arguments: Any) -> Any:
+                asked.append(model)
+                return await known(model, *arguments)
+
+            monkeypatch.setattr(w.lane._catalogue, "checker", noting)
+            await until(lambda: len(_known(w)) > 3000, "the names")
+            with plain_celery(valkey.url) as app:
+                await _done(valkey, [send(app, "inference.m")])
+            await until(lambda: _known(w) == {"inference", "inference.m"}, "the end of the others")
+            assert len(set(asked)) <= QUEUES_A_PLAN, "those that were left when there were few"
+            assert valkey.client.scard(KEYS.queues) <= 1
+
+    run(test)
 
 
 def test_names_that_are_no_queues_are_taken_out(valkey: Valkey) -> None:

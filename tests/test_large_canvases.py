@@ -11,7 +11,7 @@ import pytest
 from celery import Celery, chain, chord, group, signature
 
 from samphire.errors import InvalidInputError
-from samphire_workers.lane.next_steps import NEXT_STEPS_MAX, check_steps, count_steps
+from samphire_workers.lane.next_steps import NESTED_MAX, NEXT_STEPS_MAX, check_steps, count_steps
 from tests.stacks import Valkey
 from tests.support.lane import body, broken, fake_triton, lane_worker, state, until
 from tests.support.names import KEYS
@@ -160,11 +160,81 @@ def test_steps_are_counted_through_groups_chains_and_chords() -> None:
     assert count_steps({"task": "t", "kwargs": {"tasks": [1] * 9}}) == 1
     assert count_steps([{"subtask_type": [], "kwargs": 1}, 5, "x", {"subtask_type": "group", "kwargs": None}]) == 4
     deep: Any = {"task": "t"}
-    for _ in range(100_000):
+    for _ in range(NESTED_MAX):
         deep = {"subtask_type": "group", "kwargs": {"tasks": [deep]}}
     assert count_steps(deep) == 1
+    for _ in range(100_000):  # one chord after the other: each is in the body of the one before
+        deep = {"subtask_type": "chord", "kwargs": {"header": [], "body": deep}}
+    assert count_steps(deep) == 1
+    for _ in range(100_000):
+        deep = {"subtask_type": "group", "kwargs": {"tasks": [deep]}}
+    with pytest.raises(InvalidInputError, match="nested at most 8 deep"):
+        count_steps(deep)
     while isinstance(deep, dict):  # let go piece by piece: Python frees what is nested by recursion
-        deep = deep["kwargs"]["tasks"][0] if "kwargs" in deep else None
+        inside = deep.get("kwargs", {})
+        deep = inside["body"] if "body" in inside else inside.get("tasks", [None])[0]
     with pytest.raises(InvalidInputError, match="given 10001: send fewer"):
         check_steps(NEXT_STEPS_MAX + 1)
     check_steps(NEXT_STEPS_MAX)
+
+
+def nested(app: Celery, levels: int) -> Any:
+    """Chords whose header is one chord, and so on."""
+    found: Any = dict(note(app, 1))
+    for _ in range(levels):
+        kwargs = {"header": [found], "body": dict(note(app, 2))}
+        found = {"task": "celery.chord", "args": [], "kwargs": kwargs, "options": {}, "subtask_type": "chord"}
+        found |= {"immutable": False}
+    return found
+
+
+@pytest.mark.parametrize("levels", [NESTED_MAX, NESTED_MAX + 1])
+def test_nested_chords_hold_up_nobody(valkey: Valkey, levels: int) -> None:
+    """Celery takes a connection for each level, and waits for ever where there is none left."""
+
+    async def test() -> None:
+        async with fake_triton("one") as triton, lane_worker(valkey.url, triton):
+            with plain_celery(valkey.url) as app:
+                deep = await asyncio.to_thread(infer(app, "one").set(link=[nested(app, levels)]).apply_async)
+                expected = "SUCCESS" if levels <= NESTED_MAX else "FAILURE"
+                await until(lambda: state(valkey.client, deep.id) == expected, "its end")
+                if expected == "FAILURE":
+                    assert f"at most {NESTED_MAX} deep" in error_of(valkey, deep.id)
+                short = chain(infer(app, "one"), infer(app, "one", then=True))
+                last = await asyncio.to_thread(short.apply_async)
+                await until(lambda: state(valkey.client, last.id) == "SUCCESS", "the chain beside it")
+
+    run(test)
+
+
+@pytest.mark.parametrize("options", [{"compression": "nope"}, {"compression": "zstd"}, {"delivery_mode": "x"}])
+def test_a_next_step_that_cannot_be_sent_fails_its_task_at_once(valkey: Valkey, options: dict[str, str]) -> None:
+    """kombu calls it an operational error, as if the broker were away."""
+
+    async def test() -> None:
+        async with fake_triton("one") as triton, lane_worker(valkey.url, triton):
+            with plain_celery(valkey.url) as app:
+                wrong = note(app, 1).set(**options)
+                sent = await asyncio.to_thread(infer(app, "one").set(link=[wrong]).apply_async)
+                await until(lambda: state(valkey.client, sent.id) == "FAILURE", "its end")
+                assert "is not understood" in error_of(valkey, sent.id)
+
+    run(test)
+
+
+def test_a_producers_retry_policy_holds_up_nobody(valkey: Valkey) -> None:
+    """Celery would sleep by it, in the thread of all canvases."""
+
+    async def test() -> None:
+        policy = {"max_retries": 1_000_000, "interval_start": 100_000, "interval_max": 1_000_000}
+        valkey.client.set("taken", "no list")
+        async with fake_triton("one") as triton, lane_worker(valkey.url, triton):
+            with plain_celery(valkey.url) as app:
+                wrong = note(app, 1).set(queue="taken", retry=True, retry_policy=policy, compression="nope")
+                sent = await asyncio.to_thread(infer(app, "one").set(link=[wrong]).apply_async)
+                await until(lambda: state(valkey.client, sent.id) == "FAILURE", "its end")
+                short = chain(infer(app, "one"), infer(app, "one", then=True))
+                last = await asyncio.to_thread(short.apply_async)
+                await until(lambda: state(valkey.client, last.id) == "SUCCESS", "the chain beside it")
+
+    run(test)

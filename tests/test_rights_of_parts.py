@@ -102,6 +102,7 @@ def test_the_documented_users_are_enough_for_real_parts(valkey: Valkey, stack: U
         assert flower.get("/api/queues/length") is not None
         assert "NOPERM" not in worker.log() and "may not run" not in worker.log()
         assert "No permissions" not in (tmp_path / "flower" / "logs" / "flower.log").read_text()
-        with plain_celery(url_for(valkey, "flower")) as operator:
-            answers = operator.control.inspect(timeout=20, destination=[name]).ping()
-        assert answers == {name: {"ok": "pong"}}
+        for user in ("flower", "celery"):
+            with plain_celery(url_for(valkey, user)) as operator:
+                answers = operator.control.inspect(timeout=20, destination=[name]).ping()
+            assert answers == {name: {"ok": "pong"}}, user

@@ -15,6 +15,7 @@ from samphire.errors import InvalidInputError
 from samphire.tensors import (
     DATATYPES,
     DTYPES,
+    NESTED_MAX,
     array_to_bytes,
     bytes_to_array,
     bytes_to_values,
@@ -195,3 +196,14 @@ def test_lists_of_several_kinds_are_refused_by_name(value: Any) -> None:
 )
 def test_lists_that_numpy_takes_as_they_are(value: Any, datatype: str) -> None:
     assert array_to_bytes("x", value)[0] == datatype
+
+
+@pytest.mark.parametrize("levels", [NESTED_MAX + 1, 600, 5000])
+def test_values_nested_too_deep_are_refused(levels: int) -> None:
+    """By name, whatever Python's own limit is."""
+    values: Any = [1.0]
+    for _ in range(levels):
+        values = [values]
+    with pytest.raises(InvalidInputError, match=r"tensor 'x': .* at most 32 lists"):
+        values_to_bytes("x", "FP32", [1], values)
+    assert values_to_bytes("x", "FP32", [1], [[[[1.0]]]]) == b"\x00\x00\x80?"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import ml_dtypes
@@ -205,12 +206,17 @@ def bytes_to_array(name: str, datatype: str, shape: Sequence[int], data: bytes) 
     return np.frombuffer(data, dtype=DTYPES[datatype]).reshape(shape)
 
 
-def _flatten(value: Any) -> list[Any]:
-    if isinstance(value, list):
-        if not any(isinstance(item, list) for item in value):
-            return value
-        return [leaf for item in value for leaf in _flatten(item)]
-    return [value]
+NESTED_MAX = 32
+"""Deepest nesting of a tensor's JSON values; no shape has so many dimensions."""
+
+
+def _flatten(name: str, value: Any) -> list[Any]:
+    flat: list[Any] = value if isinstance(value, list) else [value]
+    for _ in range(NESTED_MAX):  # not by recursion: the depth is the producer's choice
+        if not any(isinstance(item, list) for item in flat):
+            return flat
+        flat = list(chain.from_iterable(item if isinstance(item, list) else (item,) for item in flat))
+    raise InvalidInputError(f"tensor {name!r}: expected values nested in at most {NESTED_MAX} lists, given more")
 
 
 def values_to_bytes(name: str, datatype: str, shape: Sequence[int], values: Any) -> bytes:
@@ -221,7 +227,7 @@ def values_to_bytes(name: str, datatype: str, shape: Sequence[int], values: Any)
     """
     if datatype not in JSON_DATATYPES:
         raise InvalidInputError(f"tensor {name!r}: {datatype} travels as raw bytes, not as JSON values")
-    flat = _flatten(values)
+    flat = _flatten(name, values)
     if len(flat) != element_count(shape):
         raise InvalidInputError(
             f"tensor {name!r}: shape {list(shape)} has {element_count(shape)} elements, given {len(flat)} values"

@@ -10,9 +10,11 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 from celery import Celery
+from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
 from kombu.exceptions import OperationalError
 from kombu.transport import redis as kombu_redis
@@ -24,6 +26,7 @@ from samphire.keys import may_be_queue
 from samphire_broker.store import OtherEnd
 from samphire_workers.celery_settings import BROKER_SETTINGS
 from samphire_workers.lane.faults import is_shortage, our_error
+from samphire_workers.lane.next_steps import NESTED_MAX
 
 T = TypeVar("T")
 
@@ -74,6 +77,23 @@ class OwnThreadBackend(RedisBackend):  # type: ignore[misc]
         return OtherEnd(task_id, _STATES.get(state, "failed"), self.encode(meta), stream)
 
 
+class OnceAMQP(AMQP):  # type: ignore[misc]
+    """Celery's sender of messages, which tries once: a producer's `retry_policy` would hold up everybody's canvases.
+
+    What the broker does not take now is asked again by whoever asked for the canvas.
+    """
+
+    @cached_property
+    def send_task_message(self) -> Callable[..., Any]:
+        """Send one message."""
+        send = self._create_task_sender()
+
+        def send_once(*args: Any, **kwargs: Any) -> Any:
+            return send(*args, **{**kwargs, "retry": False, "retry_policy": None})
+
+        return send_once
+
+
 def make_app(conf: Any, name: str, transport: type, backend: type) -> Celery:
     """Make the application of the thread that calls this, which Celery finds from then on.
 
@@ -83,7 +103,7 @@ def make_app(conf: Any, name: str, transport: type, backend: type) -> Celery:
         transport: how it pushes.
         backend: how it stores.
     """
-    made = Celery(name, set_as_current=False)
+    made = Celery(name, set_as_current=False, amqp=OnceAMQP)
     made.conf.update(
         {name: conf[name] for name in BROKER_SETTINGS},
         broker_transport=_path(transport),
@@ -94,6 +114,7 @@ def make_app(conf: Any, name: str, transport: type, backend: type) -> Celery:
         task_serializer="json",
         result_serializer="json",
         accept_content=["json"],
+        broker_pool_limit=2 * NESTED_MAX,  # each level of nesting takes one, and would wait for ever for one more
     )
     made.finalize()
     made.set_current()
@@ -132,6 +153,6 @@ def _translated(error: BaseException) -> SamphireError:
         known = translate(cause)
         if known.retryable:
             return known
-    elif isinstance(error, OperationalError):
+    elif isinstance(error, OperationalError) and cause is None:
         return BrokerUnavailableError(f"the next steps were not found out: {error}")
     return InvalidInputError(f"the canvas of the task is not understood: {error!r}")

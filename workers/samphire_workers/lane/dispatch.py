@@ -31,7 +31,7 @@ from samphire_workers.lane.events import TaskEvents
 from samphire_workers.lane.faults import ShortageError, our_error
 from samphire_workers.lane.pace import Pace
 from samphire_workers.lane.persist import persist
-from samphire_workers.lane.request import Request, fetch, has_refs, load
+from samphire_workers.lane.request import Request, fetch, has_refs, load, takes_long
 from samphire_workers.lane.starting import Starter
 from samphire_workers.lane.suspects import LOSSES_MAX, Suspects, is_suspect
 from samphire_workers.lane.turnstile import Turnstiles
@@ -218,7 +218,10 @@ class Dispatcher:
                 fetched: dict[str, bytes] = {}
                 if has_refs(request):
                     fetched = await persist(lambda r=request: fetch(r, self._store))  # type: ignore[misc]
-                load(request, fetched)
+                if request.json_values and takes_long(request):
+                    await asyncio.to_thread(load, request, fetched)
+                else:
+                    load(request, fetched)
             except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
                 self._endings.fail(request, our_error(error))
             else:

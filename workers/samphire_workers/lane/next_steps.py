@@ -15,6 +15,10 @@ NEXT_STEPS_MAX = 10_000
 NEXT_STEPS_MAX_BYTES = 128 * 2**20
 """Most bytes of their messages: each carries the result of the task before, and a chord's parts its body."""
 
+NESTED_MAX = 8
+"""Deepest nesting of groups and headers of chords: Celery takes ever more time for each level, and a connection while
+it sends what is inside. The body of a chord, which is sent later, begins anew."""
+
 FEW_STEPS = 50
 """Up to so many are sent in a few hundredths of a second, so other canvases may wait for them."""
 
@@ -29,21 +33,28 @@ def count_steps(signatures: object) -> int:
 
     Args:
         signatures: what stands in a message as JSON; a list of signatures, one, or anything else.
+
+    Raises:
+        InvalidInputError: they are nested too deep.
     """
     count = 0
-    left: list[object] = [signatures]
+    left: list[tuple[object, int]] = [(signatures, 0)]
     while left:  # not by recursion: the depth is the producer's choice
-        found = left.pop()
+        found, depth = left.pop()
+        if depth > NESTED_MAX:
+            raise InvalidInputError(
+                f"expected next steps that are nested at most {NESTED_MAX} deep (groups, headers of chords), given more"
+            )
         if isinstance(found, list):
-            left += found
+            left += [(one, depth) for one in found]
         elif found is not None:
             parts = list(_parts(found))
-            left += parts
+            left += [(part, 0 if name == "body" else depth + 1) for name, part in parts]
             count += not parts
     return count
 
 
-def _parts(signature: object) -> Iterator[object]:
+def _parts(signature: object) -> Iterator[tuple[str, object]]:
     if not isinstance(signature, dict):
         return
     kind, kwargs = signature.get("subtask_type"), signature.get("kwargs")
@@ -52,7 +63,7 @@ def _parts(signature: object) -> Iterator[object]:
     for name in _PARTS.get(kind, ()):
         if isinstance(part := kwargs.get(name), list | dict):
             # The arguments of a chunk are looked at no further.
-            yield [1] * len(part) if kind == "chunks" else part
+            yield name, [1] * len(part) if kind == "chunks" else part
 
 
 def check_steps(count: int) -> None:

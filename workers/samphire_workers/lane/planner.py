@@ -57,11 +57,12 @@ class QueuePlanner:
             self._empty |= gone
             self._serve(queue for queue in self._queues if queue not in gone)
 
-    def take_up(self, queues: Collection[str]) -> None:
-        """Look into these again, if they were set aside."""
+    def take_up(self, queues: Collection[str]) -> set[str]:
+        """Look into these again, if they were set aside; returns those that were."""
         if back := self._empty.intersection(queues):
             self._empty -= back
             self._serve([*self._queues, *back])
+        return back
 
     def forget(self, queues: Collection[str]) -> None:
         """Serve these no more, until they are added again."""

@@ -88,18 +88,25 @@ class Queues:
         if queues:
             now = time.monotonic()
             self._serve(queues, now)
-            self._planner.take_up(queues)
+            self._take_up(queues)
             self._used.update(queue for queue in queues if queue != keys.INTAKE)
             self._since.update(dict.fromkeys(queues, now))
 
-    def _serve(self, queues: Collection[str], since: float) -> list[str]:
+    def _take_up(self, queues: Collection[str]) -> None:
+        if back := self._planner.take_up(queues):
+            self._look_at_models(keys.parse_queue(queue)[0] for queue in back)
+
+    def _serve(self, queues: Collection[str], since: float, may_be_empty: Collection[str] = ()) -> list[str]:
+        """Returns those that are new. Nobody asks for the models of those that may be empty, where there are many."""
         new = self._planner.add(queues)
         for queue in new:
             self._since[queue] = since
             self._forgotten.pop(queue, None)
         self._turn.extend(new)
+        aside = set(new).intersection(may_be_empty) if new and self._planner.are_many else set[str]()
+        self._planner.set_aside(aside)
         if new:
-            self._look_at_models(keys.parse_queue(queue)[0] for queue in new)
+            self._look_at_models(keys.parse_queue(queue)[0] for queue in new if queue not in aside)
         return new
 
     def _look_at_models(self, models: Iterable[str]) -> None:
@@ -147,8 +154,9 @@ class Queues:
                 await self._store.name_queues(new)
         except SamphireError as error:
             logger.warning("queues were not noted: %s", error, extra={"action": "discovery_failed"})
-        self._planner.take_up(found)
-        if self._serve(queues | found | self._catalogue.queues, time.monotonic() - COLD_S):
+        self._take_up(found)
+        full = found | self._catalogue.queues
+        if self._serve(queues | full, time.monotonic() - COLD_S, may_be_empty=queues - full):
             self._watch.wake()
 
     async def look(self) -> None:
@@ -207,7 +215,7 @@ class Queues:
         full = [queue for queue, verdict in answered if verdict == HOLDS_SOMETHING]
         for queue in full:
             self._since[queue] = now - COLD_S
-        self._planner.take_up(full)
+        self._take_up(full)
         if self._planner.are_many:
             self._planner.set_aside([queue for queue, verdict in answered if verdict != HOLDS_SOMETHING])
         if gone := {queue for queue, verdict in answered if verdict == FORGOTTEN}:
@@ -220,5 +228,5 @@ class Queues:
                 del self._forgotten[queue]
             self._turn = deque(queue for queue in self._turn if queue not in gone)
             if not self._planner.are_many:
-                self._planner.take_up(self._turn)
+                self._take_up(self._turn)
             logger.debug("%d queues are forgotten", len(gone), extra={"action": "forgotten"})

@@ -49,6 +49,9 @@ from samphire_workers.triton import Endpoint
 HASH_IN_THREAD_BYTES = 256 * 2**10
 """Above this, hashing leaves the event loop: hashlib releases the interpreter's lock."""
 
+LOAD_IN_THREAD_BYTES = 64 * 2**10
+"""With more JSON values than that a request leaves the event loop while they are read."""
+
 KEEP_MESSAGE_BYTES = 16 * 2**10
 
 _decode_json = msgspec.json.Decoder().decode
@@ -275,6 +278,12 @@ async def fetch(request: Request, store: Store) -> dict[str, bytes]:
         for source in sources_of(tensor)
         if isinstance(source.ref, Ref)
     }
+
+
+def takes_long(request: Request) -> bool:
+    """Whether to load it in a thread: many JSON values, each of which is looked at."""
+    sources = (source for tensor in request.request.inputs for source in sources_of(tensor))
+    return sum(memoryview(source.data).nbytes for source in sources if source.data is not UNSET) > LOAD_IN_THREAD_BYTES
 
 
 def load(request: Request, fetched: Mapping[str, bytes]) -> None:
