@@ -233,3 +233,12 @@ def test_the_lists_of_another_deployment_are_its_own(valkey: Valkey) -> None:
     valkey.client.delete("shop_samphire.namespace")
     _, found = examine(valkey.url)
     assert "of this deployment" in found["unread list"]["found"]
+
+
+@pytest.mark.parametrize("name", ["sub:cancels", "sub:letters", "sub:deletes", "scheduled:messages"])
+def test_an_own_key_of_another_type_is_named(valkey: Valkey, name: str) -> None:
+    """Whoever may submit may have made it; what it is for stands still without a word."""
+    valkey.client.sadd(f"samphire:{name}", "x")
+    code, found = examine(valkey.url)
+    assert code == 1 and found["own key"]["state"] == "error"
+    assert f"'samphire:{name}' is a set, and a" in found["own key"]["found"]

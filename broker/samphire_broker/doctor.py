@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -26,10 +27,10 @@ from samphire import BrokerRightError, Client, InvalidInputError, SamphireError,
 from samphire.address import Address, broker_of, redact
 from samphire.connection import key_text
 from samphire.keys import CATALOGUE_COMPLETE, Keys, parse_queue
+from samphire_broker.misplaced import misplaced
 from samphire_broker.overview import Overview, broker_connection, look
 from samphire_broker.settings import Settings, read_settings
 from samphire_broker.store import missing_rights
-from samphire_broker.strays import strays
 
 State = Literal["ok", "warning", "error", "skipped"]
 
@@ -72,8 +73,7 @@ def examine(broker_url: str | None = None) -> Iterator[Finding]:
             yield from check_broker(client)
             seen = look(client, settings.broker.keys)
             yield from check_work(client, settings.broker.keys, seen)
-            for stray in strays(client, settings.broker.keys):
-                yield Finding("unread list", "warning", stray.told, stray.remedy)
+            yield from itertools.starmap(Finding, misplaced(client, settings.broker.keys))
     except SamphireError as error:
         remedy = "start it (`samphire up` runs one), or set SAMPHIRE_BROKER_URL; check its password and network"
         if isinstance(error, BrokerRightError):

@@ -1,10 +1,12 @@
-"""Lists that look like queues and that no worker reads: a producer with other settings has filled them."""
+"""What producers have left in the wrong place: lists that look like queues and that no worker reads, and own keys of
+other types.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import redis
 
@@ -16,25 +18,45 @@ SHOWN_MAX = 20
 _LIKE_A_QUEUE = re.compile(rf"{INTAKE}(\.[A-Za-z0-9_.+@-]+)?(?![A-Za-z0-9_.+@-])")
 _SEPARATOR = "\x06\x16"
 _RETURNED = ":returned"
+_KINDS = {
+    "cancels": ("list", "cancelling"),
+    "deletes": ("list", "the deletion of results"),
+    "letters": ("list", "the redriving and purging of dead letters"),
+    "queues": ("set", "submitting with the SDK"),
+    "workers": ("set", "every worker"),
+    "scheduled": ("zset", "what waits for its time"),
+    "scheduled_messages": ("hash", "what waits for its time"),
+    "dead": ("zset", "the settlement of failures"),
+}
+"""Types of the keys that others may write, or that all depends on, and what depends on each."""
 
 
-class Stray(NamedTuple):
-    """A list that nobody reads."""
+class Misplaced(NamedTuple):
+    """What lies where it is in the way, or where nobody finds it; the fields of a finding of the doctor."""
 
     name: str
-    length: int
-    why: str
+    state: Literal["warning", "error"]
+    found: str
     remedy: str
 
-    @property
-    def told(self) -> str:
-        """What to say of it."""
-        where = f"the list {self.name!r}, which no worker of this deployment reads"
-        return f"{self.length} messages lie in {where}: {self.why}"
+
+def misplaced(client: redis.Redis, keys: Keys) -> Iterator[Misplaced]:
+    """Own keys of other types, and lists that nobody reads."""
+    yield from _of_other_types(client, keys)
+    yield from _unread_lists(client, keys)
 
 
-def strays(client: redis.Redis, keys: Keys) -> Iterator[Stray]:
-    """Lists that nobody reads, at most `SHOWN_MAX`, with the setting of the producer that has led to each.
+def _of_other_types(client: redis.Redis, keys: Keys) -> Iterator[Misplaced]:
+    for attribute, (kind, what) in _KINDS.items():
+        name = getattr(keys, attribute)
+        found = key_text(client.type(name))
+        if found not in ("none", kind):
+            told = f"the key {name!r} is a {found}, and a {kind} is expected: {what} stands still"
+            yield Misplaced("own key", "error", told, "find out who has written it, and delete it")
+
+
+def _unread_lists(client: redis.Redis, keys: Keys) -> Iterator[Misplaced]:
+    """At most `SHOWN_MAX`, with the setting of the producer that has led to each.
 
     Those of other deployments on the same database are left out, as long as they have workers.
     """
@@ -52,7 +74,8 @@ def strays(client: redis.Redis, keys: Keys) -> Iterator[Stray]:
         if found > SHOWN_MAX:
             return
         length: Any = client.llen(raw)
-        yield Stray(name, int(length), *why)
+        where = f"the list {name!r}, which no worker of this deployment reads"
+        yield Misplaced("unread list", "warning", f"{length} messages lie in {where}: {why[0]}", why[1])
 
 
 def _why_unread(name: str, keys: Keys) -> tuple[str, str] | None:
