@@ -47,7 +47,8 @@ class Worker:
     """A store with a lease and a named connection."""
 
     def __init__(self, url: str, name: str, **settings: object) -> None:
-        self.settings = Settings(broker_url=url, **settings)  # type: ignore[arg-type]
+        # Nobody beats for it: a test that lets the lease lapse deletes it, and on a busy machine no other does.
+        self.settings = Settings(broker_url=url, **{"lease_s": 600.0, **settings})  # type: ignore[arg-type]
         self.store = Store(self.settings, name)
         self.info = WorkerInfo(name, f"{name}@host", 1)
         self.named = DirectConnection(Address.parse(url), name=KEYS.connection_prefix + name)
