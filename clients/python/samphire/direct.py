@@ -141,6 +141,7 @@ class DirectConnection:
             await connection.disconnect(nowait=True)
             if writer is not None:  # else TLS waits for the other side, and is left open where the loop ends before
                 writer.transport.abort()
+                await asyncio.sleep(0)  # the loop closes the socket in its next turn, which may be its last
 
 
 async def read_blob(connection: DirectConnection, key: str, size: int) -> bytes | None:
