@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -51,9 +51,12 @@ def need_servers() -> None:
     pytest.skip(message)
 
 
-def bound(command: list[str]) -> list[str]:
-    """The command as one that ends with this process, whatever ends it: a killed test run leaves no server behind."""
-    return ["setpriv", "--pdeathsig", "TERM", *command]
+def bound(command: list[str], end: Literal["TERM", "KILL"] = "TERM") -> list[str]:
+    """The command as one that ends with this process, whatever ends it: a killed test run leaves no server behind.
+
+    TERM is for what has children of its own to stop; a server that stands still just then takes nothing but KILL.
+    """
+    return ["setpriv", "--pdeathsig", end, *command]
 
 
 def clean_environment() -> dict[str, str]:
@@ -105,7 +108,7 @@ def running_valkey(folder: Path, *options: str, port: int = 0) -> Iterator[Valke
     command = [server_binary(), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
     command += ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction", *options]
     with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(bound(command), stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(bound(command, "KILL"), stdout=log, stderr=log, start_new_session=True)
     client = redis.Redis(port=port, socket_timeout=10)
     try:
         eventually(lambda: _answers(client), 10, "the broker's answer")

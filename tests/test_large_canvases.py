@@ -11,7 +11,7 @@ import pytest
 from celery import Celery, chain, chord, group, signature
 
 from samphire.errors import InvalidInputError
-from samphire_workers.lane.next_steps import NESTED_MAX, NEXT_STEPS_MAX, check_steps, count_steps
+from samphire_workers.lane.next_steps import NESTED_MAX, NEXT_STEPS_MAX, check_nesting, check_steps, count_steps
 from tests.stacks import Valkey
 from tests.support.lane import body, broken, fake_triton, lane_worker, state, until
 from tests.support.names import KEYS
@@ -163,13 +163,16 @@ def test_steps_are_counted_through_groups_chains_and_chords() -> None:
     for _ in range(NESTED_MAX):
         deep = {"subtask_type": "group", "kwargs": {"tasks": [deep]}}
     assert count_steps(deep) == 1
+    check_nesting(deep)
     for _ in range(100_000):  # one chord after the other: each is in the body of the one before
         deep = {"subtask_type": "chord", "kwargs": {"header": [], "body": deep}}
     assert count_steps(deep) == 1
+    check_nesting(deep)
     for _ in range(100_000):
         deep = {"subtask_type": "group", "kwargs": {"tasks": [deep]}}
     with pytest.raises(InvalidInputError, match="nested at most 8 deep"):
-        count_steps(deep)
+        check_nesting(deep)
+    assert count_steps(deep) == 1
     while isinstance(deep, dict):  # let go piece by piece: Python frees what is nested by recursion
         inside = deep.get("kwargs", {})
         deep = inside["body"] if "body" in inside else inside.get("tasks", [None])[0]
@@ -203,6 +206,21 @@ def test_nested_chords_hold_up_nobody(valkey: Valkey, levels: int) -> None:
                 short = chain(infer(app, "one"), infer(app, "one", then=True))
                 last = await asyncio.to_thread(short.apply_async)
                 await until(lambda: state(valkey.client, last.id) == "SUCCESS", "the chain beside it")
+
+    run(test)
+
+
+def test_who_waits_for_a_body_that_is_nested_too_deep_is_told(valkey: Valkey) -> None:
+    """It is refused once the last part has ended."""
+
+    async def test() -> None:
+        async with fake_triton("one") as triton, lane_worker(valkey.url, triton):
+            with plain_celery(valkey.url) as app:
+                made = nested(app, NESTED_MAX + 1) | {"options": {"task_id": "body"}}
+                options = {"group_id": "g", "group_index": 0, "chord": json.loads(json.dumps(made))}
+                await asyncio.to_thread(lambda: infer(app, "one").apply_async(task_id="part", **options))
+                await until(lambda: state(valkey.client, "body") == "FAILURE", "the refusal", 20)
+            assert f"at most {NESTED_MAX} deep" in error_of(valkey, "body")
 
     run(test)
 

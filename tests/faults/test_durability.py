@@ -139,7 +139,7 @@ def power_failure(folder: Path, fsync: str) -> Trial:
     command += ["-o", str(trace), server_binary(), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
     command += ["--appendonly", "yes", "--appendfsync", fsync, "--save", "", "--auto-aof-rewrite-percentage", "0"]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(bound(command), stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(bound(command, "KILL"), stdout=log, stderr=log, start_new_session=True)
     try:
         with redis.Redis(port=port, socket_timeout=10) as client:
             eventually(lambda: answers(client), 20, "the broker's answer")

@@ -46,6 +46,8 @@ class DirectConnection:
     def __init__(self, address: Address, *, name: str | None = None) -> None:
         self._pool = connection_pool(address, name)
         self._connection: AbstractConnection | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        """Of the connection, which forgets it where it closes itself (after a cancellation, for one)."""
         self._lock = asyncio.Lock()
         self.opened = 0
         """How often it was opened: more than once means that it broke, or was closed."""
@@ -114,6 +116,7 @@ class DirectConnection:
                 connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
                 await connection.connect()  # type: ignore[no-untyped-call]
                 self._connection = connection
+                self._transport = connection._writer.transport if connection._writer is not None else None
                 self.opened += 1
             packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # any number of arguments
             await self._connection.send_packed_command(packed, check_health=False)
@@ -136,12 +139,11 @@ class DirectConnection:
     async def close(self) -> None:
         """Close the connection; the next command opens it again."""
         connection, self._connection = self._connection, None
+        transport, self._transport = self._transport, None
         if connection is not None:
-            writer = connection._writer
             await connection.disconnect(nowait=True)
-            if writer is not None:  # else TLS waits for the other side, and is left open where the loop ends before
-                writer.transport.abort()
-                await asyncio.sleep(0)  # the loop closes the socket in its next turn, which may be its last
+        if transport is not None:  # else TLS waits for the other side, and is left open where the loop ends before
+            transport.abort()
 
 
 async def read_blob(connection: DirectConnection, key: str, size: int) -> bytes | None:

@@ -75,5 +75,3 @@ class LoopThread:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            for _ in range(3):  # what was closed just now is closed in the loop's next turns
-                await asyncio.sleep(0)

@@ -45,6 +45,7 @@ from samphire_workers.lane.chords import Chords
 from samphire_workers.lane.next_steps import (
     FEW_STEPS,
     NEXT_STEPS_MAX_BYTES,
+    check_nesting,
     check_steps,
     count_steps,
 )
@@ -163,30 +164,32 @@ class Canvas:
             BrokerUnavailableError, BrokerMemoryFullError: nothing was found out; it may be asked again.
         """
         canvas = request.canvas or {}
-        count = count_steps(canvas.get("callbacks")) + count_steps((canvas.get("chain") or [])[-1:])
-        return await self._of(count).run("after", request, msgspec.to_builtins(answer))
+        sent = [canvas.get("callbacks"), (canvas.get("chain") or [])[-1:]]
+        return await self._of(sent).run("after", request, msgspec.to_builtins(answer))
 
     async def after_failure(self, request: Request, error: SamphireError) -> Steps:
         """What a task that failed owes to others; raises as `after_success` does."""
         canvas = request.canvas or {}
-        thread = self._of(count_steps(canvas.get("errbacks")), told=len(canvas.get("chain") or []))
+        thread = self._of(canvas.get("errbacks"), told=len(canvas.get("chain") or []))
         # A fresh exception: Celery clears the frames of the traceback, which are alive here.
         fresh = error_from_name(type(error).__name__, str(error))
         return await thread.run("after", request, fresh)
 
     async def after_revocation(self, request: Request, reason: str) -> Steps:
         """What a task that was cancelled or has expired owes to others; raises as `after_success` does."""
-        thread = self._of(0, told=len((request.canvas or {}).get("chain") or []))
+        thread = self._of(None, told=len((request.canvas or {}).get("chain") or []))
         return await thread.run("revoke", request, reason)
 
     async def start(self, task_id: str, canvas: CanvasStart) -> Steps:
         """The first tasks of a canvas whose last one has the given id; raises as `after_success` does."""
-        return await self._of(count_steps(canvas.signature)).run("start", task_id, canvas)
+        return await self._of(canvas.signature).run("start", task_id, canvas)
 
-    def _of(self, sent: int, told: int = 0) -> _CanvasThread:
-        """The thread for so many steps that are sent, and so many that are told that they will not be."""
-        check_steps(sent)
-        return self._small if sent + told <= FEW_STEPS else self._large
+    def _of(self, sent: object, told: int = 0) -> _CanvasThread:
+        """The thread for steps that are sent, as JSON, and so many that are told that they will not be."""
+        count = count_steps(sent)
+        check_steps(count)
+        check_nesting(sent)
+        return self._small if count + told <= FEW_STEPS else self._large
 
 
 class _CanvasThread:

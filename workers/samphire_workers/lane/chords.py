@@ -29,7 +29,7 @@ from samphire_workers.lane.celery_threads import (
     in_thread,
     make_app,
 )
-from samphire_workers.lane.next_steps import FEW_STEPS, check_steps, count_steps
+from samphire_workers.lane.next_steps import FEW_STEPS, check_nesting, check_steps, count_steps
 from samphire_workers.lane.who_waits import checked_stream
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Chords:
 
         Raises:
             InvalidInputError: nobody knows the chord's body, or it is not one that Celery understands, or it has too
-                many steps.
+                many steps, or is nested too deep.
             BrokerUnavailableError, BrokerMemoryFullError: it may be done again.
         """
         loop = asyncio.get_running_loop()
@@ -107,6 +107,7 @@ class Chords:
         backend = _here.app.backend
         try:
             check_steps(count)
+            check_nesting([part.request.chord, _options_of(part.request.chord).get("link_error")])
         except InvalidInputError as error:
             if isinstance(body_id := _options_of(part.request.chord).get("task_id"), str):
                 backend.store_result(body_id, error, "FAILURE")

@@ -33,25 +33,33 @@ def count_steps(signatures: object) -> int:
 
     Args:
         signatures: what stands in a message as JSON; a list of signatures, one, or anything else.
+    """
+    return sum(is_task for is_task, _ in _walk(signatures))
+
+
+def check_nesting(signatures: object) -> None:
+    """Raise where signatures, as JSON, are nested deeper than they may be.
 
     Raises:
-        InvalidInputError: they are nested too deep.
+        InvalidInputError: they are.
     """
-    count = 0
+    if any(depth > NESTED_MAX for _, depth in _walk(signatures)):
+        raise InvalidInputError(
+            f"expected next steps that are nested at most {NESTED_MAX} deep (groups, headers of chords), given more"
+        )
+
+
+def _walk(signatures: object) -> Iterator[tuple[bool, int]]:
+    """Of each signature whether it is a task, and how deep it is nested."""
     left: list[tuple[object, int]] = [(signatures, 0)]
     while left:  # not by recursion: the depth is the producer's choice
         found, depth = left.pop()
-        if depth > NESTED_MAX:
-            raise InvalidInputError(
-                f"expected next steps that are nested at most {NESTED_MAX} deep (groups, headers of chords), given more"
-            )
         if isinstance(found, list):
             left += [(one, depth) for one in found]
         elif found is not None:
             parts = list(_parts(found))
             left += [(part, 0 if name == "body" else depth + 1) for name, part in parts]
-            count += not parts
-    return count
+            yield not parts, depth
 
 
 def _parts(signature: object) -> Iterator[tuple[str, object]]:

@@ -16,8 +16,8 @@
 -- every worker that asks is told of the marked ones that it has started. The mark of a task that has ended here has .5
 -- behind its time. A client whose task has ended, and whose result is gone, is told by an answer of its own.
 -- Returns task id, verdict, task id, verdict, …: "cancelled", "marked", the state of a task past cancelling or
--- running elsewhere, "nowhere <stream>" (to be asked again once the worker has looked for queues), "unknown", and "running" for
--- those that the worker that asks has started.
+-- running elsewhere, "nowhere <stream>" (to be asked again once the worker has looked for queues), "unknown", and
+-- "running" for those that the worker that asks has started.
 local requests = {}
 if call('TYPE', KEYS[1]).ok == 'list' then
   requests = call('LRANGE', KEYS[1], 0, ARGV[9] - 1)
