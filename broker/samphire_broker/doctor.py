@@ -363,10 +363,10 @@ def write_bundle(path: Path, findings: list[Finding], broker_url: str | None, da
 
 def _environment() -> dict[str, str]:
     names = sorted(name for name in os.environ if name.startswith(("SAMPHIRE_", "CELERY_", "FLOWER_")))
-    return {name: "***" if _SECRET_NAME.search(name) else _shown(os.environ[name]) for name in names}
+    return {name: "***" if _SECRET_NAME.search(name) else _without_password(os.environ[name]) for name in names}
 
 
-def _shown(value: str) -> str:
+def _without_password(value: str) -> str:
     return redact(value) if "://" in value else value
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from samphire.address import DEFAULT_BROKER_URL, Address, Broker
+from samphire.address import DEFAULT_BROKER_URL, Address, Broker, broker_of
 from samphire.contract import ATTEMPTS_MAX, BACKOFF_MAX_S, Backoff
 from samphire.errors import InvalidInputError
 from samphire.keys import DEFAULT_NAMESPACE, Keys, checked_namespace
@@ -188,8 +188,7 @@ class Settings(BaseSettings):
     @cached_property
     def broker(self) -> Broker:
         """Where the broker is, and what its keys are called."""
-        address = Address.parse(self.broker_url)
-        return Broker(address, Keys(self.namespace, self.celery_key_prefix, address.database))
+        return broker_of(self.broker_url, self.namespace, self.celery_key_prefix)
 
     @cached_property
     def lease_ms(self) -> int:
