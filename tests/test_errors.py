@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import grpc
 import pytest
@@ -103,7 +105,13 @@ def test_every_error_is_drawn_in_the_tree_and_has_a_default_message() -> None:
     """The module's docstring is the map."""
     for kind in all_errors():
         assert kind.__name__ in (errors.__doc__ or "")
-        assert str(kind()) == (kind.__doc__ or "").splitlines()[0]
+        assert str(kind()) == kind.default_message == (kind.__doc__ or "").splitlines()[0]
+
+
+def test_default_messages_are_there_without_docstrings() -> None:
+    """`python -OO` drops them."""
+    command = [sys.executable, "-OO", "-c", "import samphire; print(samphire.ClientClosedError())"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "The client is closed.\n"
 
 
 def test_passwords_are_not_shown() -> None:
