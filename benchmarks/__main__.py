@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ def plot(figures: Mapping[str, Any], path: Path) -> None:
     }
     figure, axes = pyplot.subplots(figsize=(8, 3), layout="constrained")
     axes.bar_label(axes.barh(list(bars), list(bars.values())), fmt="{:,.0f}", padding=3)
-    axes.set_xlabel("requests/s through Triton, FP32 [1,16], 2 shared cores")
+    axes.set_xlabel(f"requests/s through Triton, FP32 [1,16], {os.cpu_count()} shared cores")
     axes.margins(x=0.12)
     figure.savefig(path, dpi=120)
 
@@ -96,7 +97,7 @@ def single(options: argparse.Namespace) -> None:
         "spread": {name: vars(one) for name, one in spreads.items()} if len(runs) > 1 else {},
         "runs": len(runs),
         "scale": options.scale,
-        "machine": "2 shared cores",
+        "machine": f"{os.cpu_count()} shared cores",
         "python": platform.python_version(),
         "seconds": round(time.time() - began),
     }

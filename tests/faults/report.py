@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,6 @@ from tests.faults.plain import PlainResult
 from tests.faults.rounds import Round
 from tests.faults.stand import ANSWER_TIMEOUT_S
 
-MACHINE = "2 shared cores"
 BEGIN, END = "<!-- faults: written by make faults -->", "<!-- faults: end -->"
 COUNTS = (
     "trials",
@@ -58,7 +58,7 @@ def report(rounds: Sequence[Round], plain: PlainResult | None, **more: Any) -> d
     found["by_fault"] = {fault: summary(one for one in rounds if one.fault == fault) for fault in faults}
     if plain is not None:
         found["plain_celery"] = vars(plain) | _spread("recovery", plain.recovery_s)
-    return found | {"machine": MACHINE} | more
+    return found | {"machine": f"{os.cpu_count()} shared cores"} | more
 
 
 def save(rounds: Sequence[Round], plain: PlainResult | None, path: Path) -> None:
