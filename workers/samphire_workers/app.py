@@ -16,7 +16,7 @@ from samphire.contract import INFER_TASK
 from samphire.errors import InvalidInputError
 from samphire_broker.queues import control, intake
 from samphire_broker.settings import read_settings
-from samphire_workers import log_escaping
+from samphire_workers import worker_log
 from samphire_workers.celery_settings import celery_settings, refuse_other_addresses
 from samphire_workers.lane import control as control_commands
 from samphire_workers.lane.step import LaneStep
@@ -45,7 +45,7 @@ app.conf.update(
     broker_channel_error_retry=True,  # a broker that refuses writes for a while (a replica, NOREPLICAS) ends no worker
 )
 app.steps["worker"].add(LaneStep)
-assert control_commands and log_escaping  # importing them is what takes effect
+assert control_commands and worker_log  # importing them is what takes effect
 
 
 @app.task(name=INFER_TASK, shared=False)  # type: ignore[untyped-decorator]

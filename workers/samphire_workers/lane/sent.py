@@ -79,7 +79,6 @@ class SentTasks:
                 self._sent.popitem(last=False)
 
     def _listen(self) -> None:
-        told: set[type[Exception]] = set()
         while not self._stopped.is_set():
             try:
                 with self._app.connection_for_read() as connection:
@@ -90,7 +89,5 @@ class SentTasks:
                             with contextlib.suppress(TimeoutError):
                                 consuming.drain_events(timeout=LISTEN_S)
             except Exception as error:  # noqa: BLE001 - whatever the broker refuses now, it may allow later
-                level = logging.DEBUG if type(error) in told else logging.WARNING
-                told.add(type(error))
-                logger.log(level, "task-sent events are not heard: %s", error, extra={"action": "sent_failed"})
+                logger.warning("task-sent events are not heard: %s", error, extra={"action": "sent_failed"})
                 self._stopped.wait(RETRY_S)

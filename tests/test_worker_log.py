@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 from samphire import Client
 from samphire_broker.shown import shown, shown_lines
-from samphire_workers.log_escaping import Escaping, escape
+from samphire_workers import worker_log
+from samphire_workers.worker_log import REPEATED, Escaping, Repeats, filter_log
 from tests.stacks import Up, Valkey, eventually, samphire
 from tests.support.lane import body
 from tests.support.names import KEYS
@@ -100,9 +102,9 @@ def _written(tmp_path: Path, say: Any) -> str:
     path = tmp_path / "log"
     handler = logging.FileHandler(path)
     logger.addHandler(handler)
-    escape(logger)
-    escape(logger)
-    assert [type(known) for known in handler.filters] == [Escaping]
+    filter_log(logger)
+    filter_log(logger)
+    assert [type(known) for known in handler.filters] == [Repeats, Escaping]
     say(logger)
     handler.close()
     return path.read_text()
@@ -128,3 +130,50 @@ def test_a_record_that_cannot_be_formatted_meets_nobody(tmp_path: Path, monkeypa
     assert _written(tmp_path, lambda logger: logger.error("%d", "x")) == ""
     sys.stderr.close()
     assert "--- Logging error ---" in (tmp_path / "stderr").read_text()
+
+
+def test_what_is_repeated_is_told_once_a_minute() -> None:
+    """With how often it was, each place in the code by itself; all else is told each time."""
+    now = 0.0
+    lines: list[str] = []
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler = Keeping()
+    handler.addFilter(Repeats(60, clock=lambda: now))
+    logger = logging.getLogger("tests.repeats")
+    logger.propagate = False
+    logger.addHandler(handler)
+
+    def fail(times: int) -> None:
+        for number in range(times):
+            logger.warning("claim failed: %s", f"100 % {number}", extra={"action": "claim_failed"})
+            logger.warning("endpoint %s is away", number, extra={"action": "endpoint_away"})
+
+    fail(3)
+    logger.error("heartbeat failed", extra={"action": "beat_failed"})
+    assert [line for line in lines if "away" not in line] == ["claim failed: 100 % 0", "heartbeat failed"]
+    assert len(lines) == 5
+    now, lines = 59.9, lines[:0]
+    fail(1)
+    now = 60.0
+    fail(2)
+    now = 200.0
+    fail(1)
+    told = [line for line in lines if "away" not in line]
+    assert told == [
+        "claim failed: 100 % 0 (3 more like this since the last line)",
+        "claim failed: 100 % 0 (1 more like this since the last line)",
+    ]
+    logger.removeHandler(handler)
+
+
+def test_every_repeated_action_is_one() -> None:
+    """A word that nobody logs would hide that another is missing."""
+    folder = Path(worker_log.__file__).parent
+    text = "".join(path.read_text() for path in folder.rglob("*.py") if path.name != "worker_log.py")
+    assert all(f'"action": "{action}"' in text for action in REPEATED)
+    once = {"event_failed", "lookup_failed", "refusal_failed", "reload_failed", "seek_failed", "task_failed"}
+    assert set(re.findall(r'"action": "(\w+_failed)"', text)) - REPEATED == once | {"who_waits_failed"}
