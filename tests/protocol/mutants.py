@@ -38,9 +38,10 @@ def with_mutant(mutant: Mutant, folder: Path) -> Path:
         ValueError: the script does not contain what the mutant changes.
     """
     for part in SCRIPTS:
-        (folder / part).mkdir(parents=True)
-        for script in (ROOT / part).glob("*.lua"):
-            shutil.copy(script, folder / part)
+        for script in (ROOT / part).rglob("*.lua"):
+            copy = folder / script.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(script, copy)
     path = next(folder.rglob(f"{mutant.script}.lua"))
     text = path.read_text()
     if mutant.old not in text:

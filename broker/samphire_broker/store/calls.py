@@ -12,39 +12,22 @@ from samphire.direct import Argument, DirectConnection, Script
 from samphire.keys import Keys
 from samphire_broker.settings import Settings
 
-VERBS = (
-    *(
-        "alone",
-        "beat",
-        "cancel",
-        "claim",
-        "delete",
-        "due",
-        "end_others",
-        "enter",
-        "forget",
-        "lead",
-        "leave",
-        "letters",
-        "reap",
-        "release",
-    ),
-    *("rights", "route", "schedule", "settle", "start", "trim"),
-)
+_FOLDER = resources.files("samphire_broker.store") / "lua"
 
+VERBS = tuple(sorted(file.name.removesuffix(".lua") for file in _FOLDER.iterdir() if file.name.endswith(".lua")))
+"""Each script of the folder; what they have in common is in `shared` below it."""
 
 _WITH = re.compile(r"^-- With: (.*)$", re.MULTILINE)
-"""How a script names what stands before it, beside `common.lua`."""
+"""How a script names what stands before it, beside `shared/common.lua`."""
 
 
 def script_text(verb: str, keys: Keys) -> str:
     """The text of a script as it is loaded, for the keys of one deployment."""
-    folder = resources.files("samphire_broker.store") / "lua"
-    text = (folder / f"{verb}.lua").read_text()
+    text = (_FOLDER / f"{verb}.lua").read_text()
     found = _WITH.search(text)
     parts = ["common", *(found[1].split(", ") if found else ())]
     names = f"local NAMESPACE, CELERY = '{keys.namespace}', '{keys.celery_prefix}'"
-    return "\n".join([names, *((folder / f"{part}.lua").read_text() for part in parts), text])
+    return "\n".join([names, *((_FOLDER / "shared" / f"{part}.lua").read_text() for part in parts), text])
 
 
 class Calls:

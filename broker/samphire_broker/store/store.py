@@ -1,7 +1,7 @@
 """The transitions of tasks, as one worker performs them.
 
-Every call is one script on the broker: `lua/<verb>.lua`, with its keys at the top, and `lua/common.lua` before it,
-and those that it names as "With:".
+Every call is one script on the broker: `lua/<verb>.lua`, with its keys at the top, and what scripts
+share before it: `lua/shared/common.lua`, and those that it names as "With:".
 """
 
 from __future__ import annotations

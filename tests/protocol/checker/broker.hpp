@@ -210,12 +210,12 @@ struct Done {
 
 // The files of a script: those that stand before it are named in a line "-- With: ended, attempts".
 inline vector<string> with_what_stands_before(const string& folder, const string& verb) {
-  vector<string> paths = {folder + "common.lua"};
+  vector<string> paths = {folder + "shared/common.lua"};
   std::ifstream file(folder + verb + ".lua");
   for (string line; std::getline(file, line);) {
     if (line.compare(0, 9, "-- With: ") != 0) continue;
     std::stringstream names(line.substr(9));
-    for (string name; names >> name;) paths.push_back(folder + name.substr(0, name.find(',')) + ".lua");
+    for (string name; names >> name;) paths.push_back(folder + "shared/" + name.substr(0, name.find(',')) + ".lua");
   }
   paths.push_back(folder + verb + ".lua");
   return paths;
