@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import samphire
+from samphire.sync import DeadLetters
 from tests.stacks import ENDS_S
 
 CHANGED = "the public surface changed: change the test only together with the docs"
@@ -167,6 +168,16 @@ def test_everything_public_has_a_docstring(owner: type) -> None:
     assert owner.__doc__ and not owner.__doc__.startswith(f"{owner.__name__}(")
     for name, member in members(owner).items() if inspect.isclass(owner) else ():
         assert name == "__getitem__" or (member.__doc__ and member.__doc__.strip()), name
+
+
+def test_a_blocking_users_help_has_the_whole_text() -> None:
+    """Not only where else to look."""
+    for blocking in (samphire.Client, samphire.Task, DeadLetters):
+        for name, member in members(blocking).items():
+            told = inspect.getdoc(member) or ""
+            assert not told.startswith("See `"), name
+    for method in (samphire.Client.submit, samphire.Client.map, samphire.Task.result):
+        assert "Raises:" in (inspect.getdoc(method) or "") and "Args:" in (inspect.getdoc(method) or "")
 
 
 RIGHT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import threading
 import weakref
@@ -336,3 +337,15 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _tell_in_full(blocking: type, asynchronous: type) -> None:
+    """Give the methods of a blocking class the whole text of the asynchronous ones that they refer to."""
+    for name, member in vars(blocking).items():
+        told = inspect.getdoc(getattr(asynchronous, name, None))
+        if told and (member.__doc__ or "").startswith("See `"):
+            member.__doc__ = f"{told}\n\n{member.__doc__}"
+
+
+for _kinds in ((Task, AsyncTask), (DeadLetters, AsyncDeadLetters), (Client, AsyncClient)):
+    _tell_in_full(*_kinds)
