@@ -30,10 +30,10 @@ from benchmarks.answers import Ends, WrongAnswerError, check_ended, queued, stre
 from benchmarks.gpu_models import MODELS, Model
 from benchmarks.stack import drain_rate
 from samphire import AsyncClient
-from samphire.address import broker_of
+from samphire.transport.address import broker_of
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.embedded.process import Part
-from samphire_broker.embedded.triton import triton_spec
+from samphire_broker.embedded.tritonserver import triton_spec
 from samphire_broker.embedded.valkey import valkey_spec
 from samphire_broker.embedded.worker import worker_spec
 from samphire_broker.settings import shipped_model_repository

@@ -234,8 +234,7 @@ def fairness(stack: BenchStack, scale: float) -> Figures:
 def claim_cost(stack: BenchStack, scale: float) -> Figures:
     """A claim of 64 with few and with many queued, in interleaved pairs; medians."""
     from samphire_broker.settings import Settings  # of the version that is measured
-    from samphire_broker.store import Store
-    from samphire_workers.lane.planner import QueuePlanner
+    from samphire_broker.store import Store, Turn
 
     most = max(20_000, int(1_000_000 * scale))
     sizes = {"1k": 1000, "100k": most // 10, "1m": most}
@@ -244,7 +243,6 @@ def claim_cost(stack: BenchStack, scale: float) -> Figures:
     async def run() -> Figures:
         settings = Settings(broker_url=stack.broker_url)
         store = Store(settings, "bench")
-        planner = QueuePlanner({})
         times: dict[str, list[float]] = {name: [] for name in sizes}
         with stack.redis() as server:
             plans = {}
@@ -252,9 +250,7 @@ def claim_cost(stack: BenchStack, scale: float) -> Figures:
                 queue = f"bench-claims-{name}"  # no inference queue: the lane does not see it
                 for begin in range(0, size, 1000):
                     server.lpush(queue, *[message] * min(1000, size - begin))
-                planner.add([queue])
-                turns = [turn for turn in planner.plan(64, set()).turns if turn.list_key == queue]
-                plans[name] = [turn._replace(group=0) for turn in turns]
+                plans[name] = [Turn(queue, 64, 0)]
             lease, inflight = store._lease, store._inflight  # every version has these
             server.set(lease, 1)
             for _ in range(400):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from samphire import Client, keys
+from samphire import Client
+from samphire.wire import keys
 from tests.stacks import Up, Valkey, eventually, model_repository, need_servers, running_stack, running_valkey
 from tests.support.names import KEYS
 

@@ -17,8 +17,8 @@ import pytest
 import redis
 
 from samphire import Client, InvalidInputError, Step
-from samphire.address import Address, broker_of, redact
-from samphire.connection import client_of
+from samphire.transport.address import Address, broker_of, redact
+from samphire.transport.connection import client_of
 from samphire_broker.embedded.ports import choose_port
 from samphire_workers.celery_settings import celery_settings, refuse_other_addresses
 from tests.stacks import ENDS_S, Up, bound, clean_environment, eventually, samphire, standing_still
@@ -98,8 +98,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealRedis]:
 
 CLOSING = """
 import asyncio, gc, sys
-from samphire.address import Address
-from samphire.direct import DirectConnection
+from samphire.transport.address import Address
+from samphire.transport.direct import DirectConnection
 
 async def test():
     address = Address.parse(sys.argv[1])

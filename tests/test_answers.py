@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from samphire import Backoff, Client, ModelFaultError, ModelSignature, TensorSpec
 from samphire_broker.settings import Settings
-from samphire_workers.lane.answers import UnevenRowsError, check_answer
-from samphire_workers.lane.checking import Checker
-from samphire_workers.triton import Tensor
+from samphire_workers.inference.answers import UnevenRowsError, check_answer
+from samphire_workers.intake.checking import Checker
+from samphire_workers.triton.endpoint import Tensor
 from tests.stacks import Up
 
 TIMEOUT_S = 30

@@ -326,7 +326,7 @@ def test_large_tensors_go_on_as_claim_checks(infer: Infer) -> None:
     """A plain producer's megabytes reach the next step without a large message."""
     import numpy as np
 
-    from samphire.tensors import array_to_bytes
+    from samphire.wire.tensors import array_to_bytes
 
     big = np.arange(200_000, dtype=np.float32).reshape(1, -1)
     _, shape, data = array_to_bytes("x", big)
@@ -420,8 +420,8 @@ def test_a_chord_whose_last_part_met_a_lost_worker(infer: Infer, app: Celery, st
 
 def test_a_stored_exit_is_no_exit(app: Celery, stack: Up, client: Any) -> None:
     """What another task's stored exception says is not done to the worker."""
-    from samphire.contract import CHORD_PART_TASK, ChordMember, ChordPart
-    from samphire.envelope import encode_task
+    from samphire.wire.contract import CHORD_PART_TASK, ChordMember, ChordPart
+    from samphire.wire.envelope import encode_task
 
     before = stack.ready["pids"]["worker"]
     for module, name in (("builtins", "SystemExit"), ("asyncio.exceptions", "CancelledError")):

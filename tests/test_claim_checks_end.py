@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from samphire import AsyncClient, keys
+from samphire import AsyncClient
 from samphire.errors import ModelFaultError, TaskCancelledError, TaskExpiredError
+from samphire.wire import keys
 from samphire_broker.store import CANCELLED
 from tests.stacks import Valkey
 from tests.support.lane import broken, fake_triton, lane_worker, sleeping, state, until, x

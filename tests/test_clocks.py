@@ -17,11 +17,11 @@ import pytest
 import redis
 
 from samphire import Client, EndpointTimeoutError, TaskExpiredError
-from samphire.address import Address
-from samphire.clock import ROUND_TRIP_MAX_S, BrokerClock
-from samphire.direct import DirectConnection
-from samphire_broker.doctor import check_work
-from samphire_broker.overview import look
+from samphire.transport.address import Address
+from samphire.transport.clock import ROUND_TRIP_MAX_S, BrokerClock
+from samphire.transport.direct import DirectConnection
+from samphire_broker.inspection.checks import check_work
+from samphire_broker.inspection.overview import look
 from tests.stacks import ENDS_S, Up, Valkey, clean_environment, eventually
 from tests.support.names import KEYS
 from tests.workers import running_worker
@@ -120,7 +120,7 @@ def test_the_brokers_time_is_kept(valkey: Valkey, monkeypatch: pytest.MonkeyPatc
         assert not clock.is_known and abs(clock.now() - time.time()) < 1
         await clock.look()
         right = time.time()
-        monkeypatch.setattr("samphire.clock.time.time", lambda: right + 3600)
+        monkeypatch.setattr("samphire.transport.clock.time.time", lambda: right + 3600)
         assert abs(clock.now() - right) < 5 and abs(clock.skew_s - 3600) < 5
         assert abs(await clock.fresh_now() - right) < 5
         slow = BrokerClock(connection)

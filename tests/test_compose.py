@@ -34,10 +34,10 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from samphire import Client
 from samphire_broker.embedded.ports import choose_port
-from samphire_broker.embedded.triton import triton_spec
+from samphire_broker.embedded.tritonserver import triton_spec
 from samphire_broker.embedded.valkey import server_binary
 from samphire_broker.settings import shipped_model_repository
-from samphire_workers.triton import Endpoint
+from samphire_workers.triton.endpoint import Endpoint
 from tests.stacks import ENDS_S, bound, clean_environment, eventually, need_servers
 from tests.support.tools import tool
 

@@ -14,8 +14,9 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from samphire import Client, keys
-from samphire_broker import doctor
+from samphire import Client
+from samphire.wire import keys
+from samphire_broker.inspection import checks as doctor
 from tests.stacks import ENDS_S, SAMPHIRE, Up, Valkey, clean_environment, eventually, running_valkey
 from tests.support.names import KEYS
 

@@ -10,7 +10,7 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 
 from samphire import Client, InvalidInputError, ModelSignature, TensorSpec
-from samphire_workers.lane.signatures import Signatures
+from samphire_workers.triton.signatures import Signatures
 from tests.stacks import Up, Valkey, eventually, running_stack
 from tests.support.names import KEYS
 from tests.workers import running_worker

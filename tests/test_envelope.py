@@ -15,10 +15,10 @@ import pytest
 from kombu import Connection
 from kombu.compression import compress
 
-from samphire import keys
-from samphire.contract import INFER_TASK, InferRequest, InputTensor
-from samphire.envelope import decode_body, decode_envelope, describe, encode_task, new_task_id
 from samphire.errors import InvalidInputError, PayloadTooLargeError
+from samphire.wire import keys
+from samphire.wire.contract import INFER_TASK, InferRequest, InputTensor
+from samphire.wire.envelope import decode_body, decode_envelope, describe, encode_task, new_task_id
 from samphire_broker.queues import inference_queue, intake
 from tests.stacks import Valkey
 from tests.support.plain import plain_celery

@@ -11,9 +11,9 @@ import pytest
 import redis.exceptions
 
 from samphire import errors
-from samphire.address import redact
-from samphire.connection import translate
-from samphire_workers import triton_errors
+from samphire.transport.address import redact
+from samphire.transport.connection import translate
+from samphire_workers.triton import errors as triton_errors
 
 
 def all_errors() -> list[type[errors.SamphireError]]:

@@ -10,10 +10,10 @@ import pytest
 from celery import Celery
 
 from samphire_broker.store import Claimed
-from samphire_workers.lane import sent as sent_module
-from samphire_workers.lane.events import CeleryEvents
-from samphire_workers.lane.request import Request
-from samphire_workers.lane.sent import SentTasks
+from samphire_workers.intake.request import Request
+from samphire_workers.monitoring import sent as sent_module
+from samphire_workers.monitoring.celery_events import CeleryEvents
+from samphire_workers.monitoring.sent import SentTasks
 from tests.stacks import Valkey, eventually
 from tests.support.plain import plain_celery
 

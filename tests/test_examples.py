@@ -21,7 +21,8 @@ from uuid import uuid4
 import numpy as np
 import pytest
 
-from samphire import Client, keys
+from samphire import Client
+from samphire.wire import keys
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.ports import choose_port
 from tests.stacks import ENDS_S, Up, bound, clean_environment, eventually, running_valkey

@@ -25,7 +25,7 @@ from samphire import Backoff, Client, InvalidInputError
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.flower import kept_password
 from samphire_broker.settings import Settings
-from samphire_workers.lane.events import EVENTS_A_TASK
+from samphire_workers.monitoring.celery_events import EVENTS_A_TASK
 from tests.browser import open_page
 from tests.stacks import SAMPHIRE, Up, clean_environment, eventually, running_stack, running_valkey
 from tests.support.names import KEYS

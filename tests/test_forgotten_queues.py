@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from samphire import AsyncClient, keys
+from samphire import AsyncClient
+from samphire.wire import keys
 from samphire_broker.store import FORGOTTEN
-from samphire_workers.lane import queues as lane_queues
-from samphire_workers.lane.planner import QUEUES_A_PLAN, QueuePlanner
+from samphire_workers.claiming import discovery as lane_queues
+from samphire_workers.claiming.round_robin import QUEUES_A_PLAN, RoundRobin
 from tests.stacks import Valkey
 from tests.support.lane import LaneWorker, body, fake_triton, lane_worker, state, until, x
 from tests.support.names import KEYS
@@ -63,20 +64,20 @@ def test_a_lost_workers_messages_name_their_queue(valkey: Valkey) -> None:
 
 def test_claims_look_into_no_queue_that_was_set_aside() -> None:
     """Until it is taken up, or named."""
-    planner = QueuePlanner({})
-    planner.add(TENANTS)
-    assert planner.rounds == 2 and planner.are_many
-    planner.set_aside(TENANTS[1:])
-    assert planner.rounds == 1
-    assert {keys.split_list(turn.list_key)[0] for turn in planner.plan(9, ()).turns} == {TENANTS[0]}
-    named = planner.plan(9, (), [TENANTS[5]])
+    round_robin = RoundRobin({})
+    round_robin.add(TENANTS)
+    assert round_robin.rounds == 2 and round_robin.are_many
+    round_robin.set_aside(TENANTS[1:])
+    assert round_robin.rounds == 1
+    assert {keys.split_list(turn.list_key)[0] for turn in round_robin.plan(9, ()).turns} == {TENANTS[0]}
+    named = round_robin.plan(9, (), [TENANTS[5]])
     assert {keys.split_list(turn.list_key)[0] for turn in named.turns} == {TENANTS[5]}
-    assert planner.queues == sorted(TENANTS) and planner.add(TENANTS) == []
-    planner.take_up(TENANTS[:2])
-    assert planner.in_use == TENANTS[:2]
-    planner.forget(TENANTS[1:])
-    assert planner.queues == planner.in_use == TENANTS[:1]
-    assert planner.add(TENANTS[1:2]) == TENANTS[1:2]
+    assert round_robin.queues == sorted(TENANTS) and round_robin.add(TENANTS) == []
+    round_robin.take_up(TENANTS[:2])
+    assert round_robin.in_use == TENANTS[:2]
+    round_robin.forget(TENANTS[1:])
+    assert round_robin.queues == round_robin.in_use == TENANTS[:1]
+    assert round_robin.add(TENANTS[1:2]) == TENANTS[1:2]
 
 
 def _known(w: LaneWorker) -> set[str]:
@@ -149,13 +150,13 @@ def test_nobody_asks_for_the_models_of_queues_that_are_empty(valkey: Valkey, mon
         valkey.client.sadd(KEYS.queues, *(f"inference.m{number}" for number in range(3000)))
         async with fake_triton("m") as triton, lane_worker(valkey.url, triton) as w:
             asked: list[str] = []
-            known = w.lane._catalogue.checker
+            known = w.lane._served.checker
 
             async def noting(model: str, *arguments: Any) -> Any:
                 asked.append(model)
                 return await known(model, *arguments)
 
-            monkeypatch.setattr(w.lane._catalogue, "checker", noting)
+            monkeypatch.setattr(w.lane._served, "checker", noting)
             await until(lambda: len(_known(w)) > 3000, "the names")
             with plain_celery(valkey.url) as app:
                 await _done(valkey, [send(app, "inference.m")])

@@ -18,11 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samphire import AsyncClient, keys
-from samphire.envelope import encode_task
+from samphire import AsyncClient
+from samphire.wire import keys
+from samphire.wire.envelope import encode_task
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed
-from samphire_workers.lane.request import read
+from samphire_workers.intake.request import read
 from tests.stacks import Valkey
 from tests.support.lane import body, fake_triton, lane_worker, until, x
 from tests.support.names import KEYS

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from samphire import AsyncClient, InvalidInputError
-from samphire.envelope import encode_task
-from samphire_workers.lane import sorting
+from samphire.wire.envelope import encode_task
+from samphire_workers.claiming import sorting
 from tests.stacks import Valkey
 from tests.support.lane import body, fake_triton, lane_worker, state, until, x
 from tests.support.names import KEYS

@@ -19,19 +19,19 @@ from celery import Celery
 from redis.exceptions import InvalidResponse
 
 from samphire import AsyncClient, Backoff, Client, InternalError, ModelFaultError
-from samphire.address import Address, broker_of
-from samphire.direct import DirectConnection
 from samphire.errors import SamphireError
-from samphire_broker.retry import DeadLetter, Retry, RetryPolicy, decide
+from samphire.transport.address import Address, broker_of
+from samphire.transport.direct import DirectConnection
+from samphire_broker.retry import GiveUp, Retry, RetryPolicy, decide
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
-from samphire_workers.endpoints import Endpoints
-from samphire_workers.lane.canvas import Canvas
-from samphire_workers.lane.events import CeleryEvents
-from samphire_workers.lane.faults import ShortageError, our_error
-from samphire_workers.lane.lane import Lane
-from samphire_workers.lane.lease import keep_lease
-from samphire_workers.lane.wake import QueueWatch
+from samphire_workers.claiming.wake import QueueWatch
+from samphire_workers.lane import Lane
+from samphire_workers.monitoring.celery_events import CeleryEvents
+from samphire_workers.settlement.canvas import Canvas
+from samphire_workers.triton.endpoints import Endpoints
+from samphire_workers.unexpected import ShortageError, our_error
+from samphire_workers.upkeep.lease import keep_lease
 from tests.stacks import Up, Valkey, eventually
 from tests.support.names import KEYS
 from tests.workers import running_worker
@@ -66,7 +66,7 @@ def test_what_nobody_expected_is_a_bug_of_ours() -> None:
         assert type(found) is InternalError and type(error).__name__ in str(found)
         policy = RetryPolicy(2, Backoff(0))
         assert isinstance(decide(found, 1, float("inf"), policy), Retry)
-        assert decide(found, 2, float("inf"), policy) == DeadLetter("internal")
+        assert decide(found, 2, float("inf"), policy) == GiveUp("internal")
     known: SamphireError = ModelFaultError("x")
     assert our_error(known) is known
 
@@ -124,13 +124,13 @@ def test_a_bug_of_ours_is_retried_and_leaves_its_traceback(
 
     def break_it() -> None:
         if where == "read":
-            monkeypatch.setattr("samphire_workers.lane.sorting.read", bug)
+            monkeypatch.setattr("samphire_workers.claiming.sorting.read", bug)
         elif where == "check":
-            monkeypatch.setattr("samphire_workers.lane.checking._form", bug)
+            monkeypatch.setattr("samphire_workers.intake.checking._form", bug)
         elif where == "load":
-            monkeypatch.setattr("samphire_workers.lane.dispatch.load", bug)
+            monkeypatch.setattr("samphire_workers.inference.dispatcher.load", bug)
         else:
-            monkeypatch.setattr("samphire_workers.lane.batching.merge", bug)
+            monkeypatch.setattr("samphire_workers.inference.batching.merge", bug)
 
     async def test() -> None:
         async with AsyncClient(valkey.url) as client:

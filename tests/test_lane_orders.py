@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from samphire import AsyncClient, Step, UnknownTaskError, keys
+from samphire import AsyncClient, Step, UnknownTaskError
 from samphire.errors import BrokerUnavailableError, ModelFaultError, SamphireError, TaskCancelledError
+from samphire.wire import keys
 from tests.stacks import Valkey
 from tests.support.lane import (
     LaneWorker,

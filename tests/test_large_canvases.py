@@ -11,7 +11,7 @@ import pytest
 from celery import Celery, chain, chord, group, signature
 
 from samphire.errors import InvalidInputError
-from samphire_workers.lane.next_steps import NESTED_MAX, NEXT_STEPS_MAX, check_nesting, check_steps, count_steps
+from samphire_workers.settlement.next_steps import NESTED_MAX, NEXT_STEPS_MAX, check_nesting, check_steps, count_steps
 from tests.stacks import Valkey
 from tests.support.lane import body, broken, fake_triton, lane_worker, state, until
 from tests.support.names import KEYS
@@ -126,7 +126,7 @@ def test_a_chord_whose_body_has_too_many_steps_is_refused(valkey: Valkey, how: s
 
 def test_results_that_are_sent_too_often_are_refused(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each callback's message carries the result."""
-    monkeypatch.setattr("samphire_workers.lane.canvas.NEXT_STEPS_MAX_BYTES", 100_000)
+    monkeypatch.setattr("samphire_workers.settlement.canvas.NEXT_STEPS_MAX_BYTES", 100_000)
 
     async def test() -> None:
         async with fake_triton("one") as triton, lane_worker(valkey.url, triton):

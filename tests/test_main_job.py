@@ -28,9 +28,9 @@ from samphire import (
     ResultTimeoutError,
     SamphireError,
     Task,
-    keys,
 )
-from samphire.keys import Priority
+from samphire.wire import keys
+from samphire.wire.keys import Priority
 from samphire_broker.digits import load_split
 from tests.stacks import Up, eventually, standing_still
 from tests.support.names import KEYS

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from samphire import AsyncClient, InvalidInputError, ModelFaultError, ProtocolError, Step
-from samphire.keys import Keys, may_be_queue
+from samphire.wire.keys import Keys, may_be_queue
 from samphire_broker.settings import Settings
 from samphire_broker.store import OtherDeploymentError, Store
 from tests.stacks import Valkey

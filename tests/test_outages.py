@@ -16,7 +16,7 @@ import redis
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from samphire import Backoff, Client, Task, WorkerCrashError
-from samphire_workers.triton import CONTROL_TIMEOUT_S
+from samphire_workers.triton.endpoint import CONTROL_TIMEOUT_S
 from tests.stacks import Up, eventually, only, running_stack, standing_still
 from tests.support.names import KEYS
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from kombu.utils import json as kombu_json
 
-from samphire.contract import InferRequest
-from samphire.encoder import Encoder, Limits, request_for
+from samphire.client.encoder import Encoder, Limits, request_for
 from samphire.errors import InvalidInputError
-from samphire.tensors import array_to_bytes
-from samphire.typed_json import plain_arguments
+from samphire.wire.contract import InferRequest
+from samphire.wire.tensors import array_to_bytes
+from samphire.wire.typed_json import plain_arguments
 
 HALF = "\ud800"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import samphire
-from samphire.sync import DeadLetters
+from samphire.client.sync import DeadLetters
 from tests.stacks import ENDS_S
 
 CHANGED = "the public surface changed: change the test only together with the docs"

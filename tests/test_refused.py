@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from samphire import Client, InvalidInputError
-from samphire.contract import INFER_TASK, UNKNOWN_CHORD
+from samphire.wire.contract import INFER_TASK, UNKNOWN_CHORD
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed
-from samphire_workers.lane.request import read
-from samphire_workers.lane.who_waits import who_waits
+from samphire_workers.intake.request import read
+from samphire_workers.intake.who_waits import who_waits
 from tests.stacks import Up, Valkey, eventually
 from tests.support.names import KEYS
 from tests.support.plain import plain_celery

@@ -30,10 +30,10 @@ from samphire import (
     WorkerCrashError,
     errors,
 )
-from samphire.contract import InferRequest
-from samphire_broker.retry import REASONS, DeadLetter, Retry, RetryPolicy, decide, policy_for, reason_of, wait_s
+from samphire.wire.contract import InferRequest
+from samphire_broker.retry import REASONS, GiveUp, Retry, RetryPolicy, decide, policy_for, reason_of, wait_s
 from samphire_broker.settings import Settings
-from samphire_workers.lane.outcome import TimeLimitError
+from samphire_workers.settlement.outcome import TimeLimitError
 from tests.stacks import Up, eventually
 from tests.support.names import KEYS
 from tests.support.plain import plain_celery
@@ -61,7 +61,7 @@ def test_what_may_pass_is_tried_again_within_the_budget(error: SamphireError) ->
     """The first two of three attempts are followed by another."""
     for attempt in (1, 2):
         assert isinstance(decide(error, attempt, inf, POLICY), Retry)
-    assert isinstance(decide(error, 3, inf, POLICY), DeadLetter)
+    assert isinstance(decide(error, 3, inf, POLICY), GiveUp)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_what_may_pass_is_tried_again_within_the_budget(error: SamphireError) ->
 )
 def test_what_cannot_pass_is_a_dead_letter_at_once(error: SamphireError, reason: str) -> None:
     """Whatever the budget."""
-    assert decide(error, 1, inf, RetryPolicy(100, Backoff())) == DeadLetter(reason)
+    assert decide(error, 1, inf, RetryPolicy(100, Backoff())) == GiveUp(reason)
 
 
 ERRORS = [each for each in vars(errors).values() if inspect.isclass(each) and issubclass(each, SamphireError)]
@@ -91,14 +91,14 @@ def test_every_error_has_a_reason_that_letters_are_filtered_by(kind: type[Samphi
 def test_a_model_fault_is_tried_again_and_keeps_its_reason() -> None:
     """It may be the model's state, not the request."""
     assert isinstance(decide(ModelFaultError(), 1, inf, POLICY), Retry)
-    assert decide(ModelFaultError(), 3, inf, POLICY) == DeadLetter("model_fault")
+    assert decide(ModelFaultError(), 3, inf, POLICY) == GiveUp("model_fault")
 
 
 def test_no_attempt_is_made_that_comes_too_late() -> None:
     """A retry at or after the deadline is of no use to anybody."""
     policy = RetryPolicy(3, Backoff(base_s=10, jitter=0))
     assert decide(EndpointTimeoutError(), 1, 111.0, policy, now=100.0) == Retry(110.0)
-    assert decide(EndpointTimeoutError(), 1, 110.0, policy, now=100.0) == DeadLetter("timeout")
+    assert decide(EndpointTimeoutError(), 1, 110.0, policy, now=100.0) == GiveUp("timeout")
 
 
 def test_waits_double_up_to_the_cap() -> None:

@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samphire import AsyncClient, BrokerRightError, ModelFaultError, keys
-from samphire.address import broker_of
-from samphire.ended import ended_states
-from samphire.publisher import Publisher
+from samphire import AsyncClient, BrokerRightError, ModelFaultError
+from samphire.transport.address import broker_of
+from samphire.transport.ended import ended_states
+from samphire.transport.publisher import Publisher
+from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, Later, Letter, Settlement, Store, Turn
-from samphire_workers.lane import lease
-from samphire_workers.lane.lease import BrokerAge, Reaper
-from samphire_workers.lane.rights import check_rights
+from samphire_workers.upkeep import lease
+from samphire_workers.upkeep.lease import BrokerAge, Reaper
+from samphire_workers.upkeep.rights import check_rights
 from tests.stacks import ENDS_S, Valkey, clean_environment, eventually
 from tests.support.lane import fake_triton, lane_worker, until, x
 from tests.support.names import KEYS
@@ -243,7 +244,7 @@ def test_a_worker_that_lacks_a_right_does_not_start_and_names_it(valkey: Valkey)
 
 def test_a_worker_goes_on_once_a_right_is_given_back(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
     """What it holds stays as it is meanwhile, and the log says what is missing."""
-    from samphire_workers.lane import persist as module
+    from samphire_workers import repeat as module
 
     async def test() -> None:
         url = user_of(valkey, "limited", *EVERYTHING)
@@ -405,8 +406,8 @@ def test_doctor_names_the_right_that_is_missing(valkey: Valkey) -> None:
 
 
 def examine_rights(url: str) -> list[dict[str, str]]:
-    from samphire_broker.doctor import check_rights as look
-    from samphire_broker.overview import broker_connection
+    from samphire_broker.inspection.checks import check_rights as look
+    from samphire_broker.inspection.overview import broker_connection
 
     with broker_connection(broker_of(url)) as client:
         return [vars(finding) for finding in look(client, KEYS) if finding.state != "ok"]

@@ -16,7 +16,7 @@ import numpy as np
 from celery import Celery, chain, chord
 
 from samphire import Client
-from samphire.address import broker_of
+from samphire.transport.address import broker_of
 from samphire_broker.embedded.flower import FLOWER_USER, flower_spec
 from samphire_broker.embedded.ports import LOOPBACK, choose_port
 from samphire_broker.embedded.process import Part

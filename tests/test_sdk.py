@@ -40,9 +40,9 @@ from samphire import (
     TensorSpec,
     UnknownModelError,
     UnknownTaskError,
-    keys,
 )
-from samphire.results import Status
+from samphire.client.results import Status
+from samphire.wire import keys
 from tests.stacks import ENDS_S, Up, Valkey, clean_environment, eventually, standing_still
 from tests.support.names import KEYS
 
@@ -686,8 +686,8 @@ def test_chains_that_cannot_work_are_refused(client: Client) -> None:
 
 def test_a_broken_canvas_message_is_a_dead_letter(client: Client, stack: Up) -> None:
     """And who waits for its id gets the error."""
-    from samphire.contract import CANVAS_TASK, CanvasStart
-    from samphire.envelope import encode_task, new_task_id
+    from samphire.wire.contract import CANVAS_TASK, CanvasStart
+    from samphire.wire.envelope import encode_task, new_task_id
 
     task_id = new_task_id()
     message = encode_task(CANVAS_TASK, task_id, CanvasStart({"task": "celery.chain", "kwargs": 7}), "inference", 0)

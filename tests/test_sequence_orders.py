@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from samphire import AsyncClient, AsyncTask, InvalidInputError, ModelFaultError, UnknownModelError, keys
+from samphire import AsyncClient, AsyncTask, InvalidInputError, ModelFaultError, UnknownModelError
+from samphire.wire import keys
 from tests.stacks import Valkey
 from tests.support.lane import (
     FakeTriton,
@@ -196,9 +197,9 @@ def test_a_request_that_goes_back_for_want_of_memory_keeps_its_place(
     valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its worker was short of something for a moment; those behind it wait for it."""
-    from samphire_workers.lane import dispatch
+    from samphire_workers.inference import dispatcher
 
-    load, short = dispatch.load, ["once"]
+    load, short = dispatcher.load, ["once"]
 
     def load_or_not(request: Any, fetched: Any) -> None:
         if short and request.request.parameters.get("second"):
@@ -206,7 +207,7 @@ def test_a_request_that_goes_back_for_want_of_memory_keeps_its_place(
             raise MemoryError
         load(request, fetched)
 
-    monkeypatch.setattr(dispatch, "load", load_or_not)
+    monkeypatch.setattr(dispatcher, "load", load_or_not)
 
     async def test() -> None:
         async with stateful_triton() as triton, AsyncClient(valkey.url) as sdk:

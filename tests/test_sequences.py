@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samphire import Client, InvalidInputError, ModelFaultError, SamphireError, Task, keys
+from samphire import Client, InvalidInputError, ModelFaultError, SamphireError, Task
+from samphire.wire import keys
 from tests.stacks import Up, Valkey, eventually
 from tests.support.plain import plain_celery
 from tests.workers import running_worker

@@ -18,7 +18,7 @@ import pytest
 
 from samphire import Client, EndpointTimeoutError, SamphireError, Task, WorkerCrashError
 from samphire_broker.embedded.ports import LOOPBACK, choose_port
-from samphire_broker.embedded.triton import SHARED_MEMORY
+from samphire_broker.embedded.tritonserver import SHARED_MEMORY
 from tests.stacks import (
     ENDS_S,
     PORT_FLAGS,

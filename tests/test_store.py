@@ -11,11 +11,11 @@ from contextlib import asynccontextmanager
 import pytest
 import redis
 
-from samphire import keys
-from samphire.address import Address, broker_of
-from samphire.direct import DirectConnection
 from samphire.errors import BrokerMemoryFullError, BrokerUnavailableError, ClientClosedError, QueueFullError
-from samphire.publisher import Publisher
+from samphire.transport.address import Address, broker_of
+from samphire.transport.direct import DirectConnection
+from samphire.transport.publisher import Publisher
+from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import (
     CANCELLED,

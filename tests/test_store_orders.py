@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from samphire import AsyncClient, LetterRefusedError, keys
-from samphire.ended import ended_states
+from samphire import AsyncClient, LetterRefusedError
+from samphire.transport.ended import ended_states
+from samphire.wire import keys
 from samphire_broker.store import (
     CANCELLED,
     NOT_PUSHED,

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samphire import Client, keys
+from samphire import Client
+from samphire.wire import keys
 from tests.stacks import Up, Valkey, eventually, samphire
 
 

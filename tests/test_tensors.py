@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from samphire.errors import InvalidInputError
-from samphire.tensors import (
+from samphire.wire.tensors import (
     DATATYPES,
     DTYPES,
     NESTED_MAX,

@@ -30,7 +30,7 @@ from samphire import (
     UnknownModelError,
 )
 from samphire_broker.retry import Retry, RetryPolicy, decide
-from samphire_workers.triton_errors import EndpointDiedError, StubDiedError, translate
+from samphire_workers.triton.errors import EndpointDiedError, StubDiedError, translate
 from tests.stacks import Up, eventually, only, running_stack
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "errors.md"

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import redis
 
-from samphire import AsyncClient, Client, InferResult, ResultExpiredError, keys
-from samphire.address import Address
-from samphire.direct import DirectConnection
+from samphire import AsyncClient, Client, InferResult, ResultExpiredError
+from samphire.transport.address import Address
+from samphire.transport.direct import DirectConnection
+from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import Settlement, Store, Turn, WorkerInfo
 from samphire_broker.store.records import STREAM_MAX_LENGTH
@@ -30,7 +31,7 @@ _STREAM = re.compile(rb'"samphire_stream":"([^"]+)"')
 @pytest.fixture(autouse=True)
 def no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slow sweep over all that is awaited is a net below: nothing here may need it."""
-    monkeypatch.setattr("samphire.waiter.SWEEP_S", 3600.0)
+    monkeypatch.setattr("samphire.client.waiter.SWEEP_S", 3600.0)
 
 
 class LoneSettler:
@@ -138,7 +139,7 @@ def test_the_same_asynchronously(valkey: Valkey) -> None:
 
 def test_more_have_ended_unread_than_are_noted(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is looked at all the same."""
-    monkeypatch.setattr("samphire.waiter.PASSED_MAX", 10)
+    monkeypatch.setattr("samphire.client.waiter.PASSED_MAX", 10)
     with Client(valkey.url, validate=False) as client:
         first = client.submit("m", inputs())
         settle(valkey.url, 1)

@@ -116,7 +116,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     expected = {f"{Path(package).name}/{name}" for package in PACKAGES for name in sources(ROOT / package)}
     expected |= {f"{MODELS}/{name}" for name in sources(ROOT / "model_repository")}
     assert {name for name in names if ".dist-info/" not in name} == expected
-    for name in ("samphire/submit.lua", "samphire/py.typed", f"{MODELS}/digits/2/model.onnx"):
+    for name in ("samphire/transport/submit.lua", "samphire/py.typed", f"{MODELS}/digits/2/model.onnx"):
         assert name in names
     scripts = {name for name in names if name.startswith("samphire_broker/store/lua/") and name.endswith(".lua")}
     assert {"claim.lua", "settle.lua"} <= {Path(name).name for name in scripts}

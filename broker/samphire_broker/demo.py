@@ -12,12 +12,12 @@ from celery import Celery
 from numpy.typing import NDArray
 
 from samphire import AsyncClient, InvalidInputError, SamphireError, Step
-from samphire.connection import key_text
-from samphire.contract import INFER_TASK
-from samphire.keys import INTAKE
+from samphire.transport.connection import key_text
+from samphire.wire.contract import INFER_TASK
+from samphire.wire.keys import INTAKE
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.stack import Stack, serve
-from samphire_broker.overview import broker_connection
+from samphire_broker.inspection.overview import broker_connection
 
 ROUNDS = 20
 """How often the held-out images go through, one task an image, to have something to time."""

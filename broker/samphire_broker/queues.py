@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kombu.entity import Exchange, Queue
 
-from samphire import keys
+from samphire.wire import keys
 
 CONTROL_QUEUE = "samphire.control"
 TRAINING = "training"

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from msgspec import UNSET
 
-from samphire.contract import Backoff, InferRequest
 from samphire.errors import (
     EndpointTimeoutError,
     InternalError,
@@ -22,6 +21,7 @@ from samphire.errors import (
     TransientError,
     WorkerCrashError,
 )
+from samphire.wire.contract import Backoff, InferRequest
 from samphire_broker.settings import Settings
 
 
@@ -31,7 +31,7 @@ class Retry(NamedTuple):
     at: float
 
 
-class DeadLetter(NamedTuple):
+class GiveUp(NamedTuple):
     """Give up, for a reason by which dead letters are filtered."""
 
     reason: str
@@ -69,7 +69,7 @@ def decide(
     *,
     now: float | None = None,
     chance: float | None = None,
-) -> Retry | DeadLetter:
+) -> Retry | GiveUp:
     """What follows an attempt that has failed.
 
     Args:
@@ -84,11 +84,11 @@ def decide(
         isinstance(error, TransientError) and error.retryable
     )
     if not may_pass or attempt >= policy.max_attempts:
-        return DeadLetter(reason_of(error))
+        return GiveUp(reason_of(error))
     at = (time.time() if now is None else now) + wait_s(
         attempt, policy.backoff, error.retry_after_s, random.random() if chance is None else chance
     )
-    return Retry(at) if at < deadline else DeadLetter(reason_of(error))
+    return Retry(at) if at < deadline else GiveUp(reason_of(error))
 
 
 def wait_s(attempt: int, backoff: Backoff, retry_after_s: float | None, chance: float) -> float:

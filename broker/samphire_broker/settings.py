@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from samphire.address import DEFAULT_BROKER_URL, Address, Broker, broker_of
-from samphire.contract import ATTEMPTS_MAX, BACKOFF_MAX_S, Backoff
 from samphire.errors import InvalidInputError
-from samphire.keys import DEFAULT_NAMESPACE, Keys, checked_namespace
+from samphire.transport.address import DEFAULT_BROKER_URL, Address, Broker, broker_of
+from samphire.wire.contract import ATTEMPTS_MAX, BACKOFF_MAX_S, Backoff
+from samphire.wire.keys import DEFAULT_NAMESPACE, Keys, checked_namespace
 
 FsyncPolicy = Literal["always", "everysec"]
 
@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     )
 
     broker_url: str = DEFAULT_BROKER_URL
-    """Redis or Valkey: `redis://[user:password@]host:port/database`; see `samphire.address`."""
+    """Redis or Valkey: `redis://[user:password@]host:port/database`; see `samphire.transport.address`."""
 
     namespace: str = DEFAULT_NAMESPACE
     """What every own key begins with; another deployment on the same database needs another, and another Celery key

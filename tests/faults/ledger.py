@@ -24,7 +24,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from samphire.results import TERMINAL
+from samphire.client.results import TERMINAL
 from tests.support.names import KEYS
 
 TERMINAL_META = re.compile(rb'"status": ?"(SUCCESS|FAILURE|REVOKED)"')

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from samphire.address import Address
-from samphire.direct import COMMAND_TIMEOUT_S, Argument, DirectConnection
 from samphire.errors import BrokerUnavailableError
+from samphire.transport.address import Address
+from samphire.transport.direct import COMMAND_TIMEOUT_S, Argument, DirectConnection
 
 
 class LossyConnection(DirectConnection):

@@ -27,11 +27,11 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from samphire import keys
-from samphire.address import broker_of
+from samphire.transport.address import broker_of
+from samphire.wire import keys
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.embedded.process import Part, PartError, PartSpec
-from samphire_broker.embedded.triton import triton_spec
+from samphire_broker.embedded.tritonserver import triton_spec
 from samphire_broker.embedded.valkey import valkey_spec
 from samphire_broker.embedded.worker import worker_spec
 from samphire_broker.settings import FsyncPolicy, Settings, shipped_model_repository

@@ -31,10 +31,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from samphire import keys
-from samphire.address import Address, broker_of
 from samphire.errors import BrokerUnavailableError, IdempotencyConflictError
-from samphire.publisher import IdempotencyKey, Publisher
+from samphire.transport.address import Address, broker_of
+from samphire.transport.publisher import IdempotencyKey, Publisher
+from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import (
     CANCELLED,

@@ -30,8 +30,8 @@ from samphire import (
     ResultDeletedError,
     Step,
 )
-from samphire.dead_letters import AsyncDeadLetters
-from samphire.direct import Script
+from samphire.client.dead_letters import AsyncDeadLetters
+from samphire.transport.direct import Script
 from samphire_broker.store import CANCELLED, FORGOTTEN, Claimed, OtherEnd, Settlement, Store, Tried
 from samphire_broker.store.calls import VERBS, script_text
 from tests.faults.ends import Ends, nothing_is_left
@@ -66,7 +66,7 @@ def public_methods(kind: type) -> set[str]:
 def scripts() -> dict[str, str]:
     """Names of the store's scripts by SHA-1."""
     found = {verb: script_text(verb, KEYS) for verb in VERBS}
-    found["submit"] = (resources.files("samphire") / "submit.lua").read_text()
+    found["submit"] = (resources.files("samphire.transport") / "submit.lua").read_text()
     return {Script(text).sha: name for name, text in found.items()}
 
 

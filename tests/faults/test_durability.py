@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 import redis
 
-from samphire import AsyncClient, SamphireError, keys
+from samphire import AsyncClient, SamphireError
+from samphire.wire import keys
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.embedded.valkey import server_binary
 from tests.stacks import ENDS_S, bound, eventually, running_valkey

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from samphire.address import broker_of
-from samphire.keys import DEFAULT_NAMESPACE, Keys
-from samphire.publisher import IdempotencyKey, Publisher
+from samphire.transport.address import broker_of
+from samphire.transport.publisher import IdempotencyKey, Publisher
+from samphire.wire.keys import DEFAULT_NAMESPACE, Keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store, Turn, WorkerInfo
 from samphire_broker.store.calls import script_text as store_script_text
@@ -27,7 +27,7 @@ _EMPTY_REPLIES: dict[str, list[int]] = {"claim": [0], "cancel": [], "reap": [0, 
 def script_text(verb: str) -> str:
     """The text of a script, as it is loaded."""
     if verb == "submit":
-        return (resources.files("samphire") / "submit.lua").read_text()
+        return (resources.files("samphire.transport") / "submit.lua").read_text()
     return store_script_text(verb, Keys()).replace("'samphire:'", "''", 1)  # the model's keys have bare names
 
 

@@ -20,12 +20,12 @@ from samphire_broker.embedded.ports import choose_port
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
 from samphire_workers.celery_settings import celery_settings
-from samphire_workers.endpoints import Endpoints
-from samphire_workers.lane.canvas import Canvas
-from samphire_workers.lane.events import CeleryEvents
-from samphire_workers.lane.lane import Lane
-from samphire_workers.lane.lease import keep_lease, reap_others
-from samphire_workers.lane.wake import QueueWatch
+from samphire_workers.claiming.wake import QueueWatch
+from samphire_workers.lane import Lane
+from samphire_workers.monitoring.celery_events import CeleryEvents
+from samphire_workers.settlement.canvas import Canvas
+from samphire_workers.triton.endpoints import Endpoints
+from samphire_workers.upkeep.lease import keep_lease, reap_others
 from tests.support.names import KEYS
 
 Behaviour = Callable[[Any], Awaitable[None]]

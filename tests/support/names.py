@@ -1,5 +1,5 @@
 """The keys of a deployment that has set nothing."""
 
-from samphire.keys import Keys
+from samphire.wire.keys import Keys
 
 KEYS = Keys()

@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 
 from celery import Celery
 
-from samphire.contract import INFER_TASK
 from samphire.errors import InvalidInputError
+from samphire.wire.contract import INFER_TASK
 from samphire_broker.queues import control, intake
 from samphire_broker.settings import read_settings
+from samphire_workers import control as control_commands
 from samphire_workers import worker_log
+from samphire_workers.bootstep import LaneStep
 from samphire_workers.celery_settings import celery_settings, refuse_other_addresses
-from samphire_workers.lane import control as control_commands
-from samphire_workers.lane.step import LaneStep
 
 try:
     refuse_other_addresses(os.environ)

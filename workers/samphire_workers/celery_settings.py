@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from samphire.address import Broker
 from samphire.errors import InvalidInputError
+from samphire.transport.address import Broker
 
 BROKER_SETTINGS = (
     *("broker_url", "result_backend", "broker_use_ssl", "redis_backend_use_ssl"),

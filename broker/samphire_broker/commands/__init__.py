@@ -4,8 +4,8 @@ import click
 
 from samphire_broker.commands.dead_letters import dead_letters
 from samphire_broker.commands.doctor import doctor
-from samphire_broker.commands.stack import demo, up
 from samphire_broker.commands.tasks import cancel, queues, result, submit, watch
+from samphire_broker.commands.up import demo, up
 
 
 @click.group()

@@ -19,7 +19,7 @@ from samphire import (
     ResultTimeoutError,
     SamphireError,
 )
-from samphire.tensors import array_to_bytes, bytes_to_values
+from samphire.wire.tensors import array_to_bytes, bytes_to_values
 from samphire_broker.shown import shown
 
 FAILED, BROKER_AWAY, NO_ANSWER = 1, 3, 4  # 2 is click's, for wrong usage

@@ -11,9 +11,9 @@ import click
 import numpy as np
 
 from samphire import Client, InvalidInputError, SamphireError, Task
-from samphire.address import broker_of
-from samphire.tensors import DTYPES, values_to_bytes
-from samphire.validation import ModelSignature
+from samphire.transport.address import broker_of
+from samphire.wire.signature import ModelSignature
+from samphire.wire.tensors import DTYPES, values_to_bytes
 from samphire_broker.commands.output import (
     FAILED,
     NO_ANSWER,
@@ -24,7 +24,7 @@ from samphire_broker.commands.output import (
     with_broker_url,
     with_client,
 )
-from samphire_broker.overview import overview
+from samphire_broker.inspection.overview import overview
 from samphire_broker.shown import shown
 
 

@@ -12,7 +12,7 @@ from base64 import b64encode
 from http.client import HTTPConnection
 from pathlib import Path
 
-from samphire.address import Broker, environment_of
+from samphire.transport.address import Broker, environment_of
 from samphire_broker.embedded.ports import LOOPBACK
 from samphire_broker.embedded.process import PartError, PartSpec
 

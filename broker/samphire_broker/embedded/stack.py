@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from samphire.address import broker_of
+from samphire.transport.address import broker_of
 from samphire_broker.embedded.flower import (
     FLOWER_USER,
     PASSWORD_VARIABLE,
@@ -24,7 +24,7 @@ from samphire_broker.embedded.flower import (
 )
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.embedded.process import Part, PartError, PartSpec
-from samphire_broker.embedded.triton import seed_model_repository, triton_spec
+from samphire_broker.embedded.tritonserver import seed_model_repository, triton_spec
 from samphire_broker.embedded.valkey import valkey_spec
 from samphire_broker.embedded.worker import worker_spec
 from samphire_broker.settings import FsyncPolicy, shipped_model_repository

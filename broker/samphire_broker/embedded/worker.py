@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from samphire.address import Broker, environment_of
-from samphire.connection import key_text
-from samphire.direct import DirectConnection
 from samphire.errors import SamphireError
-from samphire.keys import Keys
+from samphire.transport.address import Broker, environment_of
+from samphire.transport.connection import key_text
+from samphire.transport.direct import DirectConnection
+from samphire.wire.keys import Keys
 from samphire_broker.embedded.process import PartSpec
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from samphire.clock import BrokerClock
-from samphire.direct import Argument, DirectConnection, Script
-from samphire.keys import Keys
+from samphire.transport.clock import BrokerClock
+from samphire.transport.direct import Argument, DirectConnection, Script
+from samphire.wire.keys import Keys
 from samphire_broker.settings import Settings
 
 _FOLDER = resources.files("samphire_broker.store") / "lua"

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from samphire import keys
-from samphire.connection import key_text
-from samphire.direct import Argument
 from samphire.errors import ProtocolError
+from samphire.transport.connection import key_text
+from samphire.transport.direct import Argument
+from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store.calls import Calls
 from samphire_broker.store.records import (

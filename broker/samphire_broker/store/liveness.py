@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import msgspec
 
-from samphire.connection import key_text
-from samphire.direct import Argument, DirectConnection
-from samphire.keys import SCHEMA_VERSION
+from samphire.transport.connection import key_text
+from samphire.transport.direct import Argument, DirectConnection
+from samphire.wire.keys import SCHEMA_VERSION
 from samphire_broker.store.calls import Calls
 from samphire_broker.store.records import OtherDeploymentError, Reaped, WorkerInfo
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from samphire import keys
 from samphire.errors import SamphireError
+from samphire.wire import keys
 
 STREAM_MAX_LENGTH = 1_000
 """Entries, each of a settled batch; a client that misses some finds its results all the same."""
@@ -125,7 +125,7 @@ class Settlement(NamedTuple):
     """Of a task whose state is "retrying": it waits with the scheduled ones."""
 
 
-class Letters(NamedTuple):
+class LetterCounts(NamedTuple):
     """The dead letters, after the limit was enforced."""
 
     deleted: int

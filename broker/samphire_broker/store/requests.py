@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
 
-from samphire import keys
-from samphire.connection import key_text
-from samphire.contract import Ref
-from samphire.direct import Argument, read_blob
+from samphire.client.results import DELETED
 from samphire.errors import BrokerRightError
-from samphire.results import DELETED
+from samphire.transport.connection import key_text
+from samphire.transport.direct import Argument, read_blob
+from samphire.wire import keys
+from samphire.wire.contract import Ref
 from samphire_broker.settings import Settings
 from samphire_broker.store.calls import Calls
-from samphire_broker.store.records import STREAM_MAX_LENGTH, STREAM_TTL_S, Letters
+from samphire_broker.store.records import STREAM_MAX_LENGTH, STREAM_TTL_S, LetterCounts
 
 CANCELLED_MAX = 100_000
 CANCELLED_TTL_S = 7 * 86_400
@@ -126,7 +126,7 @@ class Requests(Calls):
         key_names = [self.keys.letters, self.keys.dead, self.keys.tried, self.keys.ended, self.keys.ended_before]
         return int(await self._run("letters", key_names, args))
 
-    async def trim_letters(self) -> Letters:
+    async def trim_letters(self) -> LetterCounts:
         """Delete the oldest dead letters beyond the limit, at most `BATCH_MAX` a call; what there is."""
         args: list[Argument] = [
             self.keys.dead_prefix,
@@ -134,7 +134,7 @@ class Requests(Calls):
             self._settings.dead_letter_ttl_s,
         ]
         deleted, left, oldest, now = await self._run("trim", [self.keys.dead], args)
-        return Letters(deleted, left, float(now) - float(oldest) if oldest else 0.0)
+        return LetterCounts(deleted, left, float(now) - float(oldest) if oldest else 0.0)
 
     async def publish_catalogue(self, signatures: Mapping[str, bytes], gone: Collection[str]) -> None:
         """Tell clients what the models take, and which are gone; what no worker renews expires."""

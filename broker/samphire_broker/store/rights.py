@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 import redis
 
-from samphire.keys import BLOB_PREFIX, INTAKE, RESULT_BLOB_PREFIX, STREAM_PREFIX, Keys
+from samphire.wire.keys import BLOB_PREFIX, INTAKE, RESULT_BLOB_PREFIX, STREAM_PREFIX, Keys
 from samphire_broker.store.calls import Calls, script_text
 
 _pack = msgspec.msgpack.Encoder().encode

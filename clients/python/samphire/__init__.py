@@ -6,9 +6,12 @@
 ...     task.result(timeout_s=10).outputs["probabilities"]      # float32 [1, 10]
 """
 
-from samphire.aio import AsyncClient
-from samphire.contract import Backoff
-from samphire.dead_letters import Attempt, DeadLetter, LetterFilter
+from samphire.client.aio import AsyncClient
+from samphire.client.dead_letters import Attempt, DeadLetter, LetterFilter
+from samphire.client.pipeline import Output, Step
+from samphire.client.results import InferResult
+from samphire.client.sync import Client, Task
+from samphire.client.task import AsyncTask, TaskEvent
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerRightError,
@@ -37,11 +40,8 @@ from samphire.errors import (
     UnknownTaskError,
     WorkerCrashError,
 )
-from samphire.pipeline import Output, Step
-from samphire.results import InferResult
-from samphire.sync import Client, Task
-from samphire.task import AsyncTask, TaskEvent
-from samphire.validation import ModelSignature, TensorSpec
+from samphire.wire.contract import Backoff
+from samphire.wire.signature import ModelSignature, TensorSpec
 
 __all__ = [
     "AsyncClient",

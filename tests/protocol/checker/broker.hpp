@@ -228,7 +228,7 @@ class Broker {
     for (const char* verb : {"alone", "beat", "cancel", "claim", "due", "leave", "letters", "reap", "release", "route",
                              "schedule", "settle", "start"})
       scripts_.load(verb, with_what_stands_before(folder, verb));
-    scripts_.load("submit", {root + "/clients/python/samphire/submit.lua"});
+    scripts_.load("submit", {root + "/clients/python/samphire/transport/submit.lua"});
     if (dump_) dump_file_ = fopen(dump_path.c_str(), "w");
   }
   ~Broker() {

@@ -1,0 +1,1 @@
+"""Looking at a deployment: what lies where, and what could be wrong."""

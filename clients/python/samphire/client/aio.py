@@ -1,0 +1,318 @@
+"""The asynchronous client: all of the SDK's logic. `samphire.client.sync` runs the same on a thread."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+from samphire.client.dead_letters import AsyncDeadLetters
+from samphire.client.encoder import (
+    Encoder,
+    Inputs,
+    Limits,
+    Parameters,
+    idempotency,
+    plain_text,
+    priority_step,
+    request_for,
+)
+from samphire.client.mapping import Counted, Map, Progress, Sizes
+from samphire.client.pipeline import Stage, StepOptions, encode_chain, stages_of
+from samphire.client.results import InferResult
+from samphire.client.session import Session
+from samphire.client.task import AsyncTask
+from samphire.errors import (
+    InvalidInputError,
+    SamphireError,
+)
+from samphire.transport.address import Broker, broker_of
+from samphire.wire import keys
+from samphire.wire.contract import Backoff, check_task_id, check_tenant
+from samphire.wire.keys import Priority
+from samphire.wire.signature import ModelSignature
+
+
+class AsyncClient:
+    """Submits tasks and reads their results; for one event loop of one process.
+
+    Args:
+        broker_url: Redis or Valkey; by default `SAMPHIRE_BROKER_URL`, else redis://localhost:6379/0.
+        namespace: what the keys of this deployment begin with; by default `SAMPHIRE_NAMESPACE`, else `samphire:`.
+        celery_key_prefix: `global_keyprefix` of Celery's keys; by default `SAMPHIRE_CELERY_KEY_PREFIX`, else none.
+        tenant: whose tasks these are; each tenant has queues of its own.
+        queue_limit: a submit to a queue that holds this many messages is refused; 0 for no limit.
+        inline_limit_bytes: larger tensors travel as claim checks, beside the queue.
+        max_request_bytes: largest sum of a request's tensors.
+        blob_ttl_s: lifetime of claim checks; a task that waits longer fails.
+        idempotency_ttl_s: how long an idempotency key is known; results should live as long.
+        validate: check requests against what the workers tell of the models, before anything is queued.
+    """
+
+    def __init__(
+        self,
+        broker_url: str | None = None,
+        *,
+        namespace: str | None = None,
+        celery_key_prefix: str | None = None,
+        tenant: str = "",
+        queue_limit: int = 1_000_000,
+        inline_limit_bytes: int = 8 * 2**10,
+        max_request_bytes: int = 16 * 2**20,
+        blob_ttl_s: int = 86_400,
+        idempotency_ttl_s: int = 3600,
+        validate: bool = True,
+    ) -> None:
+        tenant = plain_text("the tenant", tenant)
+        check_tenant(tenant)
+        self.broker: Broker = broker_of(broker_url, namespace, celery_key_prefix)
+        self.tenant = tenant
+        if idempotency_ttl_s < 1:
+            raise InvalidInputError(f"expected idempotency_ttl_s of at least 1, given {idempotency_ttl_s}")
+        self._idempotency_ttl_s = idempotency_ttl_s
+        self._limits = Limits(inline_limit_bytes, max_request_bytes)
+        self._session = Session(self.broker, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s, validate=validate)
+
+    def __repr__(self) -> str:
+        tenant = f" tenant={self.tenant}" if self.tenant else ""
+        closed = " closed" if self._session.closed else ""
+        return f"<{type(self).__name__} {self.broker.address}{tenant}{closed}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections; who still waits for a result gets `ClientClosedError`."""
+        await self._session.close()
+
+    async def submit(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        version: str | int = "champion",
+        priority: Priority = "normal",
+        outputs: Iterable[str] = (),
+        parameters: Parameters | None = None,
+        eta: datetime | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
+        idempotency_key: str | None = None,
+        max_attempts: int | None = None,
+        backoff: Backoff | None = None,
+    ) -> AsyncTask:
+        """Queue one inference and return its handle, as soon as the broker has it.
+
+        Args:
+            model: name in the model repository.
+            inputs: input name to array, with the batch dimension where the model has one.
+            version: version number, or "champion".
+            priority: high is served before normal, normal before low, none starves.
+            outputs: names of the outputs to return; all by default.
+            parameters: OIP parameters for the model; `micro_batch: False` keeps the request alone, "tenant" joins it
+                with those of its tenant only.
+            eta: not before this time by the broker's clock, a datetime with a time zone.
+            delay_s: not before so many seconds from now.
+            deadline_s: of use for so many seconds from now: what has not started by then ends as expired, what
+                is running is given up.
+            idempotency_key: a second submit with the same key, of this tenant and model, within
+                `idempotency_ttl_s` gives the task of the first, also when that has ended.
+            max_attempts: how often the task is tried before it is a dead letter, 1 to 100; by default what the
+                workers have set for the model.
+            backoff: how long it waits in between; by default the same.
+
+        Raises:
+            InvalidInputError: the request can never succeed; nothing was queued.
+            IdempotencyConflictError: the key belongs to a task that was asked for something else.
+            QueueFullError, BrokerMemoryFullError, BrokerRightError: refused; nothing was queued.
+            BrokerUnavailableError: no answer; the task may or may not be queued.
+        """
+        headers = await self._session.when(eta, delay_s, deadline_s)
+        encode = await self._encoder(model, version, priority, outputs, parameters, headers, max_attempts, backoff)
+        task_id, message, blobs = await self._session.encode(encode, inputs)
+        key = None
+        if idempotency_key is not None:
+            key = idempotency(idempotency_key, encode.request, task_id, self._idempotency_ttl_s)
+        epoch = self._session.waiter.epoch  # before the task can end
+        known = await self._session.publisher.publish(encode.queue, encode.priority, [message], blobs, key)
+        return AsyncTask(self._session, known, "often") if known else AsyncTask(self._session, task_id, epoch)
+
+    async def chain(
+        self,
+        *stages: Stage,
+        priority: Priority = "normal",
+        eta: datetime | None = None,
+        delay_s: float | None = None,
+        deadline_s: float | None = None,
+    ) -> AsyncTask:
+        """Queue a chain of inferences and return the handle of its last step; see `samphire.client.pipeline`.
+
+        Args:
+            stages: steps, each in its turn; a list of steps is a stage whose steps run side by side.
+            priority, eta, delay_s, deadline_s: as in `submit`, for the whole chain.
+
+        Raises:
+            InvalidInputError: a step takes an input from where there is none, or what does not fit its model;
+                nothing was queued.
+            QueueFullError, BrokerMemoryFullError, BrokerUnavailableError: as in `submit`.
+        """
+        self._session.check_usable()
+        listed = stages_of(stages)
+        headers = {**await self._session.when(eta, delay_s, deadline_s), "samphire_stream": self._session.stream}
+        options = StepOptions(self.tenant, priority_step(priority), headers, self._limits)
+        models = {step.model for stage in listed for step in stage}
+        signatures = {model: await self._session.signature(model) for model in models}
+        try:
+            task_id, message, blobs = encode_chain(listed, options, signatures)
+        except InvalidInputError:  # perhaps a model has changed
+            fresh = {model: await self._session.signature(model, fresh=True) for model in models}
+            task_id, message, blobs = encode_chain(listed, options, fresh)
+        await self._session.publisher.publish(keys.INTAKE, options.priority, [message], blobs)
+        return AsyncTask(self._session, task_id, "often")  # of a chord that fails no event tells
+
+    @overload
+    def map(
+        self,
+        model: str,
+        batches: Iterable[Inputs],
+        *,
+        return_exceptions: Literal[False] = ...,
+        progress: Progress | None = ...,
+        window: int = ...,
+        window_bytes: int = ...,
+        version: str | int = ...,
+        priority: Priority = ...,
+        outputs: Iterable[str] = ...,
+        parameters: Parameters | None = ...,
+        deadline_s: float | None = ...,
+    ) -> AsyncIterator[InferResult]: ...
+
+    @overload
+    def map(
+        self,
+        model: str,
+        batches: Iterable[Inputs],
+        *,
+        return_exceptions: bool,
+        progress: Progress | None = ...,
+        window: int = ...,
+        window_bytes: int = ...,
+        version: str | int = ...,
+        priority: Priority = ...,
+        outputs: Iterable[str] = ...,
+        parameters: Parameters | None = ...,
+        deadline_s: float | None = ...,
+    ) -> AsyncIterator[InferResult | SamphireError]: ...
+
+    async def map(
+        self,
+        model: str,
+        batches: Iterable[Inputs],
+        *,
+        return_exceptions: bool = False,
+        progress: Progress | None = None,
+        window: int = 4096,
+        window_bytes: int = 64 * 2**20,
+        version: str | int = "champion",
+        priority: Priority = "normal",
+        outputs: Iterable[str] = (),
+        parameters: Parameters | None = None,
+        deadline_s: float | None = None,
+    ) -> AsyncIterator[InferResult | SamphireError]:
+        """Submit every element of `batches` and yield the results in the same order.
+
+        Args:
+            model: name in the model repository.
+            batches: inputs of one task each; read only as far ahead as the window allows.
+            return_exceptions: yield the error of a task that failed instead of raising it.
+            progress: called with the number of results so far, and of all if `batches` has a length.
+            window: most tasks under way, or done and not yet yielded, at once.
+            window_bytes: most bytes of their inputs and outputs, as far as these can be known ahead.
+            version, priority, outputs, parameters: as in `submit`.
+            deadline_s: as in `submit`, for each task from when it is queued.
+
+        Raises:
+            SamphireError: the first error of a task, unless `return_exceptions`; the rest goes on.
+        """
+        chunks = self._map_chunks(
+            model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s
+        )
+        counted = Counted(batches, progress)
+        async for chunk in chunks:
+            for result in chunk:
+                counted.one_more()
+                if isinstance(result, SamphireError) and not return_exceptions:
+                    raise result
+                yield result
+
+    @property
+    def dead_letters(self) -> AsyncDeadLetters:
+        """What failed for good, or was no task; see `AsyncDeadLetters`."""
+        self._session.check_usable()
+        return AsyncDeadLetters(self._session.publisher.connection, self._session.broker.keys)
+
+    async def signature(self, model: str) -> ModelSignature | None:
+        """What a model takes and returns, as the workers tell it; None where no worker has told.
+
+        Raises:
+            UnknownModelError: the workers know all models, and there is none of that name.
+        """
+        self._session.check_usable()
+        return await self._session.catalogue.signature(model)
+
+    def task(self, task_id: str) -> AsyncTask:
+        """A handle of a task that anybody submitted.
+
+        Raises:
+            InvalidInputError: not a task id.
+        """
+        check_task_id(task_id)
+        return AsyncTask(self._session, task_id, "often")
+
+    # -- the parts ----------------------------------------------------------------------------------
+
+    async def _map_chunks(
+        self,
+        model: str,
+        batches: Iterable[Inputs],
+        window: int,
+        window_bytes: int,
+        version: str | int,
+        priority: Priority,
+        outputs: Iterable[str],
+        parameters: Parameters | None,
+        deadline_s: float | None,
+    ) -> AsyncIterator[list[InferResult | SamphireError]]:
+        """Like `map`, with the results that are there together in one list."""
+        if window < 1 or window_bytes < 1:
+            raise InvalidInputError(f"expected a window of at least 1, given {window} tasks, {window_bytes} bytes")
+        encode = await self._encoder(model, version, priority, outputs, parameters, {})
+        under_way = Map(self._session, encode, batches, Sizes(window, window_bytes), deadline_s)
+        async with contextlib.aclosing(under_way.chunks()) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _encoder(
+        self,
+        model: str,
+        version: str | int,
+        priority: str,
+        outputs: Iterable[str],
+        parameters: Parameters | None,
+        headers: dict[str, Any],
+        max_attempts: int | None = None,
+        backoff: Backoff | None = None,
+    ) -> Encoder:
+        self._session.check_usable()
+        template = request_for(model, version, outputs, parameters, self.tenant, max_attempts, backoff)
+        encoder = Encoder(template, priority_step(priority), self._session.stream, self._limits)
+        encoder.headers(headers)
+        encoder.check_against(await self._session.signature(model))
+        return encoder

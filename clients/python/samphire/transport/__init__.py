@@ -1,0 +1,1 @@
+"""How the SDK reaches the broker: its address, connections, clock, and publication."""

@@ -1,0 +1,237 @@
+"""From message to micro-batch: what each is, whether it fits its model as it is now, and whom it may go with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from samphire.errors import EndpointUnavailableError, InvalidInputError, SamphireError, UnknownModelError
+from samphire.wire import keys
+from samphire.wire.contract import CanvasStart, ChordPart
+from samphire_broker.settings import Settings
+from samphire_broker.store import CANCELLED, DUE, REPLACED, Claimed, Store
+from samphire_workers.claiming.discovery import QueueDiscovery
+from samphire_workers.inference import batching
+from samphire_workers.inference.sequences import Sequences
+from samphire_workers.intake.checking import Checker
+from samphire_workers.intake.request import Request, find_who_waits, read
+from samphire_workers.ledger import Ledger
+from samphire_workers.repeat import persist
+from samphire_workers.settlement.endings import Endings
+from samphire_workers.triton.served import ServedModels
+from samphire_workers.unexpected import our_error
+
+logger = logging.getLogger(__name__)
+
+READ_S = 0.05
+"""For so long messages are read without a pause: a claim may hold many large ones, and the worker has to beat."""
+
+
+def read_or_error(claim: Claimed, settings: Settings) -> tuple[Request, SamphireError | None]:
+    """Read a message; where it is not understood, what is known of who waits for it, and why."""
+    try:
+        return read(claim, settings)
+    except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+        request = Request(claim)
+        try:
+            find_who_waits(request, claim, settings)
+        except Exception:
+            logger.exception("who waits for a message is not known", extra={"action": "who_waits_failed"})
+            request = Request(claim)
+        return request, our_error(error)
+
+
+class Sorter:
+    """Takes in what was claimed; each message is routed, scheduled, ended, run as an errand, or dispatched.
+
+    Args:
+        settings, store, served, queues, held, endings, sequences: of the lane.
+        dispatch: runs a micro-batch of a model.
+        release: hands requests back to their queues.
+        hand_back: lets requests go once the broker has taken them back.
+        let_go: forgets claims.
+        spawn: runs something in the background.
+        wake: says that there may be something to claim.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        served: ServedModels,
+        queues: QueueDiscovery,
+        held: Ledger,
+        endings: Endings,
+        sequences: Sequences,
+        *,
+        dispatch: Callable[[str, list[Request]], Coroutine[Any, Any, None]],
+        release: Callable[[Sequence[Request]], Awaitable[None]],
+        hand_back: Callable[[Sequence[Request], Callable[[], Awaitable[int]]], Awaitable[None]],
+        let_go: Callable[[Sequence[str]], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        wake: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._served = served
+        self._queues = queues
+        self._held = held
+        self._endings = endings
+        self._sequences = sequences
+        self._run_batch = dispatch
+        self._release = release
+        self._hand_back = hand_back
+        self._let_go = let_go
+        self._spawn = spawn
+        self._wake = wake
+        self._in_order: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def take_in(self, claimed: Sequence[Claimed]) -> None:
+        """Read what was claimed, and start what each message asks for."""
+        requests: list[Request] = []
+        began = time.monotonic()
+        for claim in claimed:
+            if time.monotonic() - began > READ_S:
+                await asyncio.sleep(0)
+                began = time.monotonic()
+            request, error = read_or_error(claim, self._settings)
+            self._held.has_read(request)
+            if error is not None and not request.keeps_order:
+                self._refuse(request, error)
+            else:
+                request.refusal = error  # of a sequence: it fails in its turn, so that those after it know
+                requests.append(request)
+        self._sort_out(requests)
+
+    def _refuse(self, request: Request, error: SamphireError) -> None:
+        try:
+            self._endings.fail(request, error)
+        except Exception:  # one message must not end the lane for all
+            logger.exception("who waits for a message cannot be told", extra={"action": "refusal_failed"})
+            nobody = Request(request.claim)
+            self._held.has_read(nobody)
+            self._endings.fail(nobody, error)
+
+    def _sort_out(self, requests: Sequence[Request]) -> None:
+        at_home: defaultdict[str, list[Request]] = defaultdict(list)
+        elsewhere: list[Request] = []
+        later: list[Request] = []
+        now = self._store.clock.now()
+        for request in requests:
+            is_over = request.refusal is not None or request.times.expires <= now
+            if is_over and not request.keeps_order:  # else it ends in its turn, so that those after it know
+                self._endings.revoke(request, "expired")
+            elif request.times.eta > now and not is_over:
+                later.append(request)
+            elif request.errand is not None:
+                self._spawn(self._errand(request, request.errand))
+            elif not request.at_home:
+                elsewhere.append(request)
+            else:
+                at_home[request.model].append(request)
+        if later:
+            self._spawn(self._schedule(later))
+        if routable := [request for request in elsewhere if self._may_be_routed(request)]:
+            self._spawn(self._route(routable))
+        for model, fitting in at_home.items():
+            checker = self._served.known(model)
+            in_order = checker is not None and checker.signature.sequence_batching
+            if checker is not None and not in_order and all(self._fits(checker, request) for request in fitting):
+                self._dispatch(model, fitting, checker)
+            else:
+                self._spawn(self._dispatch_checked(model, fitting))
+
+    def _may_be_routed(self, request: Request) -> bool:
+        if request.sequence_id is None:
+            return True
+        queue = keys.queue_name(request.model, request.request.tenant)
+        why = f"requests of a sequence keep their order only in their model's queue: send them to {queue}"
+        self._endings.fail(request, InvalidInputError(why))
+        return False
+
+    def _fits(self, checker: Checker, request: Request) -> bool:
+        try:
+            checker.check(request)
+        except Exception:  # noqa: BLE001 - it is checked again, with time to say what is wrong
+            return False
+        return True
+
+    async def _errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
+        await self._endings.run_errand(request, errand)
+        self._wake()  # the body of a chord may have been sent, in Celery's way
+
+    async def _route(self, requests: Sequence[Request]) -> None:
+        moves = []
+        for request in requests:
+            queue, _ = keys.split_list(request.home_list)
+            moves.append((request.claim.field, queue, request.home_list))
+            self._queues.serve([queue])
+        await self._hand_back(requests, lambda: self._store.route(moves))
+
+    async def _schedule(self, requests: Sequence[Request]) -> None:
+        tasks = [(request.claim.field, request.task_id, request.times.eta) for request in requests]
+        try:
+            verdicts = await persist(lambda: self._store.schedule(tasks))
+        except SamphireError as error:
+            for request in requests:
+                self._endings.fail(request, error)
+            return
+        due: list[Request] = []
+        for request, verdict in zip(requests, verdicts, strict=True):
+            if verdict == CANCELLED:
+                self._endings.revoke(request, "cancelled")
+            elif verdict == DUE:  # by the broker's clock, which is the one that counts
+                request.times = request.times._replace(eta=0.0)
+                due.append(request)
+            else:
+                if verdict == REPLACED:
+                    logger.warning("task %s was scheduled twice", request.task_id, extra={"action": "replaced"})
+                self._let_go([request.claim.field])
+        self._sort_out(due)
+
+    async def _dispatch_checked(self, model: str, requests: list[Request]) -> None:
+        """Dispatch what fits the model as it is now, and fail what does not, in the order of the claims."""
+        async with self._in_order[model]:
+            await self._dispatch_in_order(model, requests)
+
+    async def _dispatch_in_order(self, model: str, requests: list[Request]) -> None:
+        try:
+            checker = await self._served.checker(model)
+        except EndpointUnavailableError as error:
+            logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
+            await self._release(requests)
+            return
+        except SamphireError as error:
+            for request in requests:
+                self._sequences.refuse(request, error)
+            return
+        valid: list[Request] = []
+        for request in requests:
+            why = request.refusal
+            try:
+                try:
+                    checker.check(request)
+                except UnknownModelError:  # a version that was loaded a moment ago
+                    checker = await self._served.checker(model, fresh=True)
+                    checker.check(request)
+            except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+                why = why or our_error(error)
+            if why is None:
+                valid.append(request)
+            elif checker.signature.sequence_batching and request.keeps_order:
+                request.refusal = why
+                valid.append(request)
+            else:
+                self._sequences.refuse(request, why)
+        self._dispatch(model, valid, checker)
+
+    def _dispatch(self, model: str, requests: Sequence[Request], checker: Checker) -> None:
+        if checker.signature.sequence_batching:
+            self._sequences.add(requests)
+            return
+        for batch in batching.group(requests, checker.signature):
+            self._spawn(self._run_batch(model, batch))

@@ -1,0 +1,1 @@
+"""From requests to Triton's answers: micro-batches, suspects, sequences."""

@@ -1,0 +1,238 @@
+"""Asking Triton for one micro-batch, as long as somebody waits for it; and what an error means for the endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from math import inf
+
+from samphire.errors import (
+    EndpointTimeoutError,
+    EndpointUnavailableError,
+    InvalidInputError,
+    QueueFullError,
+    SamphireError,
+    UnknownModelError,
+)
+from samphire_broker.settings import Settings
+from samphire_broker.store import Store
+from samphire_workers.claiming.limits import AdaptiveLimits
+from samphire_workers.inference import batching
+from samphire_workers.inference.answers import check_answer
+from samphire_workers.inference.locks import ModelLocks
+from samphire_workers.inference.reloading import Reloads
+from samphire_workers.inference.unwritten import Unwritten
+from samphire_workers.intake.checking import MICRO_BATCH
+from samphire_workers.intake.request import Request
+from samphire_workers.settlement.endings import Endings
+from samphire_workers.settlement.outcome import TimeLimitError
+from samphire_workers.triton.endpoint import Endpoint, Running, Tensor
+from samphire_workers.triton.endpoints import Endpoints
+from samphire_workers.triton.errors import GivenUpError, StubDiedError
+from samphire_workers.triton.served import ServedModels
+from samphire_workers.unexpected import our_error
+
+BUSY_S = 1.0
+"""Longest rest of a model whose queue at Triton is full, where Triton does not say how long."""
+
+
+@dataclass(eq=False, slots=True)
+class _Asked:
+    """A micro-batch that an endpoint works on, or that waits at the model's lock."""
+
+    model: str
+    batch: list[Request]
+    endpoint: Endpoint
+    running: Running = field(default_factory=Running)
+    at: float = field(default_factory=time.monotonic)
+    timeout_s: float = 0.0
+    clock: asyncio.TimerHandle | None = None
+    """Rings when the next of its members' deadlines passes."""
+
+    def stop_if_over(self, why: SamphireError) -> None:
+        """Cancel it at the endpoint once nobody waits for it."""
+        if all(request.over for request in self.batch):
+            self.running.stop(why)
+
+
+class Asker:
+    """Asks the endpoints, and gives up what nobody waits for any more.
+
+    Args:
+        settings: those of the worker.
+        store: has the broker's clock.
+        endpoints: who is asked.
+        served: is told what is away.
+        endings: ends tasks whose deadline passes meanwhile.
+        limits: is told how long it took.
+        locks: what all go through that are not alone with the model.
+        unwritten: what has been at Triton, and whose end is not on the broker yet.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        endpoints: Endpoints,
+        served: ServedModels,
+        endings: Endings,
+        limits: AdaptiveLimits,
+        locks: ModelLocks,
+        unwritten: Unwritten,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._endpoints = endpoints
+        self._served = served
+        self._endings = endings
+        self._limits = limits
+        self._locks = locks
+        self._unwritten = unwritten
+        self._reloads = Reloads(served)
+        self._asked: set[_Asked] = set()
+        self._ending: SamphireError | None = None
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether nothing is asked any more."""
+        return self._ending is not None
+
+    def stop_over(self, why: SamphireError) -> None:
+        """Tell Triton of what it works on for nobody any more."""
+        for asked in list(self._asked):
+            asked.stop_if_over(why)
+
+    def end(self) -> None:
+        """Give up what is asked, and ask for nothing more."""
+        self._ending = EndpointUnavailableError("the worker is ending")
+        for asked in list(self._asked):
+            asked.running.stop(GivenUpError("the worker is ending"))
+
+    async def ask(self, model: str, batch: list[Request], *, alone: bool = False) -> list[list[Tensor]]:
+        """The outputs of each member of a micro-batch.
+
+        Args:
+            model: that is asked.
+            batch: whose members go together.
+            alone: they are past the model's lock already.
+
+        Raises:
+            SamphireError: whatever has happened, as it is to be told to those who wait.
+        """
+        asked = _Asked(model, batch, batch[0].endpoint or self._endpoints.pick(model))
+        self._unwritten.discard(_fields(batch))  # halves of a micro-batch that has failed are asked again
+        self._asked.add(asked)  # before the lock: who waits there can be cancelled, and expires
+        self._watch_deadlines(asked)
+        try:
+            async with nullcontext() if alone else self._locks.hold(model):
+                outputs = await self._send(asked)
+        except SamphireError as error:
+            if (told := await self._what_to_tell(asked, error)) is error:
+                raise
+            raise told from error
+        except Exception as error:
+            raise our_error(error) from error
+        finally:
+            self._asked.discard(asked)
+            if asked.clock is not None:
+                asked.clock.cancel()
+            self._limits.took(model, time.monotonic() - batch[0].taken_in_at)
+        self._reloads.has_answered(asked.endpoint, model)
+        self._check(batch, outputs)
+        return batching.split(batch, outputs)
+
+    async def _send(self, asked: _Asked) -> list[Tensor]:
+        if self._ending is not None:
+            raise self._ending
+        if asked.running.why is not None:
+            raise asked.running.why
+        batch = asked.batch
+        infer = batch[0].request
+        asked.at, asked.timeout_s = time.monotonic(), self._timeout_s(batch)
+        # Who is over has waited at the lock until then: its end may be written already.
+        self._unwritten.add(asked.model, _fields([request for request in batch if not request.over]))
+        return await asked.endpoint.infer(
+            asked.model,
+            batch[0].version,
+            batching.merge(batch),
+            [output.name for output in infer.outputs],
+            {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH},
+            asked.timeout_s,
+            asked.running,
+        )
+
+    async def _what_to_tell(self, asked: _Asked, error: SamphireError) -> SamphireError:
+        """The error that those who asked get; what is served is told first what it says of the model."""
+        model, endpoint = asked.model, asked.endpoint
+        if isinstance(error, EndpointTimeoutError):
+            return await self._after_timeout(asked, error)
+        if isinstance(error, StubDiedError):
+            return await self._reloads.after(error, endpoint, model, asked.at)
+        if isinstance(error, QueueFullError):
+            # Triton has more than it can do: nobody's attempt, but it is to be left alone for a while.
+            self._served.lost(endpoint, model, error.retry_after_s or BUSY_S * random.random())
+        elif isinstance(error, EndpointUnavailableError):
+            if self._ending is None:
+                await self._served.no_answer(endpoint, model)
+        elif isinstance(error, UnknownModelError):
+            # It was known a moment ago: unloaded, or retired, under way.
+            self._served.lost(endpoint, model)
+            return EndpointUnavailableError(str(error))
+        elif isinstance(error, InvalidInputError):
+            signature = asked.batch[0].signature
+            if signature is not None and await self._served.has_changed(endpoint, signature):
+                return EndpointUnavailableError(f"model {model!r} has changed on {endpoint.url}: {error}")
+        return error
+
+    async def _after_timeout(self, asked: _Asked, error: EndpointTimeoutError) -> SamphireError:
+        if error is asked.running.why:
+            return error  # nobody waits for it any more
+        waiting = next((request for request in asked.batch if not request.over), asked.batch[0])
+        found = self._time_error(waiting, asked.timeout_s, error)
+        if found is error and not await asked.endpoint.is_ready():  # it is not the model that hangs
+            self._endpoints.mark_away(asked.endpoint)
+            return GivenUpError(f"endpoint {asked.endpoint.url} does not answer")
+        return found
+
+    def _check(self, batch: Sequence[Request], outputs: Sequence[Tensor]) -> None:
+        signature, infer = batch[0].signature, batch[0].request
+        assert signature is not None
+        rows = sum(request.rows for request in batch)
+        even = len(batch) > 1 or self._served.joins(signature.name)
+        check_answer(signature, [output.name for output in infer.outputs], rows, outputs, even=even)
+
+    def _watch_deadlines(self, asked: _Asked) -> None:
+        """Give up each member of a micro-batch when its own deadline passes; the others go on."""
+        earliest = min([request.times.deadline for request in asked.batch if not request.over], default=inf)
+        if earliest != inf:
+            left_s = max(0.001, earliest - self._store.clock.now())
+            asked.clock = asyncio.get_running_loop().call_later(left_s, self._deadline_passed, asked)
+
+    def _deadline_passed(self, asked: _Asked) -> None:
+        self._endings.give_up_late(asked.batch)
+        asked.stop_if_over(EndpointTimeoutError())
+        self._watch_deadlines(asked)
+
+    def _timeout_s(self, batch: Sequence[Request]) -> float:
+        """How long Triton may take: as long as the member that can wait longest."""
+        times = batch[0].times  # the limits are those of all members
+        deadline_s = max(request.times.deadline for request in batch) - self._store.clock.now()
+        return max(0.001, min(self._settings.triton_timeout_s, times.limit, times.soft_limit, deadline_s))
+
+    def _time_error(self, request: Request, timeout_s: float, error: EndpointTimeoutError) -> EndpointTimeoutError:
+        times = request.times
+        if timeout_s == times.soft_limit:
+            return TimeLimitError(times.soft_limit, soft=True)
+        if timeout_s == times.limit:
+            return TimeLimitError(times.limit, soft=False)
+        if times.deadline <= self._store.clock.now():
+            return EndpointTimeoutError(f"the deadline has passed while the model worked: {error}")
+        return error
+
+
+def _fields(batch: Sequence[Request]) -> list[str]:
+    return [request.claim.field for request in batch]

@@ -1,0 +1,283 @@
+"""From micro-batch to answer: load, start, ask Triton; and what follows when it does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from samphire.errors import (
+    EndpointTimeoutError,
+    EndpointUnavailableError,
+    ModelFaultError,
+    QueueFullError,
+    SamphireError,
+    TaskCancelledError,
+    WorkerCrashError,
+)
+from samphire_broker.retry import policy_for
+from samphire_broker.settings import Settings
+from samphire_broker.store import Store, Tried, WorkerInfo
+from samphire_workers.claiming.limits import AdaptiveLimits
+from samphire_workers.inference.answers import UnevenRowsError
+from samphire_workers.inference.asking import Asker
+from samphire_workers.inference.budget import ByteBudget
+from samphire_workers.inference.locks import ModelLocks
+from samphire_workers.inference.starting import Starter
+from samphire_workers.inference.suspects import LOSSES_MAX, Suspects, is_suspect
+from samphire_workers.inference.unwritten import Unwritten
+from samphire_workers.intake.request import Request, fetch, has_refs, load, takes_long
+from samphire_workers.monitoring.celery_events import TaskEvents
+from samphire_workers.repeat import persist
+from samphire_workers.settlement.endings import Endings
+from samphire_workers.triton.endpoints import Endpoints
+from samphire_workers.triton.errors import EndpointDiedError, GivenUpError, StubDiedError
+from samphire_workers.triton.served import ServedModels
+from samphire_workers.unexpected import ShortageError, our_error
+
+logger = logging.getLogger(__name__)
+
+
+def _continues_sequence(request: Request) -> bool:
+    """Whether what a request asks depends on the model's state; such a one is never in company."""
+    return request.sequence_id is not None and not request.request.parameters.get("sequence_start")
+
+
+class Release(Protocol):
+    """Hands requests back to their queues."""
+
+    async def __call__(
+        self, requests: Sequence[Request], *, blamed: SamphireError | None = None, endpoint_died: bool = False
+    ) -> None:
+        """With `blamed` it counts as an attempt of those that had started: one of them may have caused that."""
+
+
+class Dispatcher:
+    """Runs micro-batches on the endpoints, and ends their tasks."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        endpoints: Endpoints,
+        served: ServedModels,
+        endings: Endings,
+        info: WorkerInfo,
+        events: TaskEvents,
+        limits: AdaptiveLimits,
+        *,
+        release: Release,
+        let_go: Callable[[Sequence[str]], None],
+        room_again: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._served = served
+        self._endings = endings
+        self._release = release
+        self._room_again = room_again
+        self._budget = ByteBudget(settings.inflight_max_bytes // 2)
+        self._unwritten = Unwritten()
+        locks = ModelLocks()
+        self._asker = Asker(settings, store, endpoints, served, endings, limits, locks, self._unwritten)
+        self._starter = Starter(
+            settings,
+            store,
+            endings,
+            info,
+            events,
+            release=release,
+            let_go=let_go,
+            is_ending=lambda: self._asker.is_ending,
+        )
+        self._suspects = Suspects(
+            store, locks, self._unwritten, settings.triton_timeout_s, lambda: self._asker.is_ending
+        )
+        self.under_way: Counter[str] = Counter()
+        """Micro-batches under way, by model."""
+
+    def cancel(self, requests: Iterable[Request]) -> None:
+        """End tasks that are under way; Triton is told where it works for nobody else."""
+        for request in requests:
+            if not request.over:
+                self._endings.cancel_running(request)
+        self._asker.stop_over(TaskCancelledError())
+
+    def hand_back(self) -> None:
+        """Give up what is under way, and ask for nothing more: it goes back to its queues as if it had not begun."""
+        self._asker.end()
+
+    def written(self, fields: Sequence[str]) -> None:
+        """These claims are not held any more: their ends are written, or they are back in their queues."""
+        self._unwritten.discard(fields)
+
+    async def run_batch(self, model: str, batch: list[Request]) -> None:
+        """Bring one micro-batch to its end; it was counted as under way by who made it."""
+        began = time.monotonic()
+        for request in batch:
+            request.taken_in_at = began
+        nbytes = sum(request.nbytes for request in batch)
+        try:
+            async with self._budget.hold(nbytes):
+                loaded = await self._load(batch)
+                if self._store.some_tried or not all(request.claim.is_first for request in loaded):
+                    await self._run_carefully(model, loaded)
+                else:
+                    await self._run(model, loaded)
+        finally:
+            self.under_way[model] -= 1
+            self._room_again()
+
+    async def _run(self, model: str, batch: list[Request]) -> None:
+        if not batch:
+            return
+        # Asked twice, a request of a sequence (which is never in company) would change the model's state twice: its
+        # start is written first, so that it has counted an attempt.
+        if self._store.some_cancelled or batch[0].sequence_id is not None:
+            await self._start_then_infer(model, batch)
+        else:
+            await self._start_and_infer(model, batch)
+
+    async def _start_then_infer(self, model: str, batch: list[Request]) -> None:
+        await self._infer(model, await self._starter.start(batch))
+
+    async def _start_and_infer(self, model: str, batch: list[Request]) -> None:
+        """Ask the model while the start is written: no task here was ever tried before."""
+        now = time.time()
+        for request in batch:
+            request.started_at = now
+        starting = asyncio.create_task(self._starter.start(batch))
+        try:
+            answers = await self._asker.ask(model, batch)
+        except SamphireError as error:
+            await self._ended_badly(model, await starting, error)
+            return
+        except BaseException:
+            starting.cancel()
+            raise
+        started = {request.claim.field for request in await starting}
+        await self._endings.succeed(
+            [
+                (request, outputs)
+                for request, outputs in zip(batch, answers, strict=True)
+                if request.claim.field in started
+            ]
+        )
+
+    async def _run_carefully(self, model: str, batch: list[Request]) -> None:
+        """Run a micro-batch that may have members that were tried before, apart from the others.
+
+        A suspect is alone with its model, and is not started until then: if a worker or a process goes down again, it
+        is this one's doing, and nobody's budget suffers but its own. Where what went down is shared by all workers it
+        is alone among all of them. What failed before runs by itself.
+        """
+        if not batch:
+            return
+        tried = await persist(lambda: self._store.tried([request.task_id for request in batch]))
+        calm: list[Request] = []
+        again: list[Request] = []
+        async with asyncio.TaskGroup() as group:
+            for request, before in zip(batch, tried, strict=True):
+                most = policy_for(request.infer, self._settings).max_attempts
+                if before.attempts >= most:
+                    self._starter.exhausted(request, before)
+                elif before.losses >= LOSSES_MAX or is_suspect(before, most):
+                    group.create_task(self._run_alone(model, request, before))
+                elif before.attempts:
+                    again.append(request)
+                else:
+                    calm.append(request)
+            # Who is alone among workers waits for what was claimed before anything was tried: that waits for nobody.
+            group.create_task(self._start_then_infer(model, [request for request in calm if request.claim.is_first]))
+            group.create_task(self._start_then_infer(model, [r for r in calm if not r.claim.is_first]))
+            await self._start_then_infer(model, again)
+
+    async def _run_alone(self, model: str, request: Request, before: Tried) -> None:
+        async def run() -> bool:
+            self._endings.give_up_late([request])
+            if request.over:
+                return True
+            started = await self._starter.try_start([request])
+            if started is not None:
+                await self._infer(model, started, alone=True)
+            return started is not None
+
+        all_models = before.losses >= LOSSES_MAX
+        if not await self._suspects.run(
+            model, run, all_models=all_models, among_workers=all_models or before.shared > 0
+        ):
+            await self._release([request])
+
+    async def _load(self, batch: Sequence[Request]) -> list[Request]:
+        loaded: list[Request] = []
+        for request in batch:
+            try:
+                fetched: dict[str, bytes] = {}
+                if has_refs(request):
+                    fetched = await persist(lambda r=request: fetch(r, self._store))  # type: ignore[misc]
+                if request.json_values and takes_long(request):
+                    await asyncio.to_thread(load, request, fetched)
+                else:
+                    load(request, fetched)
+            except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+                self._endings.fail(request, our_error(error))
+            else:
+                loaded.append(request)
+        return loaded
+
+    async def _infer(self, model: str, batch: list[Request], *, alone: bool = False) -> None:
+        batch = [request for request in batch if not request.over]
+        failed = [request for request in batch if request.attempts > request.crashes]
+        if failed and len(batch) > 1:
+            # Something was wrong with them before: each runs by itself, so their neighbours are safe.
+            parts = [[request] for request in failed]
+            parts.append([request for request in batch if request.attempts == request.crashes])
+            await self._infer_each(model, parts)
+            return
+        if not batch:
+            return
+        try:
+            answers = await self._asker.ask(model, batch, alone=alone)
+        except SamphireError as error:
+            await self._ended_badly(model, batch, error, alone=alone)
+        else:
+            await self._endings.succeed(list(zip(batch, answers, strict=True)))
+
+    async def _infer_each(self, model: str, parts: Iterable[list[Request]]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for part in parts:
+                group.create_task(self._infer(model, part))
+
+    async def _ended_badly(
+        self, model: str, batch: list[Request], error: SamphireError, *, alone: bool = False
+    ) -> None:
+        batch = [request for request in batch if not request.over]
+        if not batch:
+            return
+        if isinstance(error, StubDiedError | EndpointDiedError | GivenUpError) and _continues_sequence(batch[0]):
+            self._endings.fail(batch[0], ModelFaultError(f"the state of its sequence is lost: {error}"))
+        elif isinstance(error, StubDiedError):
+            # One of them has taken the model's process down: they come back apart from the rest, with an attempt less.
+            logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
+            await self._release(batch, blamed=WorkerCrashError(f"the model's process died: {error}"))
+        elif isinstance(error, EndpointDiedError):
+            # That is an outage, and no attempt; but of one that is alone and was there whenever it happened.
+            guilty = alone and batch[0].losses >= LOSSES_MAX
+            blamed = WorkerCrashError(f"the endpoint died with this task alone: {error}") if guilty else None
+            await self._release(batch, blamed=blamed, endpoint_died=True)
+        elif isinstance(error, EndpointUnavailableError | QueueFullError):
+            await self._release(batch)
+        elif len(batch) == 1 or isinstance(error, EndpointTimeoutError | ShortageError):
+            for request in batch:  # a time-out is nobody's content, and asking again at once piles up
+                self._endings.fail(request, error)
+        elif isinstance(error, UnevenRowsError):
+            if (signature := batch[0].signature) is not None:
+                self._served.join_no_more(signature, error)
+            await self._infer_each(model, [[request] for request in batch])
+        else:  # somebody's content: find out whose
+            middle = len(batch) // 2
+            await self._infer(model, batch[:middle])
+            await self._infer(model, batch[middle:])

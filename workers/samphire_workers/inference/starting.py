@@ -1,0 +1,112 @@
+"""The start of tasks: written before they are run, so that what goes down with them is known to be their doing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from samphire.errors import WorkerCrashError
+from samphire_broker.retry import policy_for
+from samphire_broker.settings import Settings
+from samphire_broker.store import CANCELLED, NOT_YET, Store, Tried, WorkerInfo
+from samphire_workers.inference.alone import LOOK_LEAST_S, LOOK_S
+from samphire_workers.intake.request import Request
+from samphire_workers.monitoring.celery_events import TaskEvents
+from samphire_workers.repeat import persist
+from samphire_workers.settlement.endings import Endings
+
+logger = logging.getLogger(__name__)
+
+
+class Starter:
+    """Writes the start of tasks, and ends those that may not be started.
+
+    Args:
+        settings: those of the worker.
+        store: where starts are written.
+        endings: ends what is not started.
+        info: who starts.
+        events: tells monitors.
+        release: hands requests back to their queues.
+        let_go: forgets claims that are not held any more.
+        is_ending: whether this worker hands everything back.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        endings: Endings,
+        info: WorkerInfo,
+        events: TaskEvents,
+        *,
+        release: Callable[[Sequence[Request]], Awaitable[None]],
+        let_go: Callable[[Sequence[str]], None],
+        is_ending: Callable[[], bool],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._endings = endings
+        self._info = info
+        self._events = events
+        self._release = release
+        self._let_go = let_go
+        self._is_ending = is_ending
+
+    async def start(self, batch: Sequence[Request]) -> list[Request]:
+        """Start what may be started, once no other worker is alone with the model."""
+        look_s = LOOK_S
+        while (started := await self.try_start(batch)) is None:
+            await asyncio.sleep(look_s)
+            look_s = min(2 * look_s, LOOK_LEAST_S)
+            self._endings.give_up_late(batch)
+            batch = [request for request in batch if not request.over]
+            for request in batch:
+                request.taken_in_at = time.monotonic()  # it is not the model that is slow
+            if self._is_ending():
+                await self._release(batch)
+                return []
+        return started
+
+    async def try_start(self, batch: Sequence[Request]) -> list[Request] | None:
+        """Start what may be started; None: another worker is alone with the model."""
+        if not batch:
+            return []
+        marks = [(request.claim.field, request.task_id) for request in batch]
+        verdicts = await persist(lambda: self._store.start(marks, self._info))
+        if NOT_YET in verdicts:
+            return None
+        started: list[Request] = []
+        dropped: list[str] = []
+        for request, verdict in zip(batch, verdicts, strict=True):
+            if request.over:
+                continue
+            if verdict == CANCELLED:
+                self._endings.revoke(request, "cancelled")
+                continue
+            if isinstance(verdict, Tried):
+                request.attempts, request.crashes, request.losses, _ = verdict
+                if request.attempts >= policy_for(request.infer, self._settings).max_attempts:
+                    self.exhausted(request, verdict)
+                    continue
+            elif verdict < 0:
+                # Not ours any more, or a copy of a task that has ended: there is nothing to write.
+                logger.info("task %s dropped (%d)", request.task_id, verdict, extra={"action": "dropped"})
+                request.over = True
+                dropped.append(request.claim.field)
+                self._events.dropped(request)
+                continue
+            request.started_at = request.started_at or time.time()
+            self._events.started(request)
+            started.append(request)
+        self._let_go(dropped)
+        return started
+
+    def exhausted(self, request: Request, before: Tried) -> None:
+        """Fail a task that has had all its attempts; this one is not made."""
+        request.attempts, request.crashes, request.losses, _ = before
+        request.started_at = None
+        message = f"{request.crashes} of {request.attempts} attempts took a worker, the model or Triton down"
+        self._endings.fail(request, WorkerCrashError(message))

@@ -1,0 +1,1 @@
+"""From message to request: read, checked against its model, loaded."""

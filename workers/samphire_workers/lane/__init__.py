@@ -1,1 +1,0 @@
-"""The lane: what moves a queue's tasks through a worker, from claim to settlement."""

@@ -1,0 +1,1 @@
+"""What monitors are told of tasks."""

@@ -1,0 +1,222 @@
+"""Celery task events for Flower and other monitors, sent beside the lane and never in its way.
+
+Monitors saturate at a few thousand events a second, so the rate is capped: of a busy lane's successes a
+sample is shown, each with all of its events. Failures are always sent, and so is the end of whatever a monitor has
+seen begin: of tasks whose sending their producer has told, and of those that were started before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from celery import Celery
+from celery.worker import state as worker_state
+from kombu.exceptions import OperationalError
+
+from samphire.errors import SamphireError
+from samphire.wire.contract import INFER_TASK
+from samphire.wire.envelope import describe
+from samphire_workers.intake.request import Request
+from samphire_workers.monitoring.sent import SentTasks
+
+logger = logging.getLogger(__name__)
+
+FLUSH_S = 0.25
+EVENTS_A_TASK = 3
+LATE_ENDS_A_FLUSH = 500
+"""Ends of tasks whose sending was told, beyond the cap: 2,000 a second."""
+BUFFER_MAX = 20_000
+"""Events kept while the broker is away; later ones are dropped, for a monitor's sake nothing waits. Ends have as much
+room again."""
+
+
+class TaskEvents(Protocol):
+    """What a lane tells about its tasks."""
+
+    enabled: bool
+    """Whether anything is told."""
+
+    def started(self, request: Request) -> None:
+        """A task goes to Triton."""
+
+    def succeeded(self, request: Request) -> None:
+        """A task has its answer."""
+
+    def dropped(self, request: Request) -> None:
+        """A task is not this worker's any more."""
+
+    def failed(self, request: Request, error: SamphireError) -> None:
+        """A task ends as a dead letter."""
+
+    def retried(self, request: Request, error: SamphireError) -> None:
+        """An attempt failed; the task will be tried again."""
+
+    def revoked(self, request: Request, *, expired: bool) -> None:
+        """A task was cancelled, or has expired, and is dropped."""
+
+    def cancelled(self, task_id: str) -> None:
+        """A task is cancelled whose message lies in a queue."""
+
+    async def run(self) -> None:
+        """Send what there is, for ever."""
+
+
+class CeleryEvents:
+    """Task events through Celery's own EventDispatcher, from a thread of their own."""
+
+    def __init__(self, app: Celery, hostname: str, events_per_s: int) -> None:
+        self._app = app
+        self._hostname = hostname
+        self._rate = events_per_s
+        self._tokens = float(events_per_s)
+        self._refilled = time.monotonic()
+        self._shown: set[str] = set()
+        """Claims whose events are sent."""
+        self._buffer: list[tuple[str, dict[str, Any]]] = []
+        self._dispatcher: Any = None
+        self._sent = SentTasks(app)
+        self.enabled = True
+
+    def started(self, request: Request) -> None:
+        """A task goes to Triton: shown if the cap allows."""
+        worker_state.total_count[INFER_TASK] += 1  # what `inspect stats` tells
+        if not self._may_show() and not request.attempts:  # what a lost worker had started was shown, perhaps
+            return
+        self._shown.add(request.claim.field)
+        self._received(request)
+        self._add("task-started", request.task_id)
+
+    def succeeded(self, request: Request) -> None:
+        """A task has its answer."""
+        now = time.time()
+        runtime = now - (request.started_at or now)
+        if self._was_shown(request):
+            self._add("task-succeeded", request.task_id, last=True, result="", runtime=runtime)
+        elif self.enabled:
+            self._sent.ended(request.task_id, now, runtime)
+
+    def dropped(self, request: Request) -> None:
+        """A task is not this worker's any more: it goes back to its queue, and whoever ends it is to tell its end."""
+        if self._was_shown(request):
+            name = request.envelope.headers.task if request.envelope else ""
+            self._add("task-sent", request.task_id, name=name, queue=request.claim.list_key)
+
+    def failed(self, request: Request, error: SamphireError) -> None:
+        """A task ends as a dead letter: always shown."""
+        self._went_wrong("task-failed", request, error)
+
+    def retried(self, request: Request, error: SamphireError) -> None:
+        """An attempt failed; the task will be tried again: always shown."""
+        self._went_wrong("task-retried", request, error)
+
+    def revoked(self, request: Request, *, expired: bool) -> None:
+        """A task was cancelled, or has expired: always shown."""
+        if not self._was_shown(request):
+            self._received(request)
+        terminated = request.started_at is not None
+        self._add("task-revoked", request.task_id, last=True, terminated=terminated, signum=None, expired=expired)
+
+    def cancelled(self, task_id: str) -> None:
+        """A task is cancelled whose message lies in a queue: always shown."""
+        self._add("task-revoked", task_id, last=True, terminated=False, signum=None, expired=False)
+
+    async def run(self) -> None:
+        """Send what there is every quarter of a second, for ever."""
+        try:
+            self._sent.listen()
+            with ThreadPoolExecutor(1, thread_name_prefix="samphire-events") as thread:
+                while True:
+                    await asyncio.sleep(FLUSH_S)
+                    for task_id, at, runtime in self._sent.take(LATE_ENDS_A_FLUSH):
+                        self._add("task-succeeded", task_id, last=True, timestamp=at, result="", runtime=runtime)
+                    if self._buffer:
+                        await self._flush(thread)
+        except RuntimeError as error:
+            logger.warning("no task events are sent: %s", error, extra={"action": "events_failed"})
+        finally:
+            self._sent.stop()
+            self._close()
+
+    async def _flush(self, thread: ThreadPoolExecutor) -> None:
+        buffer, self._buffer = self._buffer, []
+        try:
+            await asyncio.get_running_loop().run_in_executor(thread, self._send, buffer)
+        except RuntimeError as error:  # no thread to be had: a monitor is not worth a lane
+            logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})
+
+    def _went_wrong(self, kind: str, request: Request, error: SamphireError) -> None:
+        if not request.task_id:
+            return
+        if not self._was_shown(request):
+            self._received(request)
+        self._add(
+            kind, request.task_id, last=True, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback=""
+        )
+
+    def _was_shown(self, request: Request) -> bool:
+        """Whether a task's earlier events were sent; this is its last."""
+        shown = request.claim.field in self._shown
+        self._shown.discard(request.claim.field)
+        if shown:
+            self._sent.shown(request.task_id)
+        return shown
+
+    def _may_show(self) -> bool:
+        now = time.monotonic()
+        self._tokens = min(self._rate, self._tokens + (now - self._refilled) * self._rate)
+        self._refilled = now
+        if self._tokens < EVENTS_A_TASK:
+            return False
+        self._tokens -= EVENTS_A_TASK
+        return True
+
+    def _received(self, request: Request) -> None:
+        headers = request.envelope.headers if request.envelope else None
+        self._add(
+            "task-received",
+            request.task_id,
+            name=headers.task if headers else "",
+            args="()",
+            kwargs=describe(request.infer) if request.infer else "",
+            root_id=headers.root_id if headers else None,
+            parent_id=headers.parent_id if headers else None,
+            retries=request.attempts,
+            eta=headers.eta if headers else None,
+            expires=headers.expires if headers else None,
+        )
+
+    def _add(self, kind: str, task_id: str, *, last: bool = False, **fields: Any) -> None:
+        if self.enabled and len(self._buffer) < BUFFER_MAX * (2 if last else 1):
+            self._buffer.append((kind, {"uuid": task_id, "timestamp": time.time(), **fields}))
+
+    def _send(self, events: list[tuple[str, dict[str, Any]]]) -> None:
+        try:
+            if self._dispatcher is None:
+                self._dispatcher = self._app.events.Dispatcher(
+                    self._app.connection_for_write(),
+                    hostname=self._hostname,
+                    buffer_group={"task"},
+                    buffer_limit=1000,
+                )
+            for kind, fields in events:
+                if kind == "task-sent":  # in a batch, as the others go, other workers would not hear it
+                    self._dispatcher.flush(errors=False)
+                    self._dispatcher.publish(kind, fields, self._dispatcher.producer)
+                else:
+                    self._dispatcher.send(kind, **fields)
+            self._dispatcher.flush(errors=False)
+        except (OperationalError, OSError) as error:
+            logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})
+            self._close()
+
+    def _close(self) -> None:
+        dispatcher, self._dispatcher = self._dispatcher, None
+        if dispatcher is not None:
+            with contextlib.suppress(Exception):
+                dispatcher.close()
+                dispatcher.connection.release()

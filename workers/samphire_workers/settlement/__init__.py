@@ -1,0 +1,1 @@
+"""How tasks end: results, next steps, retries, dead letters."""

@@ -1,0 +1,184 @@
+"""How a task ends: the JSON that is stored where Celery's clients look for it."""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from samphire.errors import EndpointTimeoutError, InternalError, SamphireError
+from samphire.wire import keys
+from samphire.wire.contract import FailureInfo, InferResponse, OutputTensor, Ref
+from samphire.wire.envelope import new_task_id
+from samphire.wire.tensors import bytes_to_values
+from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store
+from samphire_workers.intake.request import Request, sha256_hex
+from samphire_workers.triton.endpoint import Tensor
+
+_encode = msgspec.json.Encoder().encode
+
+PASSED_ON_BYTES = 256 * 2**10
+"""Outputs over this size reach the next inference of a plain producer's canvas as claim checks."""
+
+ATTEMPT_CHARACTERS = 500
+"""Most of an error's text that the history of a task keeps of each attempt."""
+
+
+class NextSteps(NamedTuple):
+    """What a task that has ended owes to others of its canvas."""
+
+    pushes: tuple[tuple[str, str], ...]
+    """Keys of lists, and messages to push there."""
+    others: tuple[OtherEnd, ...]
+    """Ends of tasks that nobody will ever run."""
+    children: list[Any]
+    """The tasks that were sent, as Celery stores them with the result."""
+
+
+class TimeLimitError(EndpointTimeoutError):
+    """The time limit of a Celery producer ran out; as in Celery it is not tried again."""
+
+    retryable = False
+
+    def __init__(self, limit_s: float, *, soft: bool) -> None:
+        super().__init__(f"the {'soft ' if soft else ''}time limit of {limit_s} s was exceeded")
+        self.info = FailureInfo(
+            "SoftTimeLimitExceeded" if soft else "TimeLimitExceeded", [limit_s], "billiard.exceptions"
+        )
+
+
+def now_text() -> str:
+    """The time, as Celery stores it."""
+    return datetime.now(UTC).isoformat()
+
+
+def _meta(status: str, task_id: str, result: bytes, done: str) -> str:
+    # Celery's Redis backend reads exactly these fields. The status stands first: the scripts look for it.
+    return (
+        f'{{"status":"{status}","task_id":{_encode(task_id).decode()},"result":{result.decode()},'
+        f'"traceback":null,"children":[],"date_done":"{done}"}}'
+    )
+
+
+async def store_large(request: Request, outputs: Sequence[Tensor], store: Store, above_bytes: int) -> dict[str, Ref]:
+    """Store large outputs as claim checks; returns them by output name."""
+    return {
+        name: await store.write_blob(request.request.tenant, request.task_id, number, data, await sha256_hex(data))
+        for number, (name, _, _, data) in enumerate(outputs)
+        if len(data) > above_bytes
+    }
+
+
+def takes_claim_checks(request: Request) -> bool:
+    """Whether who submitted reads claim checks: clients of the SDK do, who asks for JSON values does not."""
+    return bool(request.stream) and not request.json_values
+
+
+def _output(tensor: Tensor, refs: Mapping[str, Ref], json_values: bool) -> OutputTensor:
+    name, datatype, shape, data = tensor
+    if name in refs:
+        return OutputTensor(name, datatype, shape, ref=refs[name])
+    if json_values:
+        values = bytes_to_values(name, datatype, shape, data)
+        if values is not None:
+            return OutputTensor(name, datatype, shape, data=values)
+    return OutputTensor(name, datatype, shape, raw=binascii.b2a_base64(data, newline=False).decode())
+
+
+def response(request: Request, outputs: Sequence[Tensor], refs: Mapping[str, Ref]) -> InferResponse:
+    """What Triton answered, as the contract says it."""
+    tensors = [_output(tensor, refs, request.json_values) for tensor in outputs]
+    return InferResponse(request.request.model_name, request.version, tensors)
+
+
+def _own_blobs(request: Request) -> tuple[str, ...]:
+    """The claim checks that were written for this task's inputs: nobody else needs them."""
+    if request.infer is None:
+        return ()
+    refs = (tensor.ref for tensor in request.infer.inputs)
+    return tuple(ref.key for ref in refs if isinstance(ref, Ref) and keys.is_blob_of(ref.key, request.task_id))
+
+
+def success(request: Request, answer: InferResponse, done: str) -> Settlement:
+    """The settlement of a task that Triton answered."""
+    meta = _meta_of(request, "SUCCESS", answer, done)
+    return Settlement(request.claim.field, request.task_id, "succeeded", meta, request.stream, _own_blobs(request))
+
+
+def _meta_of(request: Request, status: str, result: object, done: str) -> str:
+    if request.envelope is not None and request.envelope.headers.ignore_result:
+        return ""
+    return _meta(status, request.task_id, _encode(result), done)
+
+
+def revoked_meta(task_id: str, reason: str) -> str:
+    """The result of a task that was cancelled or has expired, as Celery stores it.
+
+    The reasons are Celery's words: "expired", "revoked" of what had not started, "terminated" of what was running.
+    """
+    return _meta("REVOKED", task_id, _encode(_revoked_info(reason)), now_text())
+
+
+def _revoked_info(reason: str) -> FailureInfo:
+    return FailureInfo("TaskRevokedError", [reason], "celery.exceptions")
+
+
+def revoked(request: Request, state: Literal["cancelled", "expired"]) -> Settlement:
+    """The settlement of a task that is not to be run, or not to its end."""
+    reason = "expired" if state == "expired" else "revoked" if request.started_at is None else "terminated"
+    meta = _meta_of(request, "REVOKED", _revoked_info(reason), now_text())
+    return Settlement(request.claim.field, request.task_id, state, meta, request.stream, _own_blobs(request))
+
+
+def with_steps(settlement: Settlement, steps: NextSteps) -> Settlement:
+    """The settlement together with what the task owes to others of its canvas."""
+    pushes, others, children = steps
+    begin, found, end = settlement.meta.rpartition('"children":[]')  # the last: what stands in the result is not it
+    meta = f'{begin}"children":{_encode(children).decode()}{end}' if found else settlement.meta
+    return settlement._replace(pushes=pushes, others=others, meta=meta)
+
+
+def attempt_text(worker: str, error: SamphireError) -> str:
+    """What is kept of an attempt that came to nothing, JSON."""
+    attempt = {"at": now_text(), "worker": worker, "error": _told(error, ATTEMPT_CHARACTERS)}
+    if isinstance(error, InternalError) and error.traceback_text:
+        attempt["traceback"] = error.traceback_text
+    return _encode(attempt).decode()
+
+
+def _told(error: SamphireError, characters: int) -> str:
+    return f"{type(error).__name__}: {str(error)[:characters]}"
+
+
+def _failure_info(error: SamphireError) -> FailureInfo:
+    return error.info if isinstance(error, TimeLimitError) else FailureInfo(type(error).__name__, str(error)[:4000])
+
+
+def failure(request: Request, error: SamphireError, reason: str, worker: str) -> Settlement:
+    """The settlement, with a dead letter, of a task that failed or of a message that cannot be read."""
+    tried = request.started_at is not None
+    return Settlement(
+        field=request.claim.field,
+        task_id=request.task_id,
+        state="failed",
+        meta=_meta_of(request, "FAILURE", _failure_info(error), now_text()),
+        stream=request.stream,
+        letter=Letter(
+            letter_id=request.task_id or new_task_id(),
+            model=request.model,
+            reason=reason,
+            error=_told(error, 4000),
+            attempts=request.attempts + tried,
+            attempt=attempt_text(worker, error),
+        ),
+    )
+
+
+def retry(request: Request, error: SamphireError, delay_s: float, worker: str) -> Settlement:
+    """The settlement of an attempt that failed and is followed by another."""
+    meta = _meta_of(request, "RETRY", _failure_info(error), now_text())
+    later = Later(delay_s, attempt_text(worker, error))
+    return Settlement(request.claim.field, request.task_id, "retrying", meta, request.stream, retry=later)

@@ -1,0 +1,86 @@
+"""Settling in batches: whatever has ended while one call was under way goes out with the next."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from samphire_broker.store import NOT_PUSHED, WAS_CANCELLED, Settlement, Store
+from samphire_workers.repeat import persist
+
+logger = logging.getLogger(__name__)
+
+BATCH = 256
+BATCH_BYTES = 4 * 2**20
+
+
+class Settler:
+    """Ends tasks on the store, and reports the claims that are done with.
+
+    Args:
+        store: where.
+        let_go: called with the claims that are not held any more.
+        refused: called with a settlement that was not written, and why: `WAS_CANCELLED` or `NOT_PUSHED`. The claim
+            is still held, and has to be settled otherwise.
+    """
+
+    def __init__(
+        self, store: Store, let_go: Callable[[Sequence[str]], None], refused: Callable[[Settlement, int], None]
+    ) -> None:
+        self._store = store
+        self._let_go = let_go
+        self._refused = refused
+        self._settlements: list[Settlement] = []
+        self._some = asyncio.Event()
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def add(self, settlement: Settlement) -> None:
+        """End a task with the next batch."""
+        self._settlements.append(settlement)
+        self._some.set()
+        self._none.clear()
+
+    async def drain(self) -> None:
+        """Return once everything added is on the store."""
+        await self._none.wait()
+
+    async def run(self) -> None:
+        """Settle what is added, for ever."""
+        while True:
+            await self._some.wait()
+            self._some.clear()
+            while self._settlements:
+                await self._send(_take(self._settlements))
+            self._none.set()
+
+    async def _send(self, batch: Sequence[Settlement]) -> None:
+        ours = await persist(lambda: self._store.settle(batch))  # fenced, so it may be repeated
+        done: list[str] = []
+        for settlement, verdict in zip(batch, ours, strict=True):
+            if verdict in (WAS_CANCELLED, NOT_PUSHED):
+                self._refused(settlement, verdict)
+                continue
+            done.append(settlement.field)
+            if not verdict:
+                logger.warning(
+                    "the claim of task %s is not held here any more; this outcome of it is dropped",
+                    settlement.task_id,
+                    extra={"action": "fenced"},
+                )
+        self._let_go(done)
+
+
+def _take(settlements: list[Settlement]) -> list[Settlement]:
+    """Remove and return as many settlements as one call should carry."""
+    nbytes = 0
+    for count, settlement in enumerate(settlements[:BATCH]):
+        nbytes += len(settlement.meta) + sum(len(message) for _, message in settlement.pushes)
+        if count and nbytes > BATCH_BYTES:
+            break
+    else:
+        count = min(len(settlements), BATCH)
+    taken = settlements[:count]
+    del settlements[:count]
+    return taken

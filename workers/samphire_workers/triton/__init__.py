@@ -1,0 +1,1 @@
+"""The Tritons: what they are asked, what they serve, which are away."""

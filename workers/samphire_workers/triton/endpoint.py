@@ -1,0 +1,273 @@
+"""The Triton adapter: gRPC to one endpoint, its errors in Samphire's words.
+
+Source: the GRPCInferenceService of the Open Inference Protocol with Triton's extensions, as generated in
+`tritonclient.grpc.service_pb2`. Requests are built on that level because a lane already holds a tensor's
+bytes and needs no numpy in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+from samphire.errors import (
+    EndpointUnavailableError,
+    InvalidInputError,
+    ModelFaultError,
+    SamphireError,
+    TransientError,
+    UnknownModelError,
+)
+from samphire.wire.signature import ModelSignature, TensorSpec
+from samphire_workers.triton.errors import UnclearUnavailableError, translate
+
+CONTROL_TIMEOUT_S = 5.0
+"""A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
+RELOAD_S = 60.0
+PUSHBACK_MAX_S = 3600.0
+"""Longest time that a server or proxy is left alone because it asks for it."""
+ERROR_TEXT_MAX_BYTES = 8 * 2**20
+_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A channel's own pauses between two tries to connect grow to two minutes; a server that is back must be seen.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # The text of an error travels as metadata; gRPC's limit of 16 KB would hide what a model says.
+    ("grpc.max_metadata_size", ERROR_TEXT_MAX_BYTES),
+    ("grpc.absolute_max_metadata_size", ERROR_TEXT_MAX_BYTES),
+]
+
+
+def _pushback_s(error: grpc.aio.AioRpcError) -> float | None:
+    """When the server, or a proxy before it, asks to be left alone; gRPC's A6 and HTTP's `retry-after`."""
+    metadata: Any = error.trailing_metadata() or ()  # an iterable of pairs, whatever its type says
+    for key, value in metadata:
+        try:
+            if key in ("grpc-retry-pushback-ms", "retry-after"):
+                asked_s = int(value) / 1000 if key != "retry-after" else float(value)
+                return min(max(0.0, asked_s), PUSHBACK_MAX_S) if math.isfinite(asked_s) else None
+        except ValueError:
+            continue
+    return None
+
+
+class Running:
+    """A request under way; `stop` ends the wait for it, and cancels it at the server."""
+
+    def __init__(self) -> None:
+        self._call: Any = None
+        self.why: SamphireError | None = None
+
+    def stop(self, why: SamphireError) -> None:
+        """End it: who waits gets `why`."""
+        if self.why is None:
+            self.why = why
+            if self._call is not None:
+                self._call.cancel()
+
+    async def wait(self, call: Any) -> Any:
+        """The answer of a call."""
+        if self.why is not None:
+            call.cancel()
+            raise self.why
+        self._call = call
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if self.why is None:
+                raise
+            raise self.why from None
+
+
+class Tensor(NamedTuple):
+    """A tensor's bytes: row-major little-endian, BYTES with length prefixes."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: bytes
+
+
+def set_parameters(target: Any, parameters: Mapping[str, object]) -> None:
+    """Put OIP parameters (bool, int, float, str) into a protobuf map of InferParameter.
+
+    Raises:
+        InvalidInputError: a value of another type, or an integer over 64 bits.
+    """
+    for name, value in parameters.items():
+        try:
+            if isinstance(value, bool):
+                target[name].bool_param = value
+            elif isinstance(value, int):
+                target[name].int64_param = value
+            elif isinstance(value, float):
+                target[name].double_param = value
+            elif isinstance(value, str):
+                target[name].string_param = value
+            else:
+                raise InvalidInputError(
+                    f"parameter {name!r}: expected a boolean, number or string, given {type(value).__name__}"
+                )
+        except ValueError as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise InvalidInputError(f"parameter {name!r}: {error}") from error
+
+
+class Endpoint:
+    """One Triton, reached by gRPC.
+
+    Every method raises the translation of the gRPC error that it met (see `translate`).
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._channel = grpc.aio.insecure_channel(url, options=_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._running: set[Running] = set()
+        self._seen: set[str] = set()
+        """Models that were ready here once."""
+
+    def stop_all(self, why: SamphireError) -> None:
+        """End all requests under way here: who waits for one gets `why`."""
+        for running in list(self._running):
+            running.stop(why)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close(None)
+
+    async def _call(self, method: str, request: Any, timeout_s: float, running: Running | None = None) -> Any:
+        call = getattr(self._stub, method)(request, timeout=timeout_s)
+        try:
+            return await (call if running is None else running.wait(call))
+        except grpc.aio.AioRpcError as error:
+            raise translate(error.code(), error.details() or "", _pushback_s(error)) from error
+
+    async def is_ready(self) -> bool:
+        """Whether the server answers and is ready."""
+        try:
+            answer = await self._call("ServerReady", service_pb2.ServerReadyRequest(), CONTROL_TIMEOUT_S)
+        except SamphireError:
+            return False
+        return bool(answer.ready)
+
+    async def is_model_ready(self, model: str, version: str) -> bool:
+        """Whether the server answers, and says that this version of a model is ready."""
+        request = service_pb2.ModelReadyRequest(name=model, version=version)
+        try:
+            answer = await self._call("ModelReady", request, CONTROL_TIMEOUT_S)
+        except SamphireError:
+            return False
+        return bool(answer.ready)
+
+    async def signature(self, model: str) -> ModelSignature:
+        """What a model takes and returns.
+
+        Raises:
+            UnknownModelError: the server's repository has no such model.
+            EndpointUnavailableError: the model is there and not ready, or the server is away.
+        """
+        try:
+            metadata = await self._call(
+                "ModelMetadata", service_pb2.ModelMetadataRequest(name=model), CONTROL_TIMEOUT_S
+            )
+            answer = await self._call("ModelConfig", service_pb2.ModelConfigRequest(name=model), CONTROL_TIMEOUT_S)
+        except (UnknownModelError, InvalidInputError) as error:
+            # A server that does not tell what its repository has may have unloaded what it had a moment ago.
+            known = await self.models()
+            if model in known or (not known and model in self._seen):
+                raise EndpointUnavailableError(f"model {model!r} is not ready on {self.url}: {error}") from error
+            raise UnknownModelError(f"no model {model!r} on {self.url}: {error}") from error
+        config = answer.config
+        self._seen.add(model)
+        return ModelSignature(
+            name=model,
+            versions=tuple(sorted(metadata.versions, key=int)),
+            inputs={tensor.name: _spec(tensor, optional=tensor.optional) for tensor in config.input},
+            outputs={tensor.name: _spec(tensor) for tensor in config.output},
+            max_batch_size=config.max_batch_size,
+            decoupled=config.model_transaction_policy.decoupled,
+            dynamic_batching=config.HasField("dynamic_batching"),
+            sequence_batching=config.HasField("sequence_batching"),
+        )
+
+    async def models(self, *, ready: bool = False) -> set[str]:
+        """Names of the models in the server's repository, or of those that are ready; none if it does not tell."""
+        request = service_pb2.RepositoryIndexRequest(ready=ready)
+        try:
+            index = await self._call("RepositoryIndex", request, CONTROL_TIMEOUT_S)
+        except TransientError as error:
+            if "restricted" not in str(error):
+                raise
+            return set()
+        except SamphireError:  # the control API is closed to us
+            return set()
+        return {entry.name for entry in index.models}
+
+    async def reload(self, model: str) -> None:
+        """Unload a model and load it again: to load what is loaded already does nothing."""
+        await self._call("RepositoryModelUnload", service_pb2.RepositoryModelUnloadRequest(model_name=model), RELOAD_S)
+        await self._call("RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest(model_name=model), RELOAD_S)
+
+    async def infer(
+        self,
+        model: str,
+        version: str,
+        tensors: Sequence[Tensor],
+        outputs: Iterable[str],
+        parameters: Mapping[str, object],
+        timeout_s: float,
+        running: Running,
+    ) -> list[Tensor]:
+        """Run one request and return its outputs, in the model's order.
+
+        The time that is left goes along as Triton's `timeout`, unless the request says its own: a model whose queue
+        policy lets requests say so drops what it has not begun by then.
+
+        Raises:
+            SamphireError: what `running` was stopped with.
+        """
+        request = service_pb2.ModelInferRequest(model_name=model, model_version=version)
+        for tensor in tensors:
+            request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+            request.raw_input_contents.append(tensor.data)
+        del tensors  # the request has copies: large ones need not be held twice
+        for name in outputs:
+            request.outputs.add(name=name)
+        if parameters:
+            set_parameters(request.parameters, parameters)
+        if "timeout" not in request.parameters:
+            request.parameters["timeout"].int64_param = math.ceil(timeout_s * 1e6)
+        self._running.add(running)
+        try:
+            answer = await self._call("ModelInfer", request, timeout_s, running)
+        except UnclearUnavailableError as error:
+            if await self.is_model_ready(model, version):
+                raise ModelFaultError(f"model {model!r} answered: {error}") from error
+            raise
+        finally:
+            self._running.discard(running)
+        if len(answer.raw_output_contents) != len(answer.outputs):
+            raise ModelFaultError(
+                f"model {model!r} answered {len(answer.outputs)} outputs with the bytes of "
+                f"{len(answer.raw_output_contents)}"
+            )
+        return [
+            Tensor(output.name, output.datatype, list(output.shape), data)
+            for output, data in zip(answer.outputs, answer.raw_output_contents, strict=True)
+        ]
+
+
+def _spec(tensor: Any, *, optional: bool = False) -> TensorSpec:
+    name = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
+    datatype = "BYTES" if name == "STRING" else name
+    return TensorSpec(tensor.name, datatype, tuple(tensor.dims), optional)
