@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from samphire import Backoff, Client, ModelFaultError, ModelSignature, TensorSpec
 from samphire_broker.settings import Settings
-from samphire_workers.inference.answers import UnevenRowsError, check_answer
 from samphire_workers.intake.checking import Checker
+from samphire_workers.triton.answers import UnevenRowsError, check_answer
 from samphire_workers.triton.endpoint import Tensor
 from tests.stacks import Up
 

@@ -13,7 +13,9 @@ from samphire_broker.store import Claimed
 from samphire_workers.intake.request import Request
 from samphire_workers.monitoring import sent as sent_module
 from samphire_workers.monitoring.celery_events import CeleryEvents
+from samphire_workers.monitoring.observers import seen
 from samphire_workers.monitoring.sent import SentTasks
+from samphire_workers.worker_log import Repeats
 from tests.stacks import Valkey, eventually
 from tests.support.plain import plain_celery
 
@@ -50,9 +52,9 @@ def test_others_hear_of_a_started_task_that_goes_back(valkey: Valkey, app: Celer
     listener.listen()
     eventually(lambda: listens(valkey), TIMEOUT_S, "a listener")
     events = CeleryEvents(app, "a@host", 600)
-    request = Request(Claimed("1:inference.one", 0, b""), "t1")
-    events.started(request)
-    events.dropped(request)
+    task = seen(Request(Claimed("1:inference.one", 0, b""), "t1"))
+    events.started(task)
+    events.dropped(task)
     events._send(events._buffer)
     events._close()
     listener.ended(*ENDED)
@@ -77,6 +79,8 @@ def test_a_broker_that_refuses_to_tell_of_tasks_is_asked_again(
 
     monkeypatch.setattr(app, "connection_for_read", noted)
     valkey.client.execute_command("ACL", "SETUSER", "default", "resetchannels")
+    repeats = Repeats()
+    caplog.handler.addFilter(repeats)
     with caplog.at_level(logging.WARNING):
         listener.listen()
         eventually(lambda: len(tries) > 3, TIMEOUT_S, "more tries")

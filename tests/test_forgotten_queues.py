@@ -11,8 +11,8 @@ from celery import Celery
 from samphire import AsyncClient
 from samphire.wire import keys
 from samphire_broker.store import FORGOTTEN
-from samphire_workers.claiming import discovery as lane_queues
-from samphire_workers.claiming.round_robin import QUEUES_A_PLAN, RoundRobin
+from samphire_workers.queues import discovery as discovery
+from samphire_workers.queues.round_robin import QUEUES_A_PLAN, RoundRobin
 from tests.stacks import Valkey
 from tests.support.lane import LaneWorker, body, fake_triton, lane_worker, state, until, x
 from tests.support.names import KEYS
@@ -94,8 +94,8 @@ async def _done(valkey: Valkey, task_ids: list[str]) -> None:
 
 def test_queues_come_back_with_their_first_message(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the SDK, those of plain producers; the queues of models stay."""
-    monkeypatch.setattr(lane_queues, "FORGET_S", 1.0)
-    monkeypatch.setattr(lane_queues, "COLD_S", 0.3)
+    monkeypatch.setattr(discovery, "FORGET_S", 1.0)
+    monkeypatch.setattr(discovery, "COLD_S", 0.3)
 
     async def test() -> None:
         valkey.client.sadd(KEYS.queues, *TENANTS)
@@ -112,10 +112,10 @@ def test_queues_come_back_with_their_first_message(valkey: Valkey, monkeypatch: 
             with plain_celery(valkey.url) as app:
                 for priority in (0, 6):
                     await _done(valkey, [send(app, TENANTS[7], priority)])
-                monkeypatch.setattr(lane_queues, "FORGET_S", 60.0)
+                monkeypatch.setattr(discovery, "FORGET_S", 60.0)
                 await _done(valkey, [send(app, TENANTS[7])])
                 await until(lambda: TENANTS[7] in w.watch._peeks, "its peek")
-                monkeypatch.setattr(lane_queues, "FORGET_S", 1.0)
+                monkeypatch.setattr(discovery, "FORGET_S", 1.0)
             await until(lambda: _known(w) == {"inference", "inference.m"}, "the end of a plain one")
             await until(lambda: set(w.watch._peeks) == {"inference", "inference.m"}, "the end of its peek")
 
@@ -124,7 +124,7 @@ def test_queues_come_back_with_their_first_message(valkey: Valkey, monkeypatch: 
 
 def test_a_forgotten_queue_is_seen_before_a_scan_finds_it(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scan of a large database takes minutes; here it finds nothing."""
-    monkeypatch.setattr(lane_queues, "FORGET_S", 1.0)
+    monkeypatch.setattr(discovery, "FORGET_S", 1.0)
 
     async def test() -> None:
         valkey.client.sadd(KEYS.queues, "inference.m@acme")
@@ -144,7 +144,7 @@ async def nothing_found(cursor: int) -> tuple[int, set[str]]:
 
 def test_nobody_asks_for_the_models_of_queues_that_are_empty(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever may submit can name as many as they like; the one that holds something is served."""
-    monkeypatch.setattr(lane_queues, "FORGET_S", 1.0)
+    monkeypatch.setattr(discovery, "FORGET_S", 1.0)
 
     async def test() -> None:
         valkey.client.sadd(KEYS.queues, *(f"inference.m{number}" for number in range(3000)))
@@ -200,8 +200,8 @@ def test_what_waits_for_its_time_names_its_queue(valkey: Valkey) -> None:
 
 def test_many_tenants_with_messages_are_all_served(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """While their queues are set aside, and forgotten, and come back."""
-    monkeypatch.setattr(lane_queues, "FORGET_S", 0.6)
-    monkeypatch.setattr(lane_queues, "COLD_S", 0.1)
+    monkeypatch.setattr(discovery, "FORGET_S", 0.6)
+    monkeypatch.setattr(discovery, "COLD_S", 0.1)
 
     async def test() -> None:
         async with fake_triton("m") as triton, lane_worker(valkey.url, triton):

@@ -23,8 +23,9 @@ from samphire.wire import keys
 from samphire.wire.envelope import encode_task
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed
-from samphire_workers.intake.request import read
+from samphire_workers.intake.reading import read
 from tests.stacks import Valkey
+from tests.support.kinds import KINDS
 from tests.support.lane import body, fake_triton, lane_worker, until, x
 from tests.support.names import KEYS
 
@@ -161,7 +162,7 @@ JSON_VALUES = st.recursive(
 @given(st.binary(max_size=300) | JSON_VALUES.map(lambda value: json.dumps(value).encode(errors="replace")))
 def test_no_bytes_make_reading_fail(data: bytes) -> None:
     """What is no message is an error that is told, and never an exception."""
-    request, error = read(Claimed("1:inference.m", len(data), data), Settings())
+    request, error = read(Claimed("1:inference.m", len(data), data), Settings(), KINDS)
     assert error is not None and request.task_id is not None
 
 
@@ -171,7 +172,7 @@ def test_no_change_of_a_message_makes_reading_fail(seed: int) -> None:
     """The same for what was one once."""
     rng = random.Random(seed)
     data = malformed(rng)
-    read(Claimed("1:inference.m", len(data), data), Settings())
+    read(Claimed("1:inference.m", len(data), data), Settings(), KINDS)
 
 
 def test_malformed_messages_beside_good_ones(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:

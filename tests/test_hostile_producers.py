@@ -12,7 +12,7 @@ import pytest
 
 from samphire import AsyncClient, InvalidInputError
 from samphire.wire.envelope import encode_task
-from samphire_workers.claiming import sorting
+from samphire_workers.lane import sorting
 from tests.stacks import Valkey
 from tests.support.lane import body, fake_triton, lane_worker, state, until, x
 from tests.support.names import KEYS

@@ -25,9 +25,10 @@ from samphire.transport.direct import DirectConnection
 from samphire_broker.retry import GiveUp, Retry, RetryPolicy, decide
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
-from samphire_workers.claiming.wake import QueueWatch
-from samphire_workers.lane import Lane
+from samphire_workers.lane.lane import Lane
 from samphire_workers.monitoring.celery_events import CeleryEvents
+from samphire_workers.monitoring.observers import Observers
+from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.settlement.canvas import Canvas
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.unexpected import ShortageError, our_error
@@ -90,7 +91,7 @@ def lane_beside(valkey: Valkey, triton_grpc: str) -> Iterator[asyncio.Runner]:
                 Canvas(app, "w1@host"),
             )
             endpoints = Endpoints((triton_grpc,))
-            lane = Lane(settings, store, endpoints, info, events, watch, canvas)
+            lane = Lane(settings, store, endpoints, info, Observers(events), watch, canvas)
             running = asyncio.create_task(lane.run())
 
             async def stop() -> None:
@@ -124,7 +125,7 @@ def test_a_bug_of_ours_is_retried_and_leaves_its_traceback(
 
     def break_it() -> None:
         if where == "read":
-            monkeypatch.setattr("samphire_workers.claiming.sorting.read", bug)
+            monkeypatch.setattr("samphire_workers.lane.sorting.read", bug)
         elif where == "check":
             monkeypatch.setattr("samphire_workers.intake.checking._form", bug)
         elif where == "load":

@@ -20,9 +20,10 @@ from samphire import Client, InvalidInputError
 from samphire.wire.contract import INFER_TASK, UNKNOWN_CHORD
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed
-from samphire_workers.intake.request import read
+from samphire_workers.intake.reading import read
 from samphire_workers.intake.who_waits import who_waits
 from tests.stacks import Up, Valkey, eventually
+from tests.support.kinds import KINDS
 from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 from tests.workers import running_worker
@@ -224,14 +225,14 @@ def test_nothing_makes_it_fail(junk: bytes, whole: bool) -> None:
     for at in (10, len(made) // 2, len(made) - 10):
         mixed = made[:at] + junk + made[at:]
         who_waits(mixed, whole=whole, max_bytes=1000)
-        request, _ = read(Claimed("1:inference.m", len(mixed), mixed), Settings())
+        request, _ = read(Claimed("1:inference.m", len(mixed), mixed), Settings(), KINDS)
         assert len(request.task_id) <= 255
 
 
 def test_deep_nesting_is_refused() -> None:
     """And its id is known all the same."""
     deep = message("[" * 100_000)
-    request, error = read(Claimed("1:inference.m", len(deep), deep), Settings())
+    request, error = read(Claimed("1:inference.m", len(deep), deep), Settings(), KINDS)
     assert isinstance(error, InvalidInputError) and request.task_id == "task-1"
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from samphire.wire import keys
-from samphire_workers.claiming.limits import AdaptiveLimits
-from samphire_workers.claiming.round_robin import QUEUES_A_PLAN, RoundRobin
+from samphire_workers.claims.limits import AdaptiveLimits
 from samphire_workers.inference.budget import ByteBudget
+from samphire_workers.queues.round_robin import QUEUES_A_PLAN, RoundRobin
 
 
 def shares_of(round_robin: RoundRobin, messages: int, skip: set[str] | None = None) -> dict[str, int]:

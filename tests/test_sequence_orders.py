@@ -183,7 +183,7 @@ def test_what_goes_back_together_goes_back_in_its_order(valkey: Valkey) -> None:
             await worker.up()
             await until(lambda: triton.values == [1], "the first at Triton")
             held = {request.task_id: request for request in worker.lane.requests()}
-            await worker.lane._release([held[tasks[3].id]])
+            await worker.lane._ledger.release([held[tasks[3].id]])
             assert released == [[held[task.id].claim.field for task in tasks[1:]]]
             go.set()
             assert [await answer(task) for task in tasks] == [2, 3, 4, 5]

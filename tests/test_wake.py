@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from samphire.transport.address import broker_of
-from samphire_workers.claiming.wake import QueueWatch
+from samphire_workers.queues.wake import QueueWatch
 
 
 def test_a_new_queue_is_heard_of_also_when_something_else_wakes() -> None:

@@ -20,9 +20,10 @@ from samphire_broker.embedded.ports import choose_port
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
 from samphire_workers.celery_settings import celery_settings
-from samphire_workers.claiming.wake import QueueWatch
-from samphire_workers.lane import Lane
+from samphire_workers.lane.lane import Lane
 from samphire_workers.monitoring.celery_events import CeleryEvents
+from samphire_workers.monitoring.observers import Observers
+from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.settlement.canvas import Canvas
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.upkeep.lease import keep_lease, reap_others
@@ -172,8 +173,8 @@ class LaneWorker:
         self.watch = QueueWatch(self.settings.broker)
         self.canvas = Canvas(app, self.info.hostname)
         self.endpoints = Endpoints(self.settings.triton_urls)
-        events = CeleryEvents(app, self.info.hostname, 0)
-        self.lane = Lane(self.settings, self.store, self.endpoints, self.info, events, self.watch, self.canvas)
+        observers = Observers(CeleryEvents(app, self.info.hostname, 0))
+        self.lane = Lane(self.settings, self.store, self.endpoints, self.info, observers, self.watch, self.canvas)
         self.tasks.append(asyncio.create_task(self.lane.run()))
 
     async def down(self) -> None:

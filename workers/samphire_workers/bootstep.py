@@ -25,9 +25,10 @@ from samphire.errors import BrokerRightError, InvalidInputError
 from samphire_broker.queues import refuse_queue
 from samphire_broker.settings import read_settings
 from samphire_broker.store import OtherDeploymentError, Store, WorkerInfo
-from samphire_workers.claiming.wake import QueueWatch
-from samphire_workers.lane import Lane
+from samphire_workers.lane.lane import Lane
 from samphire_workers.monitoring.celery_events import CeleryEvents
+from samphire_workers.monitoring.observers import Observers
+from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.settlement.canvas import Canvas
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.unexpected import is_shortage
@@ -184,9 +185,10 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             endpoints = Endpoints(self._settings.triton_urls)
             events = CeleryEvents(self._app, self._info.hostname, self._settings.events_per_s)
             events.enabled = send_events
+            observers = Observers(events)
             watch = QueueWatch(self._settings.broker)
             canvas = Canvas(self._app, self._info.hostname)
-            self._lane = Lane(self._settings, store, endpoints, self._info, events, watch, canvas)
+            self._lane = Lane(self._settings, store, endpoints, self._info, observers, watch, canvas)
             began = time.monotonic()
             try:
                 await self._lane.run()

@@ -19,7 +19,7 @@ from samphire.wire.envelope import describe
 from samphire_broker.queues import declared, refuse_queue
 from samphire_workers import bootstep as step
 from samphire_workers.intake.request import Request
-from samphire_workers.lane import Lane, Scheduled
+from samphire_workers.lane.lane import Lane, Scheduled
 
 SHOWN_MAX = 1000
 """Most tasks that one answer lists."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from samphire_broker.store import Store
 from samphire_workers.repeat import persist
+from samphire_workers.work import Work
 
 KEPT_S = 20.0
 """A key that was not asked for again lapses after this long: longer than a call of the broker may take."""
@@ -33,9 +34,9 @@ _holds = itertools.count(1)
 class Alone:
     """Holds the key for one task of this worker after the other."""
 
-    def __init__(self, store: Store, is_ending: Callable[[], bool]) -> None:
+    def __init__(self, store: Store, work: Work) -> None:
         self._store = store
-        self._is_ending = is_ending
+        self._work = work
         self._one = asyncio.Lock()
         self._began = self._ended = 0.0
         self._hold = 0
@@ -46,11 +47,11 @@ class Alone:
         async with self._one:
             now = time.monotonic()
             if now - self._began > OTHERS_FIRST_S:
-                if now - self._ended < LOOK_LEAST_S and not self._is_ending():
+                if now - self._ended < LOOK_LEAST_S and not self._work.is_handed_back:
                     await asyncio.sleep(LOOK_LEAST_S + LOOK_S)
                 self._began = time.monotonic()
             self._hold = next(_holds)
-            while await self._ask(model) < 0 and not self._is_ending():
+            while await self._ask(model) < 0 and not self._work.is_handed_back:
                 await asyncio.sleep(LOOK_S)
             async with asyncio.TaskGroup() as group:
                 keeper = group.create_task(self._keep(model))
@@ -63,13 +64,13 @@ class Alone:
 
     async def until_nobody_else(self, model: str) -> None:
         """Wait, holding no lock, until no other worker is alone with a model; or until this worker ends."""
-        while not self._is_ending() and await persist(lambda: self._store.is_another_alone(model)):
+        while not self._work.is_handed_back and await persist(lambda: self._store.is_another_alone(model)):
             await asyncio.sleep(LOOK_LEAST_S)
 
     async def others_end(self, model: str, within_s: float) -> bool:
         """Wait, holding the key, until no other worker runs anything of the model; False if that does not come true."""
         until = time.monotonic() + within_s
-        while (under_way := await self._ask(model)) > 0 and time.monotonic() < until and not self._is_ending():
+        while (under_way := await self._ask(model)) > 0 and time.monotonic() < until and not self._work.is_handed_back:
             await asyncio.sleep(LOOK_S)
         return under_way == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -10,31 +11,27 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf
 
-from samphire.errors import (
-    EndpointTimeoutError,
-    EndpointUnavailableError,
-    InvalidInputError,
-    QueueFullError,
-    SamphireError,
-    UnknownModelError,
-)
+from samphire.errors import EndpointTimeoutError, EndpointUnavailableError, SamphireError
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store
-from samphire_workers.claiming.limits import AdaptiveLimits
+from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference import batching
-from samphire_workers.inference.answers import check_answer
 from samphire_workers.inference.locks import ModelLocks
 from samphire_workers.inference.reloading import Reloads
-from samphire_workers.inference.unwritten import Unwritten
 from samphire_workers.intake.checking import MICRO_BATCH
 from samphire_workers.intake.request import Request
+from samphire_workers.monitoring.observers import BatchSeen, Observers
+from samphire_workers.settlement.consequences import Model, consequence_of
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.settlement.outcome import TimeLimitError
+from samphire_workers.triton.answers import check_answer
 from samphire_workers.triton.endpoint import Endpoint, Running, Tensor
 from samphire_workers.triton.endpoints import Endpoints
-from samphire_workers.triton.errors import GivenUpError, StubDiedError
+from samphire_workers.triton.errors import GivenUpError
 from samphire_workers.triton.served import ServedModels
 from samphire_workers.unexpected import our_error
+
+logger = logging.getLogger(__name__)
 
 BUSY_S = 1.0
 """Longest rest of a model whose queue at Triton is full, where Triton does not say how long."""
@@ -68,9 +65,9 @@ class Asker:
         endpoints: who is asked.
         served: is told what is away.
         endings: ends tasks whose deadline passes meanwhile.
-        limits: is told how long it took.
+        ledger: is told how long it took, and what has been at Triton.
         locks: what all go through that are not alone with the model.
-        unwritten: what has been at Triton, and whose end is not on the broker yet.
+        observers: are told of each call.
     """
 
     def __init__(
@@ -80,18 +77,18 @@ class Asker:
         endpoints: Endpoints,
         served: ServedModels,
         endings: Endings,
-        limits: AdaptiveLimits,
+        ledger: Ledger,
         locks: ModelLocks,
-        unwritten: Unwritten,
+        observers: Observers,
     ) -> None:
         self._settings = settings
         self._store = store
         self._endpoints = endpoints
         self._served = served
         self._endings = endings
-        self._limits = limits
+        self._ledger = ledger
         self._locks = locks
-        self._unwritten = unwritten
+        self._observers = observers
         self._reloads = Reloads(served)
         self._asked: set[_Asked] = set()
         self._ending: SamphireError | None = None
@@ -124,7 +121,7 @@ class Asker:
             SamphireError: whatever has happened, as it is to be told to those who wait.
         """
         asked = _Asked(model, batch, batch[0].endpoint or self._endpoints.pick(model))
-        self._unwritten.discard(_fields(batch))  # halves of a micro-batch that has failed are asked again
+        self._ledger.unwritten.discard(_fields(batch))  # halves of a micro-batch that has failed are asked again
         self._asked.add(asked)  # before the lock: who waits there can be cancelled, and expires
         self._watch_deadlines(asked)
         try:
@@ -140,7 +137,7 @@ class Asker:
             self._asked.discard(asked)
             if asked.clock is not None:
                 asked.clock.cancel()
-            self._limits.took(model, time.monotonic() - batch[0].taken_in_at)
+            self._ledger.limits.took(model, time.monotonic() - batch[0].taken_in_at)
         self._reloads.has_answered(asked.endpoint, model)
         self._check(batch, outputs)
         return batching.split(batch, outputs)
@@ -154,41 +151,48 @@ class Asker:
         infer = batch[0].request
         asked.at, asked.timeout_s = time.monotonic(), self._timeout_s(batch)
         # Who is over has waited at the lock until then: its end may be written already.
-        self._unwritten.add(asked.model, _fields([request for request in batch if not request.over]))
-        return await asked.endpoint.infer(
-            asked.model,
-            batch[0].version,
-            batching.merge(batch),
-            [output.name for output in infer.outputs],
-            {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH},
-            asked.timeout_s,
-            asked.running,
-        )
+        self._ledger.unwritten.add(asked.model, _fields([request for request in batch if not request.over]))
+        failed = ""
+        try:
+            return await asked.endpoint.infer(
+                asked.model,
+                batch[0].version,
+                batching.merge(batch),
+                [output.name for output in infer.outputs],
+                {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH},
+                asked.timeout_s,
+                asked.running,
+            )
+        except BaseException as error:
+            failed = type(error).__name__
+            raise
+        finally:
+            rows = sum(request.rows for request in batch)
+            self._observers.answered(BatchSeen(asked.model, len(batch), rows, time.monotonic() - asked.at, failed))
 
     async def _what_to_tell(self, asked: _Asked, error: SamphireError) -> SamphireError:
         """The error that those who asked get; what is served is told first what it says of the model."""
         model, endpoint = asked.model, asked.endpoint
-        if isinstance(error, EndpointTimeoutError):
-            return await self._after_timeout(asked, error)
-        if isinstance(error, StubDiedError):
-            return await self._reloads.after(error, endpoint, model, asked.at)
-        if isinstance(error, QueueFullError):
-            # Triton has more than it can do: nobody's attempt, but it is to be left alone for a while.
-            self._served.lost(endpoint, model, error.retry_after_s or BUSY_S * random.random())
-        elif isinstance(error, EndpointUnavailableError):
-            if self._ending is None:
+        match consequence_of(error).model:
+            case Model.SLOW:
+                return await self._after_timeout(asked, error)
+            case Model.DEAD:
+                logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
+                return await self._reloads.after(error, endpoint, model, asked.at)
+            case Model.BUSY:
+                self._served.lost(endpoint, model, error.retry_after_s or BUSY_S * random.random())
+            case Model.AWAY if self._ending is None:
                 await self._served.no_answer(endpoint, model)
-        elif isinstance(error, UnknownModelError):
-            # It was known a moment ago: unloaded, or retired, under way.
-            self._served.lost(endpoint, model)
-            return EndpointUnavailableError(str(error))
-        elif isinstance(error, InvalidInputError):
-            signature = asked.batch[0].signature
-            if signature is not None and await self._served.has_changed(endpoint, signature):
-                return EndpointUnavailableError(f"model {model!r} has changed on {endpoint.url}: {error}")
+            case Model.GONE:
+                self._served.lost(endpoint, model)
+                return EndpointUnavailableError(str(error))
+            case Model.CHANGED:
+                signature = asked.batch[0].signature
+                if signature is not None and await self._served.has_changed(endpoint, signature):
+                    return EndpointUnavailableError(f"model {model!r} has changed on {endpoint.url}: {error}")
         return error
 
-    async def _after_timeout(self, asked: _Asked, error: EndpointTimeoutError) -> SamphireError:
+    async def _after_timeout(self, asked: _Asked, error: SamphireError) -> SamphireError:
         if error is asked.running.why:
             return error  # nobody waits for it any more
         waiting = next((request for request in asked.batch if not request.over), asked.batch[0])
@@ -223,7 +227,7 @@ class Asker:
         deadline_s = max(request.times.deadline for request in batch) - self._store.clock.now()
         return max(0.001, min(self._settings.triton_timeout_s, times.limit, times.soft_limit, deadline_s))
 
-    def _time_error(self, request: Request, timeout_s: float, error: EndpointTimeoutError) -> EndpointTimeoutError:
+    def _time_error(self, request: Request, timeout_s: float, error: SamphireError) -> SamphireError:
         times = request.times
         if timeout_s == times.soft_limit:
             return TimeLimitError(times.soft_limit, soft=True)

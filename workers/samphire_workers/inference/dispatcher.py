@@ -6,37 +6,33 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
 from samphire.errors import (
-    EndpointTimeoutError,
-    EndpointUnavailableError,
     ModelFaultError,
-    QueueFullError,
     SamphireError,
     TaskCancelledError,
     WorkerCrashError,
 )
 from samphire_broker.retry import policy_for
 from samphire_broker.settings import Settings
-from samphire_broker.store import Store, Tried, WorkerInfo
-from samphire_workers.claiming.limits import AdaptiveLimits
-from samphire_workers.inference.answers import UnevenRowsError
+from samphire_broker.store import Store, Tried
+from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference.asking import Asker
 from samphire_workers.inference.budget import ByteBudget
 from samphire_workers.inference.locks import ModelLocks
 from samphire_workers.inference.starting import Starter
 from samphire_workers.inference.suspects import LOSSES_MAX, Suspects, is_suspect
-from samphire_workers.inference.unwritten import Unwritten
-from samphire_workers.intake.request import Request, fetch, has_refs, load, takes_long
-from samphire_workers.monitoring.celery_events import TaskEvents
+from samphire_workers.intake.loading import fetch, has_refs, load, takes_long
+from samphire_workers.intake.request import Request
+from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
+from samphire_workers.settlement.consequences import Attempt, Consequence, Tasks, consequence_of
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.triton.endpoints import Endpoints
-from samphire_workers.triton.errors import EndpointDiedError, GivenUpError, StubDiedError
 from samphire_workers.triton.served import ServedModels
-from samphire_workers.unexpected import ShortageError, our_error
+from samphire_workers.unexpected import our_error
+from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +40,6 @@ logger = logging.getLogger(__name__)
 def _continues_sequence(request: Request) -> bool:
     """Whether what a request asks depends on the model's state; such a one is never in company."""
     return request.sequence_id is not None and not request.request.parameters.get("sequence_start")
-
-
-class Release(Protocol):
-    """Hands requests back to their queues."""
-
-    async def __call__(
-        self, requests: Sequence[Request], *, blamed: SamphireError | None = None, endpoint_died: bool = False
-    ) -> None:
-        """With `blamed` it counts as an attempt of those that had started: one of them may have caused that."""
 
 
 class Dispatcher:
@@ -64,58 +51,45 @@ class Dispatcher:
         store: Store,
         endpoints: Endpoints,
         served: ServedModels,
+        ledger: Ledger,
+        work: Work,
         endings: Endings,
-        info: WorkerInfo,
-        events: TaskEvents,
-        limits: AdaptiveLimits,
-        *,
-        release: Release,
-        let_go: Callable[[Sequence[str]], None],
-        room_again: Callable[[], None],
+        starter: Starter,
+        observers: Observers,
     ) -> None:
         self._settings = settings
         self._store = store
         self._served = served
+        self._ledger = ledger
+        self._work = work
         self._endings = endings
-        self._release = release
-        self._room_again = room_again
+        self._starter = starter
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
-        self._unwritten = Unwritten()
         locks = ModelLocks()
-        self._asker = Asker(settings, store, endpoints, served, endings, limits, locks, self._unwritten)
-        self._starter = Starter(
-            settings,
-            store,
-            endings,
-            info,
-            events,
-            release=release,
-            let_go=let_go,
-            is_ending=lambda: self._asker.is_ending,
-        )
-        self._suspects = Suspects(
-            store, locks, self._unwritten, settings.triton_timeout_s, lambda: self._asker.is_ending
-        )
+        self._asker = Asker(settings, store, endpoints, served, endings, ledger, locks, observers)
+        self._suspects = Suspects(store, locks, ledger.unwritten, settings.triton_timeout_s, work)
         self.under_way: Counter[str] = Counter()
         """Micro-batches under way, by model."""
 
-    def cancel(self, requests: Iterable[Request]) -> None:
-        """End tasks that are under way; Triton is told where it works for nobody else."""
-        for request in requests:
-            if not request.over:
-                self._endings.cancel_running(request)
+    def stop_over(self) -> None:
+        """Tell Triton of what it works on for nobody any more."""
         self._asker.stop_over(TaskCancelledError())
 
     def hand_back(self) -> None:
         """Give up what is under way, and ask for nothing more: it goes back to its queues as if it had not begun."""
         self._asker.end()
 
-    def written(self, fields: Sequence[str]) -> None:
-        """These claims are not held any more: their ends are written, or they are back in their queues."""
-        self._unwritten.discard(fields)
+    def begin(self, model: str, batch: list[Request]) -> None:
+        """Begin to bring one micro-batch to its end."""
+        self.under_way[model] += 1
+        self._work.begin(self._run_batch(model, batch))
 
-    async def run_batch(self, model: str, batch: list[Request]) -> None:
-        """Bring one micro-batch to its end; it was counted as under way by who made it."""
+    async def run(self, model: str, batch: list[Request]) -> None:
+        """Bring one micro-batch to its end."""
+        self.under_way[model] += 1
+        await self._run_batch(model, batch)
+
+    async def _run_batch(self, model: str, batch: list[Request]) -> None:
         began = time.monotonic()
         for request in batch:
             request.taken_in_at = began
@@ -129,7 +103,7 @@ class Dispatcher:
                     await self._run(model, loaded)
         finally:
             self.under_way[model] -= 1
-            self._room_again()
+            self._ledger.has_room()
 
     async def _run(self, model: str, batch: list[Request]) -> None:
         if not batch:
@@ -209,7 +183,7 @@ class Dispatcher:
         if not await self._suspects.run(
             model, run, all_models=all_models, among_workers=all_models or before.shared > 0
         ):
-            await self._release([request])
+            await self._ledger.release([request])
 
     async def _load(self, batch: Sequence[Request]) -> list[Request]:
         loaded: list[Request] = []
@@ -257,27 +231,28 @@ class Dispatcher:
         batch = [request for request in batch if not request.over]
         if not batch:
             return
-        if isinstance(error, StubDiedError | EndpointDiedError | GivenUpError) and _continues_sequence(batch[0]):
+        row = consequence_of(error, len(batch))
+        if row.state_is_lost and _continues_sequence(batch[0]):
             self._endings.fail(batch[0], ModelFaultError(f"the state of its sequence is lost: {error}"))
-        elif isinstance(error, StubDiedError):
-            # One of them has taken the model's process down: they come back apart from the rest, with an attempt less.
-            logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
-            await self._release(batch, blamed=WorkerCrashError(f"the model's process died: {error}"))
-        elif isinstance(error, EndpointDiedError):
-            # That is an outage, and no attempt; but of one that is alone and was there whenever it happened.
-            guilty = alone and batch[0].losses >= LOSSES_MAX
-            blamed = WorkerCrashError(f"the endpoint died with this task alone: {error}") if guilty else None
-            await self._release(batch, blamed=blamed, endpoint_died=True)
-        elif isinstance(error, EndpointUnavailableError | QueueFullError):
-            await self._release(batch)
-        elif len(batch) == 1 or isinstance(error, EndpointTimeoutError | ShortageError):
-            for request in batch:  # a time-out is nobody's content, and asking again at once piles up
+        elif row.tasks is Tasks.RELEASE:
+            attempt = self._attempt_of(row, batch, error, alone=alone)
+            await self._ledger.release(batch, attempt=attempt, endpoint_died=row.endpoint_died)
+        elif row.tasks in (Tasks.FAIL, Tasks.REST):
+            for request in batch:
                 self._endings.fail(request, error)
-        elif isinstance(error, UnevenRowsError):
+        elif row.tasks is Tasks.EACH:
             if (signature := batch[0].signature) is not None:
                 self._served.join_no_more(signature, error)
             await self._infer_each(model, [[request] for request in batch])
-        else:  # somebody's content: find out whose
+        else:
             middle = len(batch) // 2
             await self._infer(model, batch[:middle])
             await self._infer(model, batch[middle:])
+
+    def _attempt_of(self, row: Consequence, batch: Sequence[Request], error: SamphireError, *, alone: bool) -> str:
+        """What is kept of an attempt that goes back to its queue; "" where it counts as none."""
+        if row.attempt is Attempt.COUNTS:
+            return self._endings.attempt_of(WorkerCrashError(f"the model's process died: {error}"))
+        if row.attempt is Attempt.IF_ALONE and alone and batch[0].losses >= LOSSES_MAX:
+            return self._endings.attempt_of(WorkerCrashError(f"the endpoint died with this task alone: {error}"))
+        return ""

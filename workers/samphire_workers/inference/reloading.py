@@ -9,7 +9,6 @@ from collections import defaultdict
 
 from samphire.errors import EndpointUnavailableError, SamphireError
 from samphire_workers.triton.endpoint import Endpoint
-from samphire_workers.triton.errors import StubDiedError
 from samphire_workers.triton.served import ServedModels
 
 logger = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ class Reloads:
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._reloaded_at: dict[tuple[str, str], float] = {}
 
-    async def after(self, error: StubDiedError, endpoint: Endpoint, model: str, asked_at: float) -> SamphireError:
+    async def after(self, error: SamphireError, endpoint: Endpoint, model: str, asked_at: float) -> SamphireError:
         """Bring a model back whose process has died since `asked_at`; returns the error that those who asked get."""
         key = (endpoint.url, model)
         if await self._reload(endpoint, model, asked_at):

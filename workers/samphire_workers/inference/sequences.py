@@ -11,18 +11,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from samphire.errors import EndpointUnavailableError, InvalidInputError, SamphireError
 from samphire.wire import keys
 from samphire_broker.store import Store
+from samphire_workers.claims.ledger import Ledger
+from samphire_workers.inference.dispatcher import Dispatcher
 from samphire_workers.intake.request import Request
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.triton.endpoint import Endpoint
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.triton.served import ServedModels
+from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +68,18 @@ class Sequences:
         served: ServedModels,
         endpoints: Endpoints,
         endings: Endings,
-        *,
-        ask: Callable[[str, list[Request]], Coroutine[Any, Any, None]],
-        release: Callable[[Sequence[Request]], Awaitable[None]],
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        ledger: Ledger,
+        work: Work,
+        dispatcher: Dispatcher,
     ) -> None:
         self._store = store
         self._served = served
         self._endpoints = endpoints
         self._endings = endings
-        self._ask = ask
-        self._release = release
-        self._spawn = spawn
+        self._ledger = ledger
+        self._work = work
+        self._dispatcher = dispatcher
+        ledger.order = self
         self._known: OrderedDict[Key, _Sequence] = OrderedDict()
         self._own: set[str] = set()
         """Models that no other worker leads."""
@@ -127,7 +129,7 @@ class Sequences:
     async def _forget_model(self, model: str) -> None:
         """Forget where the sequences of a model run, and what has to come back: that is another's now."""
         while waiting := [request for _, sequence in self._of(model) for request in sequence.take_waiting()]:
-            await self._release(sorted(waiting, key=lambda request: keys.claim_number(request.claim.field)))
+            await self._ledger.release(sorted(waiting, key=lambda request: keys.claim_number(request.claim.field)))
         for key, sequence in self._of(model):
             del self._known[key]
             if sequence.broken:  # should this worker lead again: rather an error too many than a wrong answer
@@ -148,7 +150,7 @@ class Sequences:
         """Ask for these after those of their sequences that came before."""
         for request in requests:
             if request.sequence_id is None:  # Triton says what is missing
-                self._spawn(self._ask(request.model, [request]))
+                self._dispatcher.begin(request.model, [request])
                 continue
             key = (request.model, str(request.sequence_id))
             sequence = self._known.setdefault(key, _Sequence())
@@ -163,7 +165,7 @@ class Sequences:
                 sequence.behind.clear()
             if not sequence.runs:
                 sequence.runs = True
-                self._spawn(self._run(key, sequence))
+                self._work.begin(self._run(key, sequence))
         self._forget()
 
     def went_back(self, request: Request) -> list[Request]:
@@ -207,12 +209,12 @@ class Sequences:
         try:
             request.endpoint = self._endpoints.pick_for(request.model, str(request.sequence_id), sequence.endpoint)
         except EndpointUnavailableError:
-            await self._release([request])
+            await self._ledger.release([request])
             return
         if sequence.version and request.request.model_version in ("", "champion"):
             request.version = sequence.version  # a newer one knows nothing of it
         sequence.endpoint, sequence.version = request.endpoint, request.version
-        await self._ask(request.model, [request])
+        await self._dispatcher.run(request.model, [request])
 
     def _forget(self) -> None:
         for key in list(self._known)[: max(0, len(self._known) - REMEMBERED_MAX)]:

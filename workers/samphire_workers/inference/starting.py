@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from samphire.errors import WorkerCrashError
 from samphire_broker.retry import policy_for
 from samphire_broker.settings import Settings
 from samphire_broker.store import CANCELLED, NOT_YET, Store, Tried, WorkerInfo
+from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference.alone import LOOK_LEAST_S, LOOK_S
 from samphire_workers.intake.request import Request
-from samphire_workers.monitoring.celery_events import TaskEvents
+from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
 from samphire_workers.settlement.endings import Endings
+from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +29,10 @@ class Starter:
         settings: those of the worker.
         store: where starts are written.
         endings: ends what is not started.
+        ledger: where requests go back.
+        work: tells whether this worker hands everything back.
         info: who starts.
-        events: tells monitors.
-        release: hands requests back to their queues.
-        let_go: forgets claims that are not held any more.
-        is_ending: whether this worker hands everything back.
+        observers: are told of starts.
     """
 
     def __init__(
@@ -39,21 +40,18 @@ class Starter:
         settings: Settings,
         store: Store,
         endings: Endings,
+        ledger: Ledger,
+        work: Work,
         info: WorkerInfo,
-        events: TaskEvents,
-        *,
-        release: Callable[[Sequence[Request]], Awaitable[None]],
-        let_go: Callable[[Sequence[str]], None],
-        is_ending: Callable[[], bool],
+        observers: Observers,
     ) -> None:
         self._settings = settings
         self._store = store
         self._endings = endings
+        self._ledger = ledger
+        self._work = work
         self._info = info
-        self._events = events
-        self._release = release
-        self._let_go = let_go
-        self._is_ending = is_ending
+        self._observers = observers
 
     async def start(self, batch: Sequence[Request]) -> list[Request]:
         """Start what may be started, once no other worker is alone with the model."""
@@ -65,8 +63,8 @@ class Starter:
             batch = [request for request in batch if not request.over]
             for request in batch:
                 request.taken_in_at = time.monotonic()  # it is not the model that is slow
-            if self._is_ending():
-                await self._release(batch)
+            if self._work.is_handed_back:
+                await self._ledger.release(batch)
                 return []
         return started
 
@@ -96,12 +94,12 @@ class Starter:
                 logger.info("task %s dropped (%d)", request.task_id, verdict, extra={"action": "dropped"})
                 request.over = True
                 dropped.append(request.claim.field)
-                self._events.dropped(request)
+                self._observers.dropped(request)
                 continue
             request.started_at = request.started_at or time.time()
-            self._events.started(request)
+            self._observers.started(request)
             started.append(request)
-        self._let_go(dropped)
+        self._ledger.let_go(dropped)
         return started
 
     def exhausted(self, request: Request, before: Tried) -> None:

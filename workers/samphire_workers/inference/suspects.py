@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 
 from samphire_broker.store import Store, Tried
+from samphire_workers.claims.unwritten import Unwritten
 from samphire_workers.inference.alone import LOOK_S, Alone
 from samphire_workers.inference.locks import ModelLocks
-from samphire_workers.inference.unwritten import Unwritten
+from samphire_workers.work import Work
 
 LOSSES_MAX = 2
 """Endpoints that may die with a task before it is suspected: then it runs alone, without any other of any model."""
@@ -33,7 +34,7 @@ class Suspects:
         locks: what everybody else goes through.
         unwritten: what has been at Triton, and whose end is not on the broker yet.
         others_end_s: how long a suspect waits for what other workers have under way, before it lets others go first.
-        is_ending: whether this worker hands everything back.
+        work: tells whether this worker hands everything back.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class Suspects:
         locks: ModelLocks,
         unwritten: Unwritten,
         others_end_s: float,
-        is_ending: Callable[[], bool],
+        work: Work,
     ) -> None:
-        self._alone = Alone(store, is_ending)
+        self._alone = Alone(store, work)
         self._locks = locks
         self._unwritten = unwritten
         self._others_end_s = others_end_s
-        self._is_ending = is_ending
+        self._work = work
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """One suspect of a model at a time waits for its lock."""
 
@@ -67,7 +68,7 @@ class Suspects:
             Whether it has run; False: this worker is ending.
         """
         whom = "" if all_models else model
-        while not self._is_ending():
+        while not self._work.is_handed_back:
             # Who waits until another worker is alone no more holds no lock meanwhile, and at most one
             # does at a time: that worker may wait for what these would hold up.
             async with self._turns[model]:

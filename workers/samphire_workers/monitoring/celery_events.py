@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from celery import Celery
 from celery.worker import state as worker_state
@@ -21,7 +21,7 @@ from kombu.exceptions import OperationalError
 from samphire.errors import SamphireError
 from samphire.wire.contract import INFER_TASK
 from samphire.wire.envelope import describe
-from samphire_workers.intake.request import Request
+from samphire_workers.monitoring.observers import Observer, TaskSeen
 from samphire_workers.monitoring.sent import SentTasks
 
 logger = logging.getLogger(__name__)
@@ -35,38 +35,7 @@ BUFFER_MAX = 20_000
 room again."""
 
 
-class TaskEvents(Protocol):
-    """What a lane tells about its tasks."""
-
-    enabled: bool
-    """Whether anything is told."""
-
-    def started(self, request: Request) -> None:
-        """A task goes to Triton."""
-
-    def succeeded(self, request: Request) -> None:
-        """A task has its answer."""
-
-    def dropped(self, request: Request) -> None:
-        """A task is not this worker's any more."""
-
-    def failed(self, request: Request, error: SamphireError) -> None:
-        """A task ends as a dead letter."""
-
-    def retried(self, request: Request, error: SamphireError) -> None:
-        """An attempt failed; the task will be tried again."""
-
-    def revoked(self, request: Request, *, expired: bool) -> None:
-        """A task was cancelled, or has expired, and is dropped."""
-
-    def cancelled(self, task_id: str) -> None:
-        """A task is cancelled whose message lies in a queue."""
-
-    async def run(self) -> None:
-        """Send what there is, for ever."""
-
-
-class CeleryEvents:
+class CeleryEvents(Observer):
     """Task events through Celery's own EventDispatcher, from a thread of their own."""
 
     def __init__(self, app: Celery, hostname: str, events_per_s: int) -> None:
@@ -82,44 +51,43 @@ class CeleryEvents:
         self._sent = SentTasks(app)
         self.enabled = True
 
-    def started(self, request: Request) -> None:
+    def started(self, task: TaskSeen) -> None:
         """A task goes to Triton: shown if the cap allows."""
         worker_state.total_count[INFER_TASK] += 1  # what `inspect stats` tells
-        if not self._may_show() and not request.attempts:  # what a lost worker had started was shown, perhaps
+        if not self._may_show() and not task.attempts:  # what a lost worker had started was shown, perhaps
             return
-        self._shown.add(request.claim.field)
-        self._received(request)
-        self._add("task-started", request.task_id)
+        self._shown.add(task.claim)
+        self._received(task)
+        self._add("task-started", task.task_id)
 
-    def succeeded(self, request: Request) -> None:
+    def succeeded(self, task: TaskSeen) -> None:
         """A task has its answer."""
         now = time.time()
-        runtime = now - (request.started_at or now)
-        if self._was_shown(request):
-            self._add("task-succeeded", request.task_id, last=True, result="", runtime=runtime)
+        runtime = now - (task.started_at or now)
+        if self._was_shown(task):
+            self._add("task-succeeded", task.task_id, last=True, result="", runtime=runtime)
         elif self.enabled:
-            self._sent.ended(request.task_id, now, runtime)
+            self._sent.ended(task.task_id, now, runtime)
 
-    def dropped(self, request: Request) -> None:
+    def dropped(self, task: TaskSeen) -> None:
         """A task is not this worker's any more: it goes back to its queue, and whoever ends it is to tell its end."""
-        if self._was_shown(request):
-            name = request.envelope.headers.task if request.envelope else ""
-            self._add("task-sent", request.task_id, name=name, queue=request.claim.list_key)
+        if self._was_shown(task):
+            self._add("task-sent", task.task_id, name=task.name, queue=task.list_key)
 
-    def failed(self, request: Request, error: SamphireError) -> None:
+    def failed(self, task: TaskSeen, error: SamphireError, reason: str) -> None:
         """A task ends as a dead letter: always shown."""
-        self._went_wrong("task-failed", request, error)
+        self._went_wrong("task-failed", task, error)
 
-    def retried(self, request: Request, error: SamphireError) -> None:
+    def retried(self, task: TaskSeen, error: SamphireError) -> None:
         """An attempt failed; the task will be tried again: always shown."""
-        self._went_wrong("task-retried", request, error)
+        self._went_wrong("task-retried", task, error)
 
-    def revoked(self, request: Request, *, expired: bool) -> None:
+    def revoked(self, task: TaskSeen, expired: bool) -> None:
         """A task was cancelled, or has expired: always shown."""
-        if not self._was_shown(request):
-            self._received(request)
-        terminated = request.started_at is not None
-        self._add("task-revoked", request.task_id, last=True, terminated=terminated, signum=None, expired=expired)
+        if not self._was_shown(task):
+            self._received(task)
+        terminated = task.started_at is not None
+        self._add("task-revoked", task.task_id, last=True, terminated=terminated, signum=None, expired=expired)
 
     def cancelled(self, task_id: str) -> None:
         """A task is cancelled whose message lies in a queue: always shown."""
@@ -149,21 +117,21 @@ class CeleryEvents:
         except RuntimeError as error:  # no thread to be had: a monitor is not worth a lane
             logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})
 
-    def _went_wrong(self, kind: str, request: Request, error: SamphireError) -> None:
-        if not request.task_id:
+    def _went_wrong(self, kind: str, task: TaskSeen, error: SamphireError) -> None:
+        if not task.task_id:
             return
-        if not self._was_shown(request):
-            self._received(request)
+        if not self._was_shown(task):
+            self._received(task)
         self._add(
-            kind, request.task_id, last=True, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback=""
+            kind, task.task_id, last=True, exception=f"{type(error).__name__}({str(error)[:500]!r})", traceback=""
         )
 
-    def _was_shown(self, request: Request) -> bool:
+    def _was_shown(self, task: TaskSeen) -> bool:
         """Whether a task's earlier events were sent; this is its last."""
-        shown = request.claim.field in self._shown
-        self._shown.discard(request.claim.field)
+        shown = task.claim in self._shown
+        self._shown.discard(task.claim)
         if shown:
-            self._sent.shown(request.task_id)
+            self._sent.shown(task.task_id)
         return shown
 
     def _may_show(self) -> bool:
@@ -175,17 +143,17 @@ class CeleryEvents:
         self._tokens -= EVENTS_A_TASK
         return True
 
-    def _received(self, request: Request) -> None:
-        headers = request.envelope.headers if request.envelope else None
+    def _received(self, task: TaskSeen) -> None:
+        headers = task.headers
         self._add(
             "task-received",
-            request.task_id,
-            name=headers.task if headers else "",
+            task.task_id,
+            name=task.name,
             args="()",
-            kwargs=describe(request.infer) if request.infer else "",
+            kwargs=describe(task.infer) if task.infer else "",
             root_id=headers.root_id if headers else None,
             parent_id=headers.parent_id if headers else None,
-            retries=request.attempts,
+            retries=task.attempts,
             eta=headers.eta if headers else None,
             expires=headers.expires if headers else None,
         )

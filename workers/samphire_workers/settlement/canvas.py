@@ -30,7 +30,7 @@ from kombu.transport import redis as kombu_redis
 
 from samphire.errors import InvalidInputError, SamphireError, error_from_name
 from samphire.wire import keys
-from samphire.wire.contract import CHORD_PART_TASK, INFER_TASK, CanvasStart, ChordMember, ChordPart, InferResponse
+from samphire.wire.contract import CHORD_PART_TASK, INFER_TASK, CanvasStart, ChordMember, ChordPart
 from samphire.wire.envelope import encode_task, new_task_id
 from samphire_broker.store import OtherEnd
 from samphire_workers.intake.request import Request
@@ -156,7 +156,7 @@ class Canvas:
         self._large.close()
         self.chords.close()
 
-    async def after_success(self, request: Request, answer: InferResponse) -> NextSteps:
+    async def after_success(self, request: Request, answer: object) -> NextSteps:
         """What a task that succeeded owes to others.
 
         Raises:

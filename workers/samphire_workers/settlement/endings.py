@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal
 
-from samphire.errors import EndpointTimeoutError, InternalError, InvalidInputError, SamphireError
+from samphire.errors import EndpointTimeoutError, InternalError, InvalidInputError, SamphireError, TaskCancelledError
 from samphire.wire import keys
 from samphire.wire.contract import CanvasStart, ChordPart, InferResponse, Ref
 from samphire_broker.retry import GiveUp, Retry, decide, policy_for, reason_of
 from samphire_broker.settings import Settings
-from samphire_broker.store import OtherEnd, Settlement, Store
+from samphire_broker.store import WAS_CANCELLED, OtherEnd, Settlement, Store
+from samphire_workers.claims.ledger import Ledger
+from samphire_workers.intake.kinds import Run
 from samphire_workers.intake.request import Request
-from samphire_workers.monitoring.celery_events import TaskEvents
+from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
 from samphire_workers.settlement import outcome
 from samphire_workers.settlement.canvas import Canvas
@@ -21,6 +24,7 @@ from samphire_workers.settlement.outcome import PASSED_ON_BYTES, NextSteps, take
 from samphire_workers.settlement.settler import Settler
 from samphire_workers.triton.endpoint import Tensor
 from samphire_workers.unexpected import ShortageError, our_error
+from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +36,21 @@ class Endings:
         self,
         settings: Settings,
         store: Store,
-        settler: Settler,
+        ledger: Ledger,
+        work: Work,
         canvas: Canvas,
-        events: TaskEvents,
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
-        release: Callable[[Sequence[Request]], Coroutine[Any, Any, None]],
+        observers: Observers,
         worker: str,
     ) -> None:
         self._settings = settings
         self._store = store
-        self._settler = settler
+        self._ledger = ledger
+        self._work = work
         self._canvas = canvas
-        self._events = events
-        self._spawn = spawn
-        self._release = release
+        self._observers = observers
         self._worker = worker
+        self.settler = Settler(store, ledger, observers, self._not_settled)
+        """Writes ends, for as long as the lane runs."""
         self.shortages = 0
         """Tasks that went back to their queues since the last success, because this worker was short of something."""
 
@@ -65,23 +69,35 @@ class Endings:
                 self.fail(request, our_error(error))
                 continue
             request.tensors = []
-            request.outcome = "succeeded"
-            self.shortages = 0
-            if request.canvas is None:
-                self._settler.add(settlement)
-                self._events.succeeded(request)
-            else:
-                self._spawn(self._succeed_with_steps(request, settlement, passed_on))
+            self._succeed(request, settlement, passed_on)
+
+    def succeed_with(self, request: Request, result: object) -> None:
+        """End a task of another kind, with what it has for a result; JSON can hold it."""
+        try:
+            settlement = outcome.success(request, result, outcome.now_text())
+        except Exception as error:  # noqa: BLE001 - a result that cannot be written is this task's alone
+            self.fail(request, our_error(error))
+        else:
+            self._succeed(request, settlement, result)
+
+    def _succeed(self, request: Request, settlement: Settlement, passed_on: object) -> None:
+        request.outcome = "succeeded"
+        self.shortages = 0
+        if request.canvas is None:
+            self.settler.add(settlement)
+            self._observers.succeeded(request)
+        else:
+            self._work.begin(self._succeed_with_steps(request, settlement, passed_on))
 
     def fail(self, request: Request, error: SamphireError) -> None:
         """End an attempt that failed: there will be another, or the task, or unreadable message, is a dead letter."""
         if isinstance(error, ShortageError):
             logger.warning("task %s goes back to its queue: %s", request.task_id, error, extra={"action": "shortage"})
             self.shortages += 1
-            self._spawn(self._release([request]))
+            self._work.begin(self._ledger.release([request]))
             return
         if isinstance(error, InternalError) and request.task_id and request.started_at is None:
-            self._spawn(self._fail_unstarted(request, error))
+            self._work.begin(self._fail_unstarted(request, error))
         else:
             self._fail(request, error)
 
@@ -100,34 +116,28 @@ class Endings:
             decision = GiveUp(reason_of(error))  # a message that is no task has no attempts
         if isinstance(decision, Retry):
             logger.info("task %s is tried again: %s", request.task_id, error, extra={"action": "task_retried"})
-            self._settler.add(outcome.retry(request, error, decision.at - now, self._worker))
-            self._tell(lambda: self._events.retried(request, error))
+            self.settler.add(outcome.retry(request, error, decision.at - now, self._worker))
+            self._observers.retried(request, error)
             return
         logger.info("task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"})
         settlement = outcome.failure(request, error, decision.reason, self._worker)
         if request.canvas is None:
-            self._settler.add(settlement)
+            self.settler.add(settlement)
         else:
-            self._spawn(self._end_with_steps(request, settlement, lambda: self._canvas.after_failure(request, error)))
-        self._tell(lambda: self._events.failed(request, error))
-
-    @staticmethod
-    def _tell(event: Callable[[], None]) -> None:
-        try:
-            event()  # it describes what may be no valid request at all
-        except Exception:
-            logger.exception("a task has no event", extra={"action": "event_failed"})
+            self._work.begin(
+                self._end_with_steps(request, settlement, lambda: self._canvas.after_failure(request, error))
+            )
+        self._observers.failed(request, error, decision.reason)
 
     def revoke(self, request: Request, state: Literal["cancelled", "expired"]) -> None:
         """End a task that is not to be run, or, cancelled, not to its end."""
         settlement = outcome.revoked(request, state)
         if request.canvas is None:
-            self._settler.add(settlement)
+            self.settler.add(settlement)
         else:
-            self._spawn(
-                self._end_with_steps(request, settlement, lambda: self._canvas.after_revocation(request, state))
-            )
-        self._events.revoked(request, expired=state == "expired")
+            after = partial(self._canvas.after_revocation, request, state)
+            self._work.begin(self._end_with_steps(request, settlement, after))
+        self._observers.revoked(request, expired=state == "expired")
 
     def cancel_running(self, request: Request) -> None:
         """End a task that Triton works on."""
@@ -142,23 +152,44 @@ class Endings:
                 request.over = True
                 self.fail(request, EndpointTimeoutError("the deadline has passed before the model has answered"))
 
-    async def run_errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
-        """Do what a message that is no inference asks for, and end it; it has no result of its own."""
+    async def run_errand(self, request: Request, run: Run) -> None:
+        """Do what a message that is no task of its own asks for, and end it; it has no result."""
         done = Settlement(request.claim.field, "", "succeeded", "", "")
         try:
-            if isinstance(errand, ChordPart):
-                await persist(lambda: self._canvas.chords.return_part(errand, self._end_other))
-            elif await persist(lambda: self._store.is_cancelled(request.task_id)):
-                self.revoke(request, "cancelled")
-                return
-            else:
-                done = with_steps(done, await persist(lambda: self._canvas.start(request.task_id, errand)))
-        except SamphireError as error:
-            self.fail(request, error)
+            steps: NextSteps | None = await run(request)
+        except TaskCancelledError:
+            self.revoke(request, "cancelled")
+        except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
+            self.fail(request, our_error(error))
         else:
-            self._settler.add(done)
+            self.settler.add(done if steps is None else with_steps(done, steps))
 
-    def not_pushed(self, request: Request, settlement: Settlement) -> None:
+    def attempt_of(self, error: SamphireError) -> str:
+        """What is kept of an attempt that comes to nothing, JSON."""
+        return outcome.attempt_text(self._worker, error)
+
+    async def return_chord_part(self, request: Request) -> None:
+        """Have Celery's backend count a part of a chord that has ended."""
+        part: ChordPart = request.payload
+        await persist(lambda: self._canvas.chords.return_part(part, self._end_other))
+
+    async def start_canvas(self, request: Request) -> NextSteps:
+        """The first tasks of a canvas that a client has sent; raises TaskCancelledError where it was cancelled."""
+        start: CanvasStart = request.payload
+        if await persist(lambda: self._store.is_cancelled(request.task_id)):
+            raise TaskCancelledError
+        return await persist(lambda: self._canvas.start(request.task_id, start))
+
+    def _not_settled(self, settlement: Settlement, verdict: int) -> None:
+        request = self._ledger.request(settlement.field)
+        if request is None:  # it was settled otherwise meanwhile
+            self._ledger.let_go([settlement.field])
+        elif verdict == WAS_CANCELLED:
+            self.revoke(request, "cancelled")
+        else:
+            self._not_pushed(request, settlement)
+
+    def _not_pushed(self, request: Request, settlement: Settlement) -> None:
         """End a task whose next steps cannot be pushed: as in Celery it has failed, and without these steps."""
         queues = ", ".join(sorted({name for name, _ in settlement.pushes}))
         error = InvalidInputError(
@@ -171,7 +202,7 @@ class Endings:
         logger.error("task %s ends without its next steps: %s", request.task_id, error, extra={"action": "not_pushed"})
         own = tuple((name, message) for name, message in settlement.pushes if keys.known_form(name))
         pushes = own if len(own) < len(settlement.pushes) else ()
-        self._settler.add(settlement._replace(pushes=pushes))
+        self.settler.add(settlement._replace(pushes=pushes))
 
     async def _end_other(self, end: OtherEnd) -> None:
         await persist(lambda: self._store.end_others([end]))
@@ -189,14 +220,14 @@ class Endings:
         refs = await persist(lambda: outcome.store_large(request, outputs, self._store, PASSED_ON_BYTES))
         return outcome.response(request, outputs, refs)
 
-    async def _succeed_with_steps(self, request: Request, settlement: Settlement, answer: InferResponse) -> None:
+    async def _succeed_with_steps(self, request: Request, settlement: Settlement, answer: object) -> None:
         try:
             steps = await persist(lambda: self._canvas.after_success(request, answer))
         except SamphireError as error:
             self.fail(request, error)
         else:
-            self._settler.add(with_steps(settlement, steps))
-            self._events.succeeded(request)
+            self.settler.add(with_steps(settlement, steps))
+            self._observers.succeeded(request)
 
     async def _end_with_steps(
         self, request: Request, settlement: Settlement, find_steps: Callable[[], Awaitable[NextSteps]]
@@ -209,7 +240,7 @@ class Endings:
         except SamphireError as error:
             logger.warning("task %s: %s", settlement.task_id, error, extra={"action": "no_steps"})
             settlement = await self._with_fewer_steps(request, settlement, find_steps)
-        self._settler.add(settlement)
+        self.settler.add(settlement)
 
     async def _with_fewer_steps(
         self, request: Request, settlement: Settlement, find_steps: Callable[[], Awaitable[NextSteps]]

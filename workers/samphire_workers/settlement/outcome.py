@@ -15,7 +15,8 @@ from samphire.wire.contract import FailureInfo, InferResponse, OutputTensor, Ref
 from samphire.wire.envelope import new_task_id
 from samphire.wire.tensors import bytes_to_values
 from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store
-from samphire_workers.intake.request import Request, sha256_hex
+from samphire_workers.intake.loading import sha256_hex
+from samphire_workers.intake.request import Request
 from samphire_workers.triton.endpoint import Tensor
 
 _encode = msgspec.json.Encoder().encode
@@ -102,8 +103,8 @@ def _own_blobs(request: Request) -> tuple[str, ...]:
     return tuple(ref.key for ref in refs if isinstance(ref, Ref) and keys.is_blob_of(ref.key, request.task_id))
 
 
-def success(request: Request, answer: InferResponse, done: str) -> Settlement:
-    """The settlement of a task that Triton answered."""
+def success(request: Request, answer: object, done: str) -> Settlement:
+    """The settlement of a task that has its result, which JSON can hold."""
     meta = _meta_of(request, "SUCCESS", answer, done)
     return Settlement(request.claim.field, request.task_id, "succeeded", meta, request.stream, _own_blobs(request))
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from samphire_broker.store import NOT_PUSHED, WAS_CANCELLED, Settlement, Store
+from samphire_workers.claims.ledger import Ledger
+from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
 
 logger = logging.getLogger(__name__)
@@ -20,16 +23,18 @@ class Settler:
 
     Args:
         store: where.
-        let_go: called with the claims that are not held any more.
+        ledger: lets the claims go.
+        observers: are told how long the broker took.
         refused: called with a settlement that was not written, and why: `WAS_CANCELLED` or `NOT_PUSHED`. The claim
             is still held, and has to be settled otherwise.
     """
 
     def __init__(
-        self, store: Store, let_go: Callable[[Sequence[str]], None], refused: Callable[[Settlement, int], None]
+        self, store: Store, ledger: Ledger, observers: Observers, refused: Callable[[Settlement, int], None]
     ) -> None:
         self._store = store
-        self._let_go = let_go
+        self._ledger = ledger
+        self._observers = observers
         self._refused = refused
         self._settlements: list[Settlement] = []
         self._some = asyncio.Event()
@@ -56,7 +61,9 @@ class Settler:
             self._none.set()
 
     async def _send(self, batch: Sequence[Settlement]) -> None:
+        began = time.monotonic()
         ours = await persist(lambda: self._store.settle(batch))  # fenced, so it may be repeated
+        self._observers.settled(len(batch), time.monotonic() - began)
         done: list[str] = []
         for settlement, verdict in zip(batch, ours, strict=True):
             if verdict in (WAS_CANCELLED, NOT_PUSHED):
@@ -69,7 +76,7 @@ class Settler:
                     settlement.task_id,
                     extra={"action": "fenced"},
                 )
-        self._let_go(done)
+        self._ledger.let_go(done)
 
 
 def _take(settlements: list[Settlement]) -> list[Settlement]:

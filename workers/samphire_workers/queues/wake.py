@@ -16,6 +16,7 @@ from samphire.errors import BrokerUnavailableError, SamphireError
 from samphire.transport.address import Broker
 from samphire.transport.direct import DirectConnection
 from samphire.wire.keys import known_form
+from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +91,13 @@ class QueueWatch:
             finally:
                 await connection.close()
 
-    def add(self, queue: str, group: asyncio.TaskGroup, may_claim: Callable[[str], bool]) -> None:
+    def add(self, queue: str, work: Work, may_claim: Callable[[str], bool]) -> None:
         """Watch a queue of plain producers, while there are connections to spare.
 
         While `may_claim` says no, a message in the queue is nothing to wake for.
         """
         if queue not in self._peeks and not self.is_full:
-            self._peeks[queue] = group.create_task(self._peek(queue, may_claim))
+            self._peeks[queue] = work.keep(self._peek(queue, may_claim))
 
     def forget(self, queues: Iterable[str]) -> None:
         """Watch these no more: their connections are free for others."""

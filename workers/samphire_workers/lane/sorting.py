@@ -6,24 +6,28 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from samphire.errors import EndpointUnavailableError, InvalidInputError, SamphireError, UnknownModelError
 from samphire.wire import keys
-from samphire.wire.contract import CanvasStart, ChordPart
 from samphire_broker.settings import Settings
 from samphire_broker.store import CANCELLED, DUE, REPLACED, Claimed, Store
-from samphire_workers.claiming.discovery import QueueDiscovery
+from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference import batching
+from samphire_workers.inference.dispatcher import Dispatcher
 from samphire_workers.inference.sequences import Sequences
 from samphire_workers.intake.checking import Checker
-from samphire_workers.intake.request import Request, find_who_waits, read
-from samphire_workers.ledger import Ledger
+from samphire_workers.intake.kinds import Kind, Kinds, Run
+from samphire_workers.intake.reading import find_who_waits, read
+from samphire_workers.intake.request import Request
+from samphire_workers.lane.running import Runner
+from samphire_workers.queues.discovery import QueueDiscovery
+from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.repeat import persist
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.triton.served import ServedModels
 from samphire_workers.unexpected import our_error
+from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +35,14 @@ READ_S = 0.05
 """For so long messages are read without a pause: a claim may hold many large ones, and the worker has to beat."""
 
 
-def read_or_error(claim: Claimed, settings: Settings) -> tuple[Request, SamphireError | None]:
+def read_or_error(claim: Claimed, settings: Settings, kinds: Kinds) -> tuple[Request, SamphireError | None]:
     """Read a message; where it is not understood, what is known of who waits for it, and why."""
     try:
-        return read(claim, settings)
+        return read(claim, settings, kinds)
     except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
         request = Request(claim)
         try:
-            find_who_waits(request, claim, settings)
+            find_who_waits(request, claim, settings, kinds)
         except Exception:
             logger.exception("who waits for a message is not known", extra={"action": "who_waits_failed"})
             request = Request(claim)
@@ -49,45 +53,42 @@ class Sorter:
     """Takes in what was claimed; each message is routed, scheduled, ended, run as an errand, or dispatched.
 
     Args:
-        settings, store, served, queues, held, endings, sequences: of the lane.
-        dispatch: runs a micro-batch of a model.
-        release: hands requests back to their queues.
-        hand_back: lets requests go once the broker has taken them back.
-        let_go: forgets claims.
-        spawn: runs something in the background.
-        wake: says that there may be something to claim.
+        settings, store, kinds, served, ledger, work: of the lane.
+        discovery: is told of queues that messages are moved to.
+        watch: is woken when there may be something to claim.
+        endings: ends what is not run.
+        sequences: takes the requests of models that keep state.
+        dispatcher: takes micro-batches.
+        runner: takes tasks of other kinds.
     """
 
     def __init__(
         self,
         settings: Settings,
         store: Store,
+        kinds: Kinds,
         served: ServedModels,
-        queues: QueueDiscovery,
-        held: Ledger,
+        discovery: QueueDiscovery,
+        watch: QueueWatch,
+        ledger: Ledger,
+        work: Work,
         endings: Endings,
         sequences: Sequences,
-        *,
-        dispatch: Callable[[str, list[Request]], Coroutine[Any, Any, None]],
-        release: Callable[[Sequence[Request]], Awaitable[None]],
-        hand_back: Callable[[Sequence[Request], Callable[[], Awaitable[int]]], Awaitable[None]],
-        let_go: Callable[[Sequence[str]], None],
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
-        wake: Callable[[], None],
+        dispatcher: Dispatcher,
+        runner: Runner,
     ) -> None:
         self._settings = settings
         self._store = store
+        self._kinds = kinds
         self._served = served
-        self._queues = queues
-        self._held = held
+        self._discovery = discovery
+        self._watch = watch
+        self._ledger = ledger
+        self._work = work
         self._endings = endings
         self._sequences = sequences
-        self._run_batch = dispatch
-        self._release = release
-        self._hand_back = hand_back
-        self._let_go = let_go
-        self._spawn = spawn
-        self._wake = wake
+        self._dispatcher = dispatcher
+        self._runner = runner
         self._in_order: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def take_in(self, claimed: Sequence[Claimed]) -> None:
@@ -98,8 +99,8 @@ class Sorter:
             if time.monotonic() - began > READ_S:
                 await asyncio.sleep(0)
                 began = time.monotonic()
-            request, error = read_or_error(claim, self._settings)
-            self._held.has_read(request)
+            request, error = read_or_error(claim, self._settings, self._kinds)
+            self._ledger.has_read(request)
             if error is not None and not request.keeps_order:
                 self._refuse(request, error)
             else:
@@ -113,7 +114,7 @@ class Sorter:
         except Exception:  # one message must not end the lane for all
             logger.exception("who waits for a message cannot be told", extra={"action": "refusal_failed"})
             nobody = Request(request.claim)
-            self._held.has_read(nobody)
+            self._ledger.has_read(nobody)
             self._endings.fail(nobody, error)
 
     def _sort_out(self, requests: Sequence[Request]) -> None:
@@ -127,23 +128,23 @@ class Sorter:
                 self._endings.revoke(request, "expired")
             elif request.times.eta > now and not is_over:
                 later.append(request)
-            elif request.errand is not None:
-                self._spawn(self._errand(request, request.errand))
+            elif request.kind is not None and request.kind.run is not None:
+                self._work.begin(self._run(request, request.kind, request.kind.run))
             elif not request.at_home:
                 elsewhere.append(request)
             else:
                 at_home[request.model].append(request)
         if later:
-            self._spawn(self._schedule(later))
+            self._work.begin(self._schedule(later))
         if routable := [request for request in elsewhere if self._may_be_routed(request)]:
-            self._spawn(self._route(routable))
+            self._work.begin(self._route(routable))
         for model, fitting in at_home.items():
             checker = self._served.known(model)
             in_order = checker is not None and checker.signature.sequence_batching
             if checker is not None and not in_order and all(self._fits(checker, request) for request in fitting):
                 self._dispatch(model, fitting, checker)
             else:
-                self._spawn(self._dispatch_checked(model, fitting))
+                self._work.begin(self._dispatch_checked(model, fitting))
 
     def _may_be_routed(self, request: Request) -> bool:
         if request.sequence_id is None:
@@ -160,17 +161,20 @@ class Sorter:
             return False
         return True
 
-    async def _errand(self, request: Request, errand: ChordPart | CanvasStart) -> None:
-        await self._endings.run_errand(request, errand)
-        self._wake()  # the body of a chord may have been sent, in Celery's way
+    async def _run(self, request: Request, kind: Kind, run: Run) -> None:
+        if kind.is_errand:
+            await self._endings.run_errand(request, run)
+            self._watch.wake()  # the body of a chord may have been sent, in Celery's way
+        else:
+            await self._runner.run(request, run)
 
     async def _route(self, requests: Sequence[Request]) -> None:
         moves = []
         for request in requests:
             queue, _ = keys.split_list(request.home_list)
             moves.append((request.claim.field, queue, request.home_list))
-            self._queues.serve([queue])
-        await self._hand_back(requests, lambda: self._store.route(moves))
+            self._discovery.serve([queue])
+        await self._ledger.hand_back(requests, lambda: self._store.route(moves))
 
     async def _schedule(self, requests: Sequence[Request]) -> None:
         tasks = [(request.claim.field, request.task_id, request.times.eta) for request in requests]
@@ -190,7 +194,7 @@ class Sorter:
             else:
                 if verdict == REPLACED:
                     logger.warning("task %s was scheduled twice", request.task_id, extra={"action": "replaced"})
-                self._let_go([request.claim.field])
+                self._ledger.let_go([request.claim.field])
         self._sort_out(due)
 
     async def _dispatch_checked(self, model: str, requests: list[Request]) -> None:
@@ -203,7 +207,7 @@ class Sorter:
             checker = await self._served.checker(model)
         except EndpointUnavailableError as error:
             logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
-            await self._release(requests)
+            await self._ledger.release(requests)
             return
         except SamphireError as error:
             for request in requests:
@@ -234,4 +238,4 @@ class Sorter:
             self._sequences.add(requests)
             return
         for batch in batching.group(requests, checker.signature):
-            self._spawn(self._run_batch(model, batch))
+            self._dispatcher.begin(model, batch)

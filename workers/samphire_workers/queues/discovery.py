@@ -8,16 +8,16 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
 
 from samphire.errors import SamphireError
 from samphire.wire import keys
 from samphire_broker.store import FORGOTTEN, Store
-from samphire_workers.claiming.round_robin import RoundRobin
-from samphire_workers.claiming.wake import QueueWatch
+from samphire_workers.queues.round_robin import RoundRobin
+from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.triton.served import ServedModels
+from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class QueueDiscovery:
         served: ServedModels,
         round_robin: RoundRobin,
         watch: QueueWatch,
-        *,
-        in_background: Callable[[Coroutine[Any, Any, None]], None],
+        work: Work,
+        fixed: Collection[str],
     ) -> None:
         self._store = store
         self._endpoints = endpoints
@@ -68,7 +68,9 @@ class QueueDiscovery:
         self._watch = watch
         self.unseen: set[str] = set()
         """Models that nothing is claimed of before it is known what they are."""
-        self._in_background = in_background
+        self._work = work
+        self._fixed = frozenset([keys.INTAKE, *fixed])
+        """Queues that are always served, and of no model."""
         self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
         self._looking = asyncio.Lock()
         self._cursor = 0
@@ -81,7 +83,7 @@ class QueueDiscovery:
         self._forgotten: dict[str, None] = {}
         """Names of queues that are forgotten, in the order in which they are looked into."""
         self._next_look_at_forgotten = 0.0
-        self.serve([keys.INTAKE])
+        self.serve(self._fixed)
 
     def serve(self, queues: Collection[str]) -> None:
         """Claim from these queues, which are used just now, once it is known what their models are."""
@@ -89,7 +91,7 @@ class QueueDiscovery:
             now = time.monotonic()
             self._serve(queues, now)
             self._take_up(queues)
-            self._used.update(queue for queue in queues if queue != keys.INTAKE)
+            self._used.update(queue for queue in queues if queue not in self._fixed)
             self._since.update(dict.fromkeys(queues, now))
 
     def _take_up(self, queues: Collection[str]) -> None:
@@ -106,7 +108,7 @@ class QueueDiscovery:
         aside = set(new).intersection(may_be_empty) if new and self._round_robin.are_many else set[str]()
         self._round_robin.set_aside(aside)
         if new:
-            self._look_at_models(keys.parse_queue(queue)[0] for queue in new if queue not in aside)
+            self._look_at_models(keys.parse_queue(queue)[0] for queue in new if queue not in aside | self._fixed)
         return new
 
     def _look_at_models(self, models: Iterable[str]) -> None:
@@ -114,7 +116,7 @@ class QueueDiscovery:
         new = {model for model in models if model != INTAKE_MODEL and self._served.known(model) is None}
         for model in new - self.unseen:
             self.unseen.add(model)
-            self._in_background(self._look_at(model))
+            self._work.keep(self._look_at(model))
 
     async def _look_at(self, model: str) -> None:
         async with self._lookups:
@@ -124,15 +126,16 @@ class QueueDiscovery:
         self.unseen.discard(model)
         self._watch.wake()
 
-    async def discover(self, group: asyncio.TaskGroup, may_claim: Callable[[str], bool]) -> None:
+    async def discover(self, may_claim: Callable[[str], bool]) -> None:
         """Find queues: the SDK names those it uses; a slow scan finds those of plain producers."""
-        self._watch.add(keys.INTAKE, group, may_claim)
+        for queue in self._fixed:
+            self._watch.add(queue, self._work, may_claim)
         while True:
             began = time.monotonic()
             async with self._looking:  # else what was read before it was forgotten would be served again
                 await self._find()
             for queue in itertools.takewhile(lambda _: not self._watch.is_full, self._round_robin.in_use):
-                self._watch.add(queue, group, may_claim)
+                self._watch.add(queue, self._work, may_claim)
             # The more names there are, the longer it takes: it is not to be all that this worker does.
             await asyncio.sleep(min(max(DISCOVER_S, REST_TIMES * (time.monotonic() - began)), DISCOVER_MAX_S))
 
@@ -178,7 +181,7 @@ class QueueDiscovery:
             queue = self._turn.popleft()
             self._turn.append(queue)
             unused_s = now - self._since[queue]
-            if queue == keys.INTAKE or queue in self._served.queues:
+            if queue in self._fixed or queue in self._served.queues:
                 continue
             if unused_s > FORGET_S:
                 old.append(queue)

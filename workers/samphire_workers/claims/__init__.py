@@ -1,0 +1,1 @@
+"""What a lane holds, and how much more it may."""

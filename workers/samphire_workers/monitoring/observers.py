@@ -1,0 +1,231 @@
+"""Who is told of tasks while they move: Celery's monitors, metrics. None of them can slow or break a lane.
+
+What they get are records that nobody changes. An observer that fails is logged, and the lane goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from samphire.errors import SamphireError
+from samphire.wire.contract import Headers, InferRequest
+from samphire_workers.intake.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class TaskSeen(NamedTuple):
+    """A task at one moment."""
+
+    claim: str
+    task_id: str
+    name: str
+    """In Celery; "" where the message is not understood."""
+    list_key: str
+    """Key of the list that it was claimed from."""
+    model: str
+    version: str
+    attempts: int
+    """Those before this one."""
+    started_at: float | None
+    """In s since 1970."""
+    headers: Headers | None
+    infer: InferRequest | None
+
+
+class BatchSeen(NamedTuple):
+    """A call of Triton that has ended."""
+
+    model: str
+    tasks: int
+    rows: int
+    seconds: float
+    error: str
+    """Name of the error's class; "" for an answer."""
+
+
+class LaneSeen(NamedTuple):
+    """A lane at one moment."""
+
+    held: int
+    held_bytes: int
+    endpoints: Mapping[str, bool]
+    """Whether each answers, by address."""
+    breakers: Sequence[tuple[str, str]]
+    """Addresses and models whose breakers are open."""
+
+
+class QueueSeen(NamedTuple):
+    """The tasks of one priority of a queue at one moment."""
+
+    queue: str
+    priority: int
+    depth: int
+    oldest_sent_at: float
+    """When the one that is next was submitted, in s since 1970; 0 where that is not known."""
+
+
+class Observer:
+    """What may be told; each takes what it needs. Everything is called on the lane's event loop: it returns at once."""
+
+    enabled = True
+    """Whether task events are wanted (Celery's `enable_events`)."""
+
+    def claimed(self, list_key: str, tasks: int) -> None:
+        """Tasks were claimed from a list."""
+
+    def started(self, task: TaskSeen) -> None:
+        """A task goes to Triton."""
+
+    def answered(self, batch: BatchSeen) -> None:
+        """Triton has answered a micro-batch, or has not."""
+
+    def succeeded(self, task: TaskSeen) -> None:
+        """A task has its answer."""
+
+    def dropped(self, task: TaskSeen) -> None:
+        """A task is not this worker's any more."""
+
+    def failed(self, task: TaskSeen, error: SamphireError, reason: str) -> None:
+        """A task ends as a dead letter, for a reason by which these are filtered."""
+
+    def retried(self, task: TaskSeen, error: SamphireError) -> None:
+        """An attempt failed; the task will be tried again."""
+
+    def revoked(self, task: TaskSeen, expired: bool) -> None:
+        """A task was cancelled, or has expired, and is dropped."""
+
+    def cancelled(self, task_id: str) -> None:
+        """A task is cancelled whose message lies in a queue."""
+
+    def settled(self, tasks: int, seconds: float) -> None:
+        """The broker has taken so many ends with one call."""
+
+    def lease_lost(self) -> None:
+        """The lease of this worker had lapsed."""
+
+    def looked(self, lane: LaneSeen) -> None:
+        """What the lane holds, every second."""
+
+    def counted(self, queues: Sequence[QueueSeen]) -> None:
+        """What lies in the queues, every few seconds."""
+
+    def letters(self, count: int) -> None:
+        """How many dead letters there are."""
+
+    async def run(self) -> None:
+        """What it does beside the lane, for ever or until it is done."""
+
+
+def seen(request: Request) -> TaskSeen:
+    """A request as observers get it."""
+    headers = request.envelope.headers if request.envelope is not None else None
+    return TaskSeen(
+        request.claim.field,
+        request.task_id,
+        headers.task if headers is not None else "",
+        request.claim.list_key,
+        request.model,
+        request.version,
+        request.attempts,
+        request.started_at,
+        headers,
+        request.infer,
+    )
+
+
+class Observers:
+    """All observers of a lane, told one after the other."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._all = observers
+
+    def enable(self, wanted: bool) -> None:
+        """Send task events to monitors, or none."""
+        for observer in self._all:
+            observer.enabled = wanted
+
+    def claimed(self, list_key: str, tasks: int) -> None:
+        """See `Observer`."""
+        self._tell("claimed", list_key, tasks)
+
+    def started(self, request: Request) -> None:
+        """See `Observer`."""
+        self._tell("started", seen(request))
+
+    def answered(self, batch: BatchSeen) -> None:
+        """See `Observer`."""
+        self._tell("answered", batch)
+
+    def succeeded(self, request: Request) -> None:
+        """See `Observer`."""
+        self._tell("succeeded", seen(request))
+
+    def dropped(self, request: Request) -> None:
+        """See `Observer`."""
+        self._tell("dropped", seen(request))
+
+    def failed(self, request: Request, error: SamphireError, reason: str) -> None:
+        """See `Observer`."""
+        self._tell("failed", seen(request), error, reason)
+
+    def retried(self, request: Request, error: SamphireError) -> None:
+        """See `Observer`."""
+        self._tell("retried", seen(request), error)
+
+    def revoked(self, request: Request, *, expired: bool) -> None:
+        """See `Observer`."""
+        self._tell("revoked", seen(request), expired)
+
+    def cancelled(self, task_id: str) -> None:
+        """See `Observer`."""
+        self._tell("cancelled", task_id)
+
+    def settled(self, tasks: int, seconds: float) -> None:
+        """See `Observer`."""
+        self._tell("settled", tasks, seconds)
+
+    def lease_lost(self) -> None:
+        """See `Observer`."""
+        self._tell("lease_lost")
+
+    def looked(self, lane: LaneSeen) -> None:
+        """See `Observer`."""
+        self._tell("looked", lane)
+
+    def counted(self, queues: Sequence[QueueSeen]) -> None:
+        """See `Observer`."""
+        self._tell("counted", queues)
+
+    def letters(self, count: int) -> None:
+        """See `Observer`."""
+        self._tell("letters", count)
+
+    async def run(self) -> None:
+        """Run what each observer does beside the lane."""
+        await asyncio.gather(*(self._run(observer) for observer in self._all))
+
+    async def _run(self, observer: Observer) -> None:
+        try:
+            await observer.run()
+        except Exception:
+            logger.exception(
+                "%s has ended: what it shows stands still, the lane goes on",
+                type(observer).__name__,
+                extra={"action": "observer_failed"},
+            )
+
+    def _tell(self, what: str, *told: object) -> None:
+        for observer in self._all:
+            try:
+                getattr(observer, what)(*told)
+            except Exception:
+                logger.exception(
+                    "%s was not told that a task %s: its figures lack it, the lane goes on",
+                    type(observer).__name__,
+                    what,
+                    extra={"action": "observer_failed"},
+                )
