@@ -20,6 +20,7 @@ from samphire import Client, InvalidInputError
 from samphire.wire.contract import INFER_TASK, UNKNOWN_CHORD
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed
+from samphire_workers.intake.loading import load
 from samphire_workers.intake.reading import read
 from samphire_workers.intake.who_waits import who_waits
 from tests.stacks import Up, Valkey, eventually
@@ -31,6 +32,7 @@ from tests.workers import running_worker
 TIMEOUT_S = 30
 FROM_PARENT = {"name": "input_fp32", "from": "output_fp32"}
 TOLD = "expected|not an inference request"
+BODY = {"model_name": "m", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1.0]}]}
 LARGE = base64.b64encode(b"\0" * 2**22).decode()
 
 
@@ -234,6 +236,30 @@ def test_deep_nesting_is_refused() -> None:
     deep = message("[" * 100_000)
     request, error = read(Claimed("1:inference.m", len(deep), deep), Settings(), KINDS)
     assert isinstance(error, InvalidInputError) and request.task_id == "task-1"
+
+
+@pytest.mark.parametrize("junk", [b'"\xf4x"', b"1e9999"], ids=["no text", "no number"])
+def test_what_only_celery_reads_of_a_message_is_the_producers_too(junk: bytes) -> None:
+    """A header that the lane skips, and that goes on with the next step of a chain."""
+    made = message([[], BODY, EMBED], {**HEADERS, "task": "samphire.infer", "argsrepr": "JUNK"})
+    data = made.replace(b'"JUNK"', junk)
+    request, error = read(Claimed("1:inference.m", len(data), data), Settings(), KINDS)
+    assert isinstance(error, InvalidInputError) and request.task_id == HEADERS["id"]
+
+
+@pytest.mark.parametrize("junk", ['"\xf4x"', "1e9999"], ids=["no text", "no number"])
+def test_numbers_that_are_none_are_the_producers(junk: str) -> None:
+    """Also where the body is no text of its message, so nobody has looked at it."""
+    text = json.dumps([[], BODY, {}]).replace("[1.0]", f"[{junk}]").encode("latin-1")
+    made = json.loads(message("", {**HEADERS, "task": "samphire.infer", "group": None}))
+    made["body"], made["properties"]["body_encoding"] = base64.b64encode(text).decode(), "base64"
+    data = json.dumps(made).encode()
+    request, error = read(Claimed("1:inference.m", len(data), data), Settings(), KINDS)
+    if error is None:
+        with pytest.raises(InvalidInputError, match="expected data in JSON"):
+            load(request, {})
+    else:
+        assert isinstance(error, InvalidInputError)
 
 
 def test_a_client_whose_message_is_too_large_is_told(stack: Up) -> None:

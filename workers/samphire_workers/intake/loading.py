@@ -6,13 +6,13 @@ import asyncio
 import binascii
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
 from msgspec import UNSET
 
 from samphire.errors import InvalidInputError
 from samphire.wire.contract import InputTensor, Ref
+from samphire.wire.envelope import parse
 from samphire.wire.tensors import check_bytes, values_to_bytes
 from samphire_broker.store import Store
 from samphire_workers.intake.parents import sources_of
@@ -72,7 +72,7 @@ def _values(tensor: InputTensor, fetched: Mapping[str, bytes]) -> bytes:
     elif isinstance(tensor.ref, Ref):
         data = fetched[tensor.ref.key]
     else:
-        values: Any = _decode_json(tensor.data)  # type: ignore[arg-type]
+        values = parse(_decode_json, bytes(tensor.data), f"input {tensor.name!r}: expected data in JSON")  # type: ignore[arg-type]
         data = values_to_bytes(tensor.name, tensor.datatype, tensor.shape, values)
     check_bytes(tensor.name, tensor.datatype, tensor.shape, data)
     return data

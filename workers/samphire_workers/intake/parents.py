@@ -10,6 +10,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from samphire.errors import InvalidInputError
 from samphire.wire.contract import InferRequest, InputTensor, Ref
+from samphire.wire.envelope import parse
 
 
 class ParentTensor(Struct):
@@ -73,13 +74,11 @@ def _parent(infer: InferRequest, args: Sequence[Raw]) -> ParentResult | list[Par
             f"input {tensor.name!r}: from {tensor.from_!r} takes an output of the task before, and there is none: "
             "use it in a chain, after a group, or as a link"
         )
-    try:
-        parent: ParentResult | list[ParentResult] = _decode(args[0])
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidInputError(
-            f"input {tensor.name!r}: from {tensor.from_!r} expects the result of an inference as first argument, "
-            f"an object with outputs or a list of such: {error}"
-        ) from error
+    expected = (
+        f"input {tensor.name!r}: from {tensor.from_!r} expects the result of an inference as first argument, an object "
+        "with outputs or a list of such"
+    )
+    parent: ParentResult | list[ParentResult] = parse(_decode, bytes(args[0]), expected)
     return parent
 
 

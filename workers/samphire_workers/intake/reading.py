@@ -23,7 +23,7 @@ from samphire.wire.contract import (
     check_task_id,
     check_tenant,
 )
-from samphire.wire.envelope import decode_body, decode_canvas_start, decode_chord_part, decode_envelope
+from samphire.wire.envelope import decode_body, decode_canvas_start, decode_chord_part, decode_envelope, parse
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed
 from samphire_workers.intake.kinds import Kinds
@@ -116,7 +116,8 @@ def _canvas_request(claim: Claimed, canvas: CanvasFields | None) -> dict[str, An
     """What Celery's tracer reads of a task, if it has next steps or belongs to a chord."""
     if not canvas:
         return None
-    return {**_decode_json(claim.message)["headers"], **msgspec.to_builtins(canvas)}
+    message = parse(_decode_json, claim.message, "expected headers in JSON")
+    return {**message["headers"], **msgspec.to_builtins(canvas)}
 
 
 def times_of(headers: Headers) -> Times:

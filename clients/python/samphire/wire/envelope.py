@@ -121,8 +121,20 @@ def encode_task(
     )
 
 
-def _parse(decode: Any, data: bytes | str, what: str) -> Any:
+def parse(decode: Any, data: bytes | str, what: str) -> Any:
+    """JSON read by a decoder of msgspec's.
+
+    Args:
+        decode: reads it, and raises as msgspec does.
+        data: the JSON.
+        what: begins the error.
+
+    Raises:
+        InvalidInputError: it is not what the decoder expects, or no text.
+    """
     try:
+        if isinstance(data, bytes):
+            data.decode()  # what nobody asks for is not looked at by the decoder, and may be read later
         return decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         hint = ""
@@ -138,7 +150,7 @@ def decode_envelope(message: bytes) -> Envelope:
     Raises:
         InvalidInputError: not JSON, or not a protocol-2 message; says where.
     """
-    envelope: Envelope = _parse(_decode_envelope, message, "expected a Celery protocol-2 message in JSON")
+    envelope: Envelope = parse(_decode_envelope, message, "expected a Celery protocol-2 message in JSON")
     return envelope
 
 
@@ -150,21 +162,21 @@ def decode_body(envelope: Envelope, max_bytes: int) -> Body:
         PayloadTooLargeError: it decompresses to more than `max_bytes`.
     """
     data = plain_arguments(_open_body(envelope, max_bytes))
-    body: Body = _parse(_decode_body, data, "the arguments are not an inference request")
+    body: Body = parse(_decode_body, data, "the arguments are not an inference request")
     return body
 
 
 def decode_chord_part(envelope: Envelope, max_bytes: int) -> ChordPart:
     """Read the body of a `samphire.chord_part` message; raises as `decode_body` does."""
     data = _open_body(envelope, max_bytes)
-    body: ChordPartBody = _parse(_decode_chord_part, data, "the arguments are not the part of a chord")
+    body: ChordPartBody = parse(_decode_chord_part, data, "the arguments are not the part of a chord")
     return body[1]
 
 
 def decode_canvas_start(envelope: Envelope, max_bytes: int) -> CanvasStart:
     """Read the body of a `samphire.canvas` message; raises as `decode_body` does."""
     data = _open_body(envelope, max_bytes)
-    body: CanvasStartBody = _parse(_decode_canvas_start, data, "the arguments are not a canvas")
+    body: CanvasStartBody = parse(_decode_canvas_start, data, "the arguments are not a canvas")
     return body[1]
 
 
