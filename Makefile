@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 # Commands that tests need beside Python, each with the Debian package that has it.
 SYSTEM_COMMANDS := chromium:chromium curl:curl docker-compose:docker-compose faketime:faketime g++:g++ \
-  openssl:openssl redis-cli:redis-tools strace:strace
+  openssl:openssl promtool:prometheus redis-cli:redis-tools strace:strace
 # And headers: files, with the package that has them.
 SYSTEM_FILES := /usr/include/lua5.1/lua.h:liblua5.1-0-dev
 

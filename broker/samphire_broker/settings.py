@@ -125,6 +125,12 @@ class Settings(BaseSettings):
     events_per_s: int = Field(default=600, ge=0)
     """Cap of the Celery task events that a worker sends; events of failures are always sent."""
 
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Port on which each worker answers Prometheus; 0: none does. Workers on one machine need one each."""
+
+    metrics_host: str = "127.0.0.1"
+    """Address that it listens on."""
+
     queue_weights: dict[str, int] = Field(default_factory=dict)
     """JSON object of model name to its weight in the round robin over models (default 1 each)."""
 

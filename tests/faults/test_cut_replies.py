@@ -373,6 +373,15 @@ async def enter(s: Setting) -> None:
     assert s.valkey.client.get(KEYS.namespace_mark) == KEYS.namespace.encode()
 
 
+async def depths(s: Setting) -> None:
+    s.valkey.client.rpush("inference.m", b'{"headers": {"samphire_sent_at": 12.5}}', b"{}")
+    s.valkey.client.rpush("inference.n", b'{"headers": {"samphire_sent_at":1.2.3}}', b'"samphire_sent_at":7')
+    s.valkey.client.set("inference.o", "no list")
+    s.arm()
+    found = await again(lambda: s.worker.store.depths(["inference.m", "inference.n", "inference.o", "inference.p"]))
+    assert found == [(2, None), (2, 7.0), (0, None), (0, None)]
+
+
 async def look_at_queues(s: Setting) -> None:
     s.valkey.client.sadd(KEYS.queues, "inference.full", "inference.empty", "inference.new")
     s.valkey.client.rpush("inference.full", "x")
@@ -402,6 +411,7 @@ STORE_CASES: dict[str, Callable[[Setting], Awaitable[None]]] = {
         *(delete_results, serve_letters, publish_catalogue, others, connected, hostname, reap, leave),
         *(known_queues, name_queues, find_queues, read_blob, write_blob, tried, trim_letters, alone),
         *(lead, give_back, scheduled, broker_run, missing_rights, is_another_alone, end_others, enter, look_at_queues),
+        depths,
     )
 }
 

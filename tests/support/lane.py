@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -20,13 +20,15 @@ from samphire_broker.embedded.ports import choose_port
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
 from samphire_workers.celery_settings import celery_settings
+from samphire_workers.intake.kinds import Kind
 from samphire_workers.lane.lane import Lane
 from samphire_workers.monitoring.celery_events import CeleryEvents
-from samphire_workers.monitoring.observers import Observers
+from samphire_workers.monitoring.observers import Observer, Observers
 from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.settlement.canvas import Canvas
 from samphire_workers.triton.endpoints import Endpoints
-from samphire_workers.upkeep.lease import keep_lease, reap_others
+from samphire_workers.upkeep.lease import keep_lease
+from samphire_workers.upkeep.reaper import reap_others
 from tests.support.names import KEYS
 
 Behaviour = Callable[[Any], Awaitable[None]]
@@ -147,9 +149,18 @@ async def fake_triton(*models: str) -> AsyncIterator[FakeTriton]:
 
 
 class LaneWorker:
-    """What `step.py` runs, in this event loop; `down` is its death without a word."""
+    """What `bootstep.py` runs, in this event loop; `down` is its death without a word."""
 
-    def __init__(self, url: str, triton: FakeTriton, **settings: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        triton: FakeTriton,
+        kinds: Sequence[Kind] = (),
+        observers: Sequence[Observer] = (),
+        **settings: Any,
+    ) -> None:
+        self.kinds = kinds
+        self.observers = observers
         self.settings = Settings(broker_url=url, triton_urls=(triton.address,), **settings)
         self.info = WorkerInfo(uuid.uuid4().hex, "w@host", 1)
         self.store = Store(self.settings, self.info.id)
@@ -173,8 +184,9 @@ class LaneWorker:
         self.watch = QueueWatch(self.settings.broker)
         self.canvas = Canvas(app, self.info.hostname)
         self.endpoints = Endpoints(self.settings.triton_urls)
-        observers = Observers(CeleryEvents(app, self.info.hostname, 0))
-        self.lane = Lane(self.settings, self.store, self.endpoints, self.info, observers, self.watch, self.canvas)
+        observers = Observers(CeleryEvents(app, self.info.hostname, 0), *self.observers)
+        parts = (self.settings, self.store, self.endpoints, self.info, observers, self.watch, self.canvas)
+        self.lane = Lane(*parts, self.kinds)
         self.tasks.append(asyncio.create_task(self.lane.run()))
 
     async def down(self) -> None:
@@ -190,9 +202,15 @@ class LaneWorker:
 
 
 @contextlib.asynccontextmanager
-async def lane_worker(url: str, triton: FakeTriton, **settings: Any) -> AsyncIterator[LaneWorker]:
+async def lane_worker(
+    url: str,
+    triton: FakeTriton,
+    kinds: Sequence[Kind] = (),
+    observers: Sequence[Observer] = (),
+    **settings: Any,
+) -> AsyncIterator[LaneWorker]:
     """A worker that runs."""
-    worker = LaneWorker(url, triton, **settings)
+    worker = LaneWorker(url, triton, kinds, observers, **settings)
     await worker.up()
     try:
         yield worker

@@ -27,12 +27,14 @@ from samphire_broker.settings import read_settings
 from samphire_broker.store import OtherDeploymentError, Store, WorkerInfo
 from samphire_workers.lane.lane import Lane
 from samphire_workers.monitoring.celery_events import CeleryEvents
-from samphire_workers.monitoring.observers import Observers
+from samphire_workers.monitoring.metrics import Metrics, Server, metrics_for
+from samphire_workers.monitoring.observers import Observer, Observers
 from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.settlement.canvas import Canvas
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.unexpected import is_shortage
-from samphire_workers.upkeep.lease import keep_lease, reap_others
+from samphire_workers.upkeep.lease import keep_lease
+from samphire_workers.upkeep.reaper import reap_others
 from samphire_workers.upkeep.rights import check_rights
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._thread: threading.Thread | None = None
         self._lane: Lane | None = None
         self._registered: asyncio.Event | None = None
+        self._metrics: tuple[Metrics, Server] | None = None
         self._stopping = False
         self._signals = 0
         """Times that the worker was asked to end; more than once means at once."""
@@ -91,6 +94,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         worker_shutting_down.connect(self._asked_to_end)
         self._info = WorkerInfo(id=uuid.uuid4().hex, hostname=parent.hostname, pid=os.getpid())
         self._app = parent.app
+        if self._settings.metrics_port:
+            self._metrics = metrics_for(parent.hostname, self._settings.metrics_host, self._settings.metrics_port)
         self._thread = threading.Thread(target=self._run, name="samphire-lane", daemon=True)
         self._thread.start()
 
@@ -112,6 +117,8 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             thread.join(HAND_BACK_S)
         if thread.is_alive():
             logger.error("the lane did not end; its tasks will be reaped")
+        if self._metrics is not None:
+            self._metrics[1].close()
 
     def terminate(self, parent: Any) -> None:
         """Hand what is held back at once."""
@@ -129,6 +136,10 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         except TimeoutError:
             answer.cancel()
             return None
+
+    @property
+    def _metrics_observers(self) -> list[Observer]:
+        return [self._metrics[0]] if self._metrics is not None else []
 
     def _stop_lane(self) -> None:
         if self._registered is not None:
@@ -163,12 +174,13 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
     async def _serve(self) -> None:
         settings, info = self._settings, self._info
         registered = self._registered = asyncio.Event()
+        watching = Observers(*self._metrics_observers)
         store = Store(settings, info.id)
         try:
             await check_rights(store, lambda: self._stopping)
             async with asyncio.TaskGroup() as group:
                 vital = [
-                    group.create_task(keep_lease(store, settings, info, registered)),
+                    group.create_task(keep_lease(store, settings, info, registered, watching)),
                     group.create_task(reap_others(store, settings)),
                 ]
                 await registered.wait()
@@ -185,7 +197,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             endpoints = Endpoints(self._settings.triton_urls)
             events = CeleryEvents(self._app, self._info.hostname, self._settings.events_per_s)
             events.enabled = send_events
-            observers = Observers(events)
+            observers = Observers(events, *self._metrics_observers)
             watch = QueueWatch(self._settings.broker)
             canvas = Canvas(self._app, self._info.hostname)
             self._lane = Lane(self._settings, store, endpoints, self._info, observers, watch, canvas)

@@ -15,9 +15,9 @@ from celery.signals import after_setup_logger, after_setup_task_logger
 from samphire_broker.shown import shown, shown_lines
 
 REPEATED = {
-    *("beat_failed", "broker_away", "catalogue_failed", "claim_failed", "clock_failed", "discovery_failed"),
-    *("events_failed", "lead_failed", "letters_failed", "listen_failed", "look_failed", "not_alone", "reap_failed"),
-    *("right_missing", "sent_failed", "time_failed", "watch_failed"),
+    *("beat_failed", "broker_away", "catalogue_failed", "claim_failed", "clock_failed", "count_failed"),
+    *("discovery_failed", "events_failed", "lead_failed", "letters_failed", "listen_failed", "look_failed"),
+    *("not_alone", "observer_failed", "reap_failed", "right_missing", "sent_failed", "time_failed", "watch_failed"),
 }
 """Actions that are logged at each try for as long as a trouble lasts."""
 REPEAT_S = 60.0

@@ -60,6 +60,7 @@ class Stack:
         self._broker: Part | None = None
         self._triton: Part | None = None
         self._workers: list[Part] = []
+        self.metrics_ports: list[int] = []
         self._flower: Part | None = None
         self._keepers: list[asyncio.Task[None]] = []
         self._lock: Any = None
@@ -141,10 +142,11 @@ class Stack:
             else:
                 self._triton = part
         await self._start_together(parts)
+        self.metrics_ports = [choose_port(0, "") for _ in range(options.workers)]
         triton_urls = options.external_triton_urls or self.triton_grpc
         self._workers = [
-            Part(worker_spec(options.data_dir, n + 1, broker_of(self.broker_url), triton_urls))
-            for n in range(options.workers)
+            Part(worker_spec(options.data_dir, n + 1, broker_of(self.broker_url), triton_urls, port))
+            for n, port in enumerate(self.metrics_ports)
         ]
         await self._start_together([*self._workers, self._flower])
         self._keepers = [asyncio.create_task(part.keep_running(self._on_change)) for part in self.parts]
@@ -152,6 +154,7 @@ class Stack:
         for part in self.parts:
             self._say(f"  {part.spec.name:<8} {part.spec.address:<32} log: {part.spec.log_file}")
         where = f"in {self.flower_password_file}" if self.flower_password_file else f"that of {PASSWORD_VARIABLE}"
+        self._say(f"  metrics of the workers: {', '.join(self.metrics_urls)}")
         self._say(f"  flower's user is {FLOWER_USER}, the password is {where}")
 
     async def _start_together(self, parts: list[Part]) -> None:
@@ -177,6 +180,11 @@ class Stack:
                 f"another stack runs in {self._options.data_dir}: stop it, or choose another --data-dir"
             ) from error
 
+    @property
+    def metrics_urls(self) -> list[str]:
+        """Where each worker answers Prometheus."""
+        return [f"http://127.0.0.1:{port}/metrics" for port in self.metrics_ports]
+
     def _on_change(self, line: str) -> None:
         self._progress(line)
         self._write_ready_file()
@@ -192,6 +200,7 @@ class Stack:
             "flower_url": self.flower_url,
             "flower_user": FLOWER_USER,
             "flower_password_file": str(self.flower_password_file) if self.flower_password_file else None,
+            "metrics_urls": self.metrics_urls,
             "pids": {
                 "broker": self._broker.pid if self._broker else None,
                 "triton": self._triton.pid if self._triton else None,

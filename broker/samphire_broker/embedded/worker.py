@@ -15,8 +15,8 @@ from samphire.wire.keys import Keys
 from samphire_broker.embedded.process import PartSpec
 
 
-def worker_spec(data_dir: Path, number: int, broker: Broker, triton_urls: str) -> PartSpec:
-    """One worker process; ready once its lane has taken up its lease."""
+def worker_spec(data_dir: Path, number: int, broker: Broker, triton_urls: str, metrics_port: int = 0) -> PartSpec:
+    """One worker process; ready once its lane has taken up its lease. It answers Prometheus if a port is given."""
     name = f"worker{number}"
     command = [sys.executable, "-m", "celery", "-A", "samphire_workers.app", "worker"]
     command += ["--loglevel", "INFO", "--hostname", f"{name}@%h", "--without-gossip", "--without-mingle"]
@@ -35,6 +35,7 @@ def worker_spec(data_dir: Path, number: int, broker: Broker, triton_urls: str) -
         env={
             **environment_of(broker),
             "SAMPHIRE_TRITON_URLS": triton_urls,
+            "SAMPHIRE_METRICS_PORT": str(metrics_port),
             # glibc keeps freed memory: in an arena a thread, and in the heap where it once saw a large buffer
             # freed. Few arenas and a fixed threshold give the buffers of large tensors back at once.
             "MALLOC_ARENA_MAX": "2",

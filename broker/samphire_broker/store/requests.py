@@ -23,6 +23,7 @@ DELETES_MAX = 500
 LETTERS_MAX = 200
 CATALOGUE_TTL_S = 60
 NAMES_A_CALL = 1000
+LISTS_A_CALL = 400
 
 
 class Requests(Calls):
@@ -167,6 +168,17 @@ class Requests(Calls):
         found: list[int] = await self._run("forget", [self.keys.queues], [len(old), *old, *others])
         return found
 
+    async def depths(self, lists: Sequence[str]) -> list[tuple[int, float | None]]:
+        """How many messages lie in each of some lists, and when the one that is next was submitted, in s since 1970."""
+        found: list[tuple[int, float | None]] = []
+        while len(found) < len(lists):
+            left = [self.keys.of_celery(name) for name in lists[len(found) : len(found) + LISTS_A_CALL]]
+            looked, *values = await self._run("depths", left, [])
+            for length, sent in zip(values[::2], values[1::2], strict=True):
+                found.append((length, _number(sent)))
+            assert looked * 2 == len(values)
+        return found
+
     async def name_queues(self, queues: Collection[str]) -> None:
         """Note the names of queues that were found, so that other workers know them."""
         await self._rest.execute("SADD", self.keys.queues, *queues)
@@ -189,3 +201,10 @@ class Requests(Calls):
         key = f"{keys.result_blobs_of(tenant)}{task_id}:{number}:{sha256[:16]}"
         await self._blobs.execute("SET", self.keys.own(key), data, "EX", self._settings.result_ttl_s)
         return Ref(key=key, size=len(data), sha256=sha256)
+
+
+def _number(text: bytes) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # whoever may push to a queue may write anything
+        return None

@@ -53,6 +53,7 @@ def rights(keys: Keys) -> Sequence[Right]:
             "TIME",
             f"SUBSCRIBE {keys.wake_channel}",
         ),
+        *_all("telling metrics how much lies in queues", f"LLEN {intake}", vital=False),
         *_all("forgetting queues that nobody uses", f"SREM {keys.queues} x", vital=False),
         *_all("taking part in the deployment", f"SET {keys.schema} x", f"GET {keys.schema}"),
         *_all("telling other deployments whose the queues are", f"SET {keys.namespace_mark} x", vital=False),

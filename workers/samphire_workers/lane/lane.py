@@ -34,7 +34,7 @@ from samphire_workers.lane.claim_loop import ClaimLoop
 from samphire_workers.lane.kinds import kinds_of
 from samphire_workers.lane.running import Runner
 from samphire_workers.lane.sorting import Sorter, read_or_error
-from samphire_workers.monitoring.observers import Observers
+from samphire_workers.monitoring.observers import LaneSeen, Observers
 from samphire_workers.queues.discovery import QueueDiscovery
 from samphire_workers.queues.round_robin import RoundRobin
 from samphire_workers.queues.search import cancel_everywhere, requests_for
@@ -45,7 +45,7 @@ from samphire_workers.settlement.canvas import Canvas
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.triton.served import ServedModels
-from samphire_workers.upkeep.periodic import keep_clock, keep_time, tell_clients, watch_letters
+from samphire_workers.upkeep.periodic import keep_clock, keep_time, tell_clients, tell_observers, watch_letters
 from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
@@ -143,16 +143,22 @@ class Lane:
                 self._observers.run(),
                 keep_clock(self._store, self.cancel),
                 keep_time(self._store.clock),
-                watch_letters(self._store, self._settings),
+                watch_letters(self._store, self._settings, self._observers),
                 tell_clients(self._store, self._served.signatures),
             ):
                 work.keep(forever)
+            if self._observers.want_states:
+                work.keep(tell_observers(self._store, self._observers, self._seen, self._round_robin.lists))
             await self._claims.run()
             await self._endings.settler.drain()
             while await work.has_ended():
                 await self._endings.settler.drain()  # what it refuses is work again
             work.end_kept()
             self._watch.close()
+
+    def _seen(self) -> LaneSeen:
+        endpoints = {endpoint.url: self._endpoints.answers(endpoint) for endpoint in self._endpoints.all}
+        return LaneSeen(len(self._ledger), self._ledger.nbytes, endpoints, self._endpoints.open_breakers())
 
     def requests(self) -> list[Request]:
         """What this lane holds, claimed and not yet settled."""

@@ -64,8 +64,8 @@ class QueueSeen(NamedTuple):
     queue: str
     priority: int
     depth: int
-    oldest_sent_at: float
-    """When the one that is next was submitted, in s since 1970; 0 where that is not known."""
+    oldest_age_s: float | None
+    """Since the one that is next was submitted; None where that is not known."""
 
 
 class Observer:
@@ -73,6 +73,8 @@ class Observer:
 
     enabled = True
     """Whether task events are wanted (Celery's `enable_events`)."""
+    wants_states = False
+    """Whether `looked` and `counted` are wanted."""
 
     def claimed(self, list_key: str, tasks: int) -> None:
         """Tasks were claimed from a list."""
@@ -142,6 +144,11 @@ class Observers:
 
     def __init__(self, *observers: Observer) -> None:
         self._all = observers
+
+    @property
+    def want_states(self) -> bool:
+        """Whether any of them wants to know what the lane holds, and what lies in the queues."""
+        return any(observer.wants_states for observer in self._all)
 
     def enable(self, wanted: bool) -> None:
         """Send task events to monitors, or none."""
@@ -229,3 +236,7 @@ class Observers:
                     what,
                     extra={"action": "observer_failed"},
                 )
+
+
+NOBODY = Observers()
+"""Where nobody watches."""

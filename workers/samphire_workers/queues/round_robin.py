@@ -85,6 +85,10 @@ class RoundRobin:
         """Those of them that may hold something, sorted."""
         return self._queues
 
+    def lists(self) -> list[str]:
+        """Names of the lists of those that may hold something."""
+        return [name for queue in self._queues for name in keys.queue_lists(queue)]
+
     @property
     def are_many(self) -> bool:
         """Whether there are more queues than one claim looks into."""

@@ -115,6 +115,10 @@ class Endpoints:
         pairs = self._open.items()
         return [pair for pair, breaker in pairs if pair[0] in self._ready and breaker.not_before <= now]
 
+    def open_breakers(self) -> list[tuple[str, str]]:
+        """Addresses and models whose breakers are open."""
+        return [(endpoint.url, model) for endpoint, model in self._open]
+
     def is_away(self, model: str) -> bool:
         """Whether no endpoint can be asked for a model."""
         return not any((endpoint, model) not in self._open for endpoint in self._ready)

@@ -9,8 +9,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from samphire.errors import SamphireError
 from samphire.transport.clock import BrokerClock
+from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store
+from samphire_workers.monitoring.observers import LaneSeen, Observers, QueueSeen
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,11 @@ TIME_S = 5.0
 SKEW_S = 2.0
 WARN_PART = 0.8
 
+STATE_S = 1.0
+COUNT_S = 5.0
+"""Between two looks at what lies in the queues."""
+
+ListsInUse = Callable[[], Sequence[str]]
 Cancel = Callable[[Sequence[str]], Awaitable[Mapping[str, str]]]
 
 
@@ -68,7 +75,7 @@ async def _cancel_some(cancel: Cancel) -> int:
     return sum(verdict != "running" for verdict in (await cancel(())).values())
 
 
-async def watch_letters(store: Store, settings: Settings) -> None:
+async def watch_letters(store: Store, settings: Settings, observers: Observers) -> None:
     """Keep the dead letters within their limits, and warn before they are reached, for ever."""
     warned_at = -WARN_S
     while True:
@@ -78,6 +85,7 @@ async def watch_letters(store: Store, settings: Settings) -> None:
             logger.warning("dead letters were not counted: %s", error, extra={"action": "letters_failed"})
             await asyncio.sleep(LETTERS_S)
             continue
+        observers.letters(left)
         near = left >= WARN_PART * settings.dead_letters_max or oldest_s >= WARN_PART * settings.dead_letter_ttl_s
         if deleted or (near and time.monotonic() - warned_at >= WARN_S):
             logger.warning(
@@ -92,6 +100,35 @@ async def watch_letters(store: Store, settings: Settings) -> None:
             )
             warned_at = time.monotonic()
         await asyncio.sleep(0 if deleted else LETTERS_S)
+
+
+async def tell_observers(store: Store, observers: Observers, look: Callable[[], LaneSeen], lists: ListsInUse) -> None:
+    """Tell observers what this lane holds and what lies in its queues, for ever.
+
+    Args:
+        store: the broker.
+        observers: who is told.
+        look: what the lane holds now.
+        lists: the lists of the queues that may hold something.
+    """
+    counted_at = -COUNT_S
+    while True:
+        observers.looked(look())
+        if time.monotonic() - counted_at >= COUNT_S:
+            counted_at = time.monotonic()
+            try:
+                observers.counted(await _count(store, lists()))
+            except SamphireError as error:
+                logger.warning("queues were not counted: %s", error, extra={"action": "count_failed"})
+        await asyncio.sleep(STATE_S)
+
+
+async def _count(store: Store, lists: Sequence[str]) -> list[QueueSeen]:
+    now, seen = store.clock.now(), []
+    for name, (depth, sent_at) in zip(lists, await store.depths(lists), strict=True):
+        queue, priority = keys.split_list(name)
+        seen.append(QueueSeen(queue, priority, depth, None if sent_at is None else max(0.0, now - sent_at)))
+    return seen
 
 
 async def tell_clients(store: Store, signatures: Callable[[], dict[str, bytes]]) -> None:

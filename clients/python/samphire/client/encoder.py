@@ -5,7 +5,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -247,13 +247,16 @@ class TensorEncoder:
 class Encoder:
     """Turns inputs into messages, for one model and one set of options."""
 
-    def __init__(self, template: InferRequest, priority: int, stream: str, limits: Limits) -> None:
+    def __init__(
+        self, template: InferRequest, priority: int, stream: str, limits: Limits, now: Callable[[], float]
+    ) -> None:
         self._template = template
         self.model = template.model_name
         self.priority = priority
         self._stream = stream
         self._headers: Mapping[str, Any] = {"samphire_stream": stream}
         self._limits = limits
+        self._now = now
         self.queue = keys.queue_name(template.model_name, template.tenant)
         self._signature: ModelSignature | None = None
         self._forms: set[object] = set()
@@ -294,7 +297,7 @@ class Encoder:
             self.queue,
             self.priority,
             kwargsrepr=describe(request),
-            headers=self._headers,
+            headers={**self._headers, "samphire_sent_at": round(self._now(), 3)},
         )
         return Encoded(task_id, message, tensors.blobs)
 

@@ -62,6 +62,10 @@ class Session:
                 "which threads and loops may share"
             )
 
+    def now(self) -> float:
+        """The time by the broker's clock, as far as it is known, in s since 1970."""
+        return self._clock.now()
+
     async def when(self, eta: datetime | None, delay_s: float | None, deadline_s: float | None) -> dict[str, Any]:
         """The headers that say when a task may start, and until when it is of use, by the broker's clock."""
         if eta is None and delay_s is None and deadline_s is None:

@@ -178,6 +178,8 @@ class Headers(Struct, forbid_unknown_fields=False):
     """Key of the event stream of the client that waits."""
     samphire_deadline: float | None = None
     """When the answer is of no use any more, in s since 1970."""
+    samphire_sent_at: float | None = None
+    """When it was submitted, in s since 1970."""
 
 
 class Properties(Struct):

@@ -1,0 +1,230 @@
+"""Figures for Prometheus, one endpoint a worker. docs/metrics.md says which question each of them answers.
+
+Names follow https://prometheus.io/docs/practices/naming. The values of labels are bounded: model names come from
+producers, so those beyond `MODELS_MAX` are counted together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from samphire.errors import SamphireError
+from samphire_workers.intake.request import home_of
+from samphire_workers.monitoring.observers import BatchSeen, LaneSeen, Observer, QueueSeen, TaskSeen
+
+logger = logging.getLogger(__name__)
+
+MODELS_MAX = 200
+"""Models that have figures of their own."""
+QUEUES_MAX = 200
+"""Queues that have figures of their own, those that hold most."""
+OTHER = "(other)"
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+WAITS = (*SECONDS, 300, 1800, 7200)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics(Observer):
+    """Counts what a worker does, over all of its lanes.
+
+    Args:
+        worker: its name, as Celery and Flower show it.
+    """
+
+    wants_states = True
+
+    def __init__(self, worker: str) -> None:
+        self.registry = at = CollectorRegistry()
+        self._models: set[str] = set()
+        self._labelled: dict[tuple[Any, ...], Any] = {}
+        Gauge("samphire_worker", "This worker; always 1.", ["worker"], registry=at).labels(worker).set(1)
+        self._claims = Counter("samphire_claims", "Tasks claimed.", ["model"], registry=at)
+        self._ends = Counter(
+            "samphire_tasks", "Tasks that have ended, by their outcome.", ["model", "outcome"], registry=at
+        )
+        self._retries = Counter("samphire_retries", "Attempts that another follows.", ["model", "error"], registry=at)
+        self._released = Counter(
+            "samphire_released", "Started tasks that went back to their queues.", ["model"], registry=at
+        )
+        self._dead = Counter("samphire_dead_letters", "Tasks given up.", ["model", "reason"], registry=at)
+        self._waits = Histogram(
+            "samphire_queue_seconds",
+            "From submit to start; of tasks whose producer says when it submitted them (the SDK does).",
+            ["model"],
+            buckets=WAITS,
+            registry=at,
+        )
+        self._calls = Histogram("samphire_triton_seconds", "Calls of Triton.", ["model"], buckets=SECONDS, registry=at)
+        self._failures = Counter(
+            "samphire_triton_errors", "Calls of Triton without an answer.", ["model", "error"], registry=at
+        )
+        self._batches = Histogram(
+            "samphire_batch_tasks", "Tasks of a micro-batch.", ["model"], buckets=SIZES, registry=at
+        )
+        self._settling = Histogram(
+            "samphire_settle_seconds", "Calls of the broker that end tasks.", buckets=SECONDS, registry=at
+        )
+        self._held = Gauge("samphire_held_tasks", "Tasks that this worker holds.", registry=at)
+        self._held_bytes = Gauge("samphire_held_bytes", "Bytes of their messages.", registry=at)
+        self._lapses = Counter("samphire_lease_losses", "Times that the lease of this worker had lapsed.", registry=at)
+        self._up = Gauge("samphire_endpoint_up", "Whether a Triton answers.", ["endpoint"], registry=at)
+        self._breakers = Gauge(
+            "samphire_breaker_open",
+            "Models that are away on a Triton.",
+            ["endpoint", "model"],
+            registry=at,
+        )
+        self._depths = Gauge("samphire_queue_depth", "Tasks that wait in a queue.", ["queue", "priority"], registry=at)
+        self._oldest = Gauge(
+            "samphire_queue_oldest_seconds",
+            "Age of the task that is next in a queue, if its producer says when it submitted it.",
+            ["queue", "priority"],
+            registry=at,
+        )
+        self._letters = Gauge("samphire_dead_letters_kept", "Dead letters that are kept.", registry=at)
+
+    def serve(self, host: str, port: int) -> Server:
+        """Answer Prometheus, in threads of their own; raises OSError where the port is taken."""
+        server, thread = start_http_server(port, host, self.registry)
+        return Server(host, server, thread)
+
+    def claimed(self, list_key: str, tasks: int) -> None:
+        """Tasks were claimed from a list."""
+        self._of(self._claims, home_of(list_key)[0]).inc(tasks)
+
+    def started(self, task: TaskSeen) -> None:
+        """A task goes to Triton."""
+        headers = task.headers
+        if headers is None or task.attempts or headers.eta or not headers.samphire_sent_at:
+            return
+        waited_s = (task.started_at or time.time()) - headers.samphire_sent_at
+        self._of(self._waits, task.model).observe(max(0.0, waited_s))
+
+    def answered(self, batch: BatchSeen) -> None:
+        """Triton has answered a micro-batch, or has not."""
+        self._of(self._calls, batch.model).observe(batch.seconds)
+        self._of(self._batches, batch.model).observe(batch.tasks)
+        if batch.error:
+            self._of(self._failures, batch.model, batch.error).inc()
+
+    def succeeded(self, task: TaskSeen) -> None:
+        """A task has its answer."""
+        self._of(self._ends, task.model, "succeeded").inc()
+
+    def dropped(self, task: TaskSeen) -> None:
+        """A task is not this worker's any more."""
+        if task.started_at is not None:
+            self._of(self._released, task.model).inc()
+
+    def failed(self, task: TaskSeen, error: SamphireError, reason: str) -> None:
+        """A task ends as a dead letter."""
+        self._of(self._ends, task.model, "failed").inc()
+        self._of(self._dead, task.model, reason).inc()
+
+    def retried(self, task: TaskSeen, error: SamphireError) -> None:
+        """An attempt failed; the task will be tried again."""
+        self._of(self._retries, task.model, type(error).__name__).inc()
+
+    def revoked(self, task: TaskSeen, expired: bool) -> None:
+        """A task was cancelled, or has expired, and is dropped."""
+        self._of(self._ends, task.model, "expired" if expired else "cancelled").inc()
+
+    def cancelled(self, task_id: str) -> None:
+        """A task is cancelled whose message lies in a queue."""
+        self._of(self._ends, OTHER, "cancelled").inc()
+
+    def settled(self, tasks: int, seconds: float) -> None:
+        """The broker has taken so many ends with one call."""
+        self._settling.observe(seconds)
+
+    def lease_lost(self) -> None:
+        """The lease of this worker had lapsed."""
+        self._lapses.inc()
+
+    def looked(self, lane: LaneSeen) -> None:
+        """What the lane holds, every second."""
+        self._held.set(lane.held)
+        self._held_bytes.set(lane.held_bytes)
+        for url, answers in lane.endpoints.items():
+            self._up.labels(url).set(answers)
+        self._breakers.clear()
+        for url, model in lane.breakers:
+            self._breakers.labels(url, self._known(model)).set(1)
+
+    def counted(self, queues: Sequence[QueueSeen]) -> None:
+        """What lies in the queues, every few seconds."""
+        self._depths.clear()
+        self._oldest.clear()
+        rest = 0
+        for number, seen in enumerate(sorted(queues, key=lambda seen: -seen.depth)):
+            if number >= QUEUES_MAX:
+                rest += seen.depth
+                continue
+            self._depths.labels(seen.queue, seen.priority).set(seen.depth)
+            if seen.oldest_age_s is not None:
+                self._oldest.labels(seen.queue, seen.priority).set(seen.oldest_age_s)
+        if rest:
+            self._depths.labels(OTHER, "").set(rest)
+
+    def letters(self, count: int) -> None:
+        """How many dead letters there are."""
+        self._letters.set(count)
+
+    def _of(self, metric: Any, model: str, *labels: str) -> Any:
+        """A metric with its labels; looked up once."""
+        found = self._labelled.get((metric, model, *labels))
+        if found is None:
+            found = metric.labels(self._known(model), *labels)
+            if len(self._labelled) < 50 * MODELS_MAX:
+                self._labelled[metric, model, *labels] = found
+        return found
+
+    def _known(self, model: str) -> str:
+        if model in self._models:
+            return model
+        if len(self._models) >= MODELS_MAX:
+            return OTHER
+        self._models.add(model)
+        return model
+
+
+class Server:
+    """What answers Prometheus."""
+
+    def __init__(self, host: str, server: Any, thread: threading.Thread) -> None:
+        self.port: int = server.server_port
+        self.url = f"http://{host}:{self.port}/metrics"
+        self._server = server
+        self._thread = thread
+
+    def close(self) -> None:
+        """Answer no more."""
+        with contextlib.suppress(Exception):
+            self._server.shutdown()
+            self._server.server_close()
+        self._thread.join(1.0)
+
+
+def metrics_for(worker: str, host: str, port: int) -> tuple[Metrics, Server] | None:
+    """Metrics that are served; None where the port is taken, since a worker is worth more than its figures."""
+    metrics = Metrics(worker)
+    try:
+        return metrics, metrics.serve(host, port)
+    except OSError as error:
+        logger.error(
+            "no metrics are served on %s:%d: %s. The worker goes on without; free the port or set another "
+            "SAMPHIRE_METRICS_PORT",
+            host,
+            port,
+            error,
+            extra={"action": "metrics_failed"},
+        )
+        return None
