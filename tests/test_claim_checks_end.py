@@ -9,7 +9,7 @@ import pytest
 from samphire import AsyncClient
 from samphire.errors import ModelFaultError, TaskCancelledError, TaskExpiredError
 from samphire.wire import keys
-from samphire_broker.store import CANCELLED
+from samphire_broker.store import Started
 from tests.stacks import Valkey
 from tests.support.lane import broken, fake_triton, lane_worker, sleeping, state, until, x
 from tests.support.names import KEYS
@@ -33,7 +33,7 @@ def test_a_task_that_was_cancelled_before_it_was_claimed_takes_them_along(valkey
             valkey.client.rpush(KEYS.cancels, "events:c a")
             assert await w.store.cancel(META) == {"a": "cancelled"}
             claim = await claimed(w)
-            assert await w.store.start([(claim.field, "a")], w.info) == [CANCELLED]
+            assert await w.store.start([(claim.field, "a")], w.info) == [Started.CANCELLED]
             assert await w.store.settle([end(claim, "a", "cancelled", blobs=(own,))]) == [1]
             assert blobs(valkey) == []
             push(valkey, "b", "b")

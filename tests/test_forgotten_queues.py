@@ -10,7 +10,7 @@ from celery import Celery
 
 from samphire import AsyncClient
 from samphire.wire import keys
-from samphire_broker.store import FORGOTTEN
+from samphire_broker.store import Looked
 from samphire_workers.queues import discovery as discovery
 from samphire_workers.queues.round_robin import QUEUES_A_PLAN, RoundRobin
 from tests.stacks import Valkey
@@ -31,7 +31,7 @@ def test_a_queue_that_holds_something_is_not_forgotten(valkey: Valkey, priority:
         valkey.client.sadd(KEYS.queues, *names)
         valkey.client.lpush(keys.queue_list(names[1], priority), "a")
         async with worker(valkey) as w:
-            assert await w.store.look_at_queues(names[:2], names[2:]) == [FORGOTTEN, 1, 0]
+            assert await w.store.look_at_queues(names[:2], names[2:]) == [Looked.FORGOTTEN, 1, 0]
             assert await w.store.known_queues() == set(names[1:])
             assert await w.store.look_at_queues([], names) == [0, 1, 0]
 

@@ -11,6 +11,7 @@ import pytest
 from samphire.wire.contract import Envelope
 from samphire_broker.settings import Settings
 from samphire_workers.intake.kinds import Kind
+from samphire_workers.intake.reading import read_arguments
 from samphire_workers.intake.request import Request
 from tests.stacks import Valkey
 from tests.support.lane import LaneWorker, fake_triton, lane_worker, state, until
@@ -31,7 +32,7 @@ class Sums:
         self.may_end.set()
 
     def read(self, request: Request, envelope: Envelope, settings: Settings) -> None:
-        request.payload = json.loads(envelope.body)[0]
+        request.payload, _ = read_arguments(request, envelope, settings)
 
     async def run(self, request: Request) -> dict[str, float]:
         self.begun += 1

@@ -6,6 +6,7 @@ import asyncio
 import re
 import subprocess
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +18,14 @@ from samphire_broker.store import Claimed
 from samphire_workers.intake.request import Request
 from samphire_workers.monitoring.metrics import MODELS_MAX, OTHER, QUEUES_MAX, Metrics, metrics_for
 from samphire_workers.monitoring.observers import LaneSeen, Observer, Observers, QueueSeen, TaskSeen
-from tests.stacks import ROOT, Up, Valkey, eventually
+from tests.stacks import Up, Valkey, eventually
 from tests.support.lane import body, broken, fake_triton, lane_worker, state, until, x
 from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 from tests.support.tools import tool
 
 TIMEOUT_S = 30
-PAGE = ROOT / "docs/metrics.md"
+PAGE = Path(__file__).parents[1] / "docs/metrics.md"
 
 
 def read(text: str) -> dict[tuple[str, ...], float]:

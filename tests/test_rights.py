@@ -23,7 +23,7 @@ from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, Later, Letter, Settlement, Store, Turn
 from samphire_workers.upkeep import lease
-from samphire_workers.upkeep.lease import BrokerAge, Reaper
+from samphire_workers.upkeep.reaper import BrokerAge, Reaper
 from samphire_workers.upkeep.rights import check_rights
 from tests.stacks import ENDS_S, Valkey, clean_environment, eventually
 from tests.support.lane import fake_triton, lane_worker, until, x

@@ -18,16 +18,14 @@ from samphire.transport.publisher import Publisher
 from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import (
-    CANCELLED,
-    DUE,
-    NOT_YET,
-    REPLACED,
     Claimed,
     Later,
     LeaseLostError,
     Letter,
     OtherEnd,
+    Scheduled,
     Settlement,
+    Started,
     Store,
     Tried,
     Turn,
@@ -504,9 +502,9 @@ def test_tasks_can_be_cancelled(valkey: Valkey) -> None:
             valkey.client.delete(KEYS.meta_prefix + "later")  # its result has expired, the mark has not
             dropped = await w.claim()
             assert w.store.some_cancelled and not w.store.some_tried
-            assert await w.start(dropped) == [CANCELLED, CANCELLED]
+            assert await w.start(dropped) == [Started.CANCELLED, Started.CANCELLED]
             again = [(claim.field, claim.message.decode(), time.time() + 60) for claim in dropped]
-            assert await w.store.schedule(again) == [CANCELLED, CANCELLED]
+            assert await w.store.schedule(again) == [Scheduled.CANCELLED, Scheduled.CANCELLED]
             assert await w.store.is_cancelled("queued") and not await w.store.is_cancelled("done")
             ends = [Settlement(claim.field, claim.message.decode(), "cancelled", META, "") for claim in dropped]
             assert await w.store.settle(ends) == [1, 1]
@@ -533,7 +531,7 @@ def test_a_revocation_may_name_anybodys_task(valkey: Valkey) -> None:
             assert await w.store.cancel(META, ["ours", "somebody's"]) == {"ours": "marked", "somebody's": "marked"}
             assert (status(valkey, "ours"), status(valkey, "somebody's")) == (None, None)
             (claim,) = await w.claim()
-            assert await w.start([claim]) == [CANCELLED]
+            assert await w.start([claim]) == [Started.CANCELLED]
             step = (("inference.n", "owed"),)
             assert await w.store.settle([Settlement(claim.field, "ours", "cancelled", META, "", pushes=step)]) == [1]
         assert status(valkey, "ours") == "REVOKED"
@@ -571,10 +569,10 @@ def test_the_time_that_counts_is_the_brokers(valkey: Valkey) -> None:
         async with worker(valkey) as w:
             a, b = await w.claim()
             tasks = [(a.field, "a", time.time() - 1), (b.field, "b", time.time() + 60)]
-            assert await w.store.schedule(tasks) == [DUE, 1]
+            assert await w.store.schedule(tasks) == [Scheduled.DUE, 1]
             push(valkey, "b")
             (again,) = await w.claim()
-            assert await w.store.schedule([(again.field, "b", time.time() + 60)]) == [REPLACED]
+            assert await w.store.schedule([(again.field, "b", time.time() + 60)]) == [Scheduled.REPLACED]
             assert await w.store.release([a.field]) == 1
 
     run(test)
@@ -590,11 +588,11 @@ def test_keys_of_other_types_stop_nothing(valkey: Valkey, key: str) -> None:
         valkey.client.rpush(KEYS.deletes, "a") if key == (KEYS.meta_prefix + "a") else None
         async with worker(valkey) as w:
             (claim,) = await w.claim()
-            assert await w.store.schedule([(claim.field, "a", 0)]) == [DUE]
+            assert await w.store.schedule([(claim.field, "a", 0)]) == [Scheduled.DUE]
             await w.store.cancel(META, ["a"])
             await w.store.delete_results()
             if key != (KEYS.meta_prefix + "a"):
-                assert await w.start([claim]) in ([0], [CANCELLED])
+                assert await w.start([claim]) in ([0], [Started.CANCELLED])
                 assert await w.settle(claim) == 1
                 assert await w.store.alone("m", 60) == 0
 
@@ -727,7 +725,7 @@ def test_one_worker_is_alone_with_a_model(valkey: Valkey) -> None:
             assert await other.store.is_another_alone(model) and not await one.store.is_another_alone(model)
             assert await other.store.alone("", 60) == -1
             assert await other.store.alone("", 0) == -1, "it is not its to give back"
-            assert await other.start(claims) == [0, 0, NOT_YET], "who has begun may go on"
+            assert await other.start(claims) == [0, 0, Started.NOT_YET], "who has begun may go on"
             assert status(valkey, "c") is None
             for claim in claims[:2]:
                 assert await other.settle(claim) == 1

@@ -12,14 +12,13 @@ from samphire import AsyncClient, LetterRefusedError
 from samphire.transport.ended import ended_states
 from samphire.wire import keys
 from samphire_broker.store import (
-    CANCELLED,
-    NOT_PUSHED,
-    NOT_YET,
-    WAS_CANCELLED,
     Claimed,
     Later,
     Letter,
+    Scheduled,
+    Settled,
     Settlement,
+    Started,
     Turn,
 )
 from samphire_broker.store.records import OtherEnd
@@ -185,7 +184,7 @@ def test_a_cancelled_task_leaves_no_letter_that_could_be_redriven_into_nothing(v
             valkey.client.rpush(KEYS.cancels, "events:c ta")
             assert await w.store.cancel(META) == {"ta": "cancelled"}
             claim = await claimed(w)
-            assert await w.store.settle([fail(claim, "ta")]) == [WAS_CANCELLED]
+            assert await w.store.settle([fail(claim, "ta")]) == [Settled.WAS_CANCELLED]
             assert await w.store.settle([end(claim, "ta", "cancelled")]) == [1]
         assert status(valkey, "ta") == "REVOKED"
         assert not valkey.client.exists("samphire:dead:ta", KEYS.dead, KEYS.cancelled)
@@ -304,7 +303,7 @@ def test_what_was_sent_again_and_waits_can_be_cancelled(valkey: Valkey) -> None:
             valkey.client.rpush(KEYS.cancels, "events:c ta")
             assert await w.store.cancel(META) == {"ta": "cancelled"}
             again = await claimed(w)
-            assert await w.store.start([(again.field, "ta")], w.info) == [CANCELLED]
+            assert await w.store.start([(again.field, "ta")], w.info) == [Started.CANCELLED]
             assert await w.store.settle([end(again, "ta", "cancelled")]) == [1]
         assert status(valkey, "ta") == "REVOKED"
         assert told(valkey) == [{b"failed": b"ta"}, {b"cancelled": b"ta", b"run": b"2"}]
@@ -330,14 +329,14 @@ def test_a_late_success_of_a_cancelled_task_pushes_nothing(valkey: Valkey) -> No
             assert (await a.store.cancel(META))["ta"] in ("cancelled", "running")
             assert status(valkey, "ta") == "REVOKED"
             step = end(one, "ta", "succeeded", pushes=(("inference.n", "tb"),))
-            assert await a.store.settle([step]) == [WAS_CANCELLED]
+            assert await a.store.settle([step]) == [Settled.WAS_CANCELLED]
             assert valkey.client.llen("inference.n") == 0
             owed = (("inference.n", "the chord's part"),)
             other = OtherEnd("tb", "cancelled", '{"status":"REVOKED","task_id":"tb"}', "")
             assert await a.store.settle([end(one, "ta", "cancelled", pushes=owed, others=(other,))]) == [1]
             assert status(valkey, "tb") == "REVOKED"
             copy = await claimed(a)
-            assert await a.store.start([(copy.field, "ta")], a.info) == [CANCELLED]
+            assert await a.store.start([(copy.field, "ta")], a.info) == [Started.CANCELLED]
             assert await a.store.settle([end(copy, "ta", "cancelled", pushes=owed)]) == [1]
         assert valkey.client.lrange("inference.n", 0, -1) == [b"the chord's part"]
 
@@ -353,7 +352,7 @@ def test_what_an_end_owes_is_paid_once_however_many_messages_there_are(valkey: V
             one, two = await w.claim(2)
             owed = ((keys.INTAKE, "the chord's part"),)
             assert await w.store.settle([end(one, "ta", "expired", pushes=owed)]) == [1]
-            assert await w.store.start([(two.field, "ta")], w.info) == [CANCELLED]
+            assert await w.store.start([(two.field, "ta")], w.info) == [Started.CANCELLED]
             assert await w.store.settle([end(two, "ta", "cancelled", pushes=owed)]) == [1]
         assert valkey.client.llen(keys.INTAKE) == 1
 
@@ -369,7 +368,7 @@ def test_a_foreign_workers_revocation_still_leaves_what_it_owes(valkey: Valkey) 
             valkey.client.set((KEYS.meta_prefix + "ta"), '{"status": "REVOKED", "task_id": "ta"}')
             owed = ((keys.INTAKE, "the chord's part"),)
             for claim in await w.claim(2):
-                assert await w.store.start([(claim.field, "ta")], w.info) == [CANCELLED]
+                assert await w.store.start([(claim.field, "ta")], w.info) == [Started.CANCELLED]
                 assert await w.store.settle([end(claim, "ta", "cancelled", pushes=owed)]) == [1]
         assert valkey.client.llen(keys.INTAKE) == 1
 
@@ -389,11 +388,11 @@ def test_a_copy_of_a_cancelled_task_does_not_wait_for_its_eta(valkey: Valkey) ->
             await w.store.cancel(META)
             one, two = await w.claim(2)
             eta = time.time() + 60
-            assert await w.store.schedule([(one.field, "ta", eta)]) == [CANCELLED]
+            assert await w.store.schedule([(one.field, "ta", eta)]) == [Scheduled.CANCELLED]
             assert await w.store.settle([end(one, "ta", "cancelled")]) == [1]
             valkey.client.delete(KEYS.meta_prefix + "ta")
-            assert await w.store.schedule([(two.field, "ta", eta)]) == [CANCELLED]
-            assert await w.store.start([(two.field, "ta")], w.info) == [CANCELLED]
+            assert await w.store.schedule([(two.field, "ta", eta)]) == [Scheduled.CANCELLED]
+            assert await w.store.start([(two.field, "ta")], w.info) == [Started.CANCELLED]
             assert await w.store.settle([end(two, "ta", "cancelled")]) == [1]
         assert told(valkey) == [{b"cancelled": b"ta"}]
 
@@ -411,7 +410,7 @@ def test_a_cancelled_task_ends_once_although_its_result_has_expired(valkey: Valk
             await w.store.cancel(META)
             valkey.client.delete((KEYS.meta_prefix + "ta"), *([KEYS.ended] if forgotten else []))
             claim = await claimed(w)
-            assert await w.store.start([(claim.field, "ta")], w.info) == [CANCELLED]
+            assert await w.store.start([(claim.field, "ta")], w.info) == [Started.CANCELLED]
             owed = ((keys.INTAKE, "the chord's part"),)
             assert await w.store.settle([end(claim, "ta", "cancelled", pushes=owed)]) == [1]
         assert told(valkey) == [{b"cancelled": b"ta"}]
@@ -434,7 +433,7 @@ def test_that_a_task_has_ended_is_remembered_longer_than_its_result(valkey: Valk
             await w.store.settle([ended if kept else ended._replace(meta="")])
             eventually(lambda: not valkey.client.exists(KEYS.meta_prefix + "ta"), 5, "the result's end")
             verdicts = await w.store.start([(copy.field, "ta"), (other.field, "tb")], w.info)
-            assert verdicts == [-2 if state == "succeeded" else CANCELLED, 0]
+            assert verdicts == [-2 if state == "succeeded" else Started.CANCELLED, 0]
 
     run(test)
     assert remembered(valkey, "ta", "tb", "tc") == {"ta": state}
@@ -494,7 +493,7 @@ def test_what_was_claimed_before_anything_was_tried_is_waited_for(valkey: Valkey
             assert not later.is_first
             assert await a.store.alone("m", 20) == 2
             assert await b.store.start([(calm.field, "calm")], b.info) == [0]
-            assert await b.store.start([(later.field, "later")], b.info) == [NOT_YET]
+            assert await b.store.start([(later.field, "later")], b.info) == [Started.NOT_YET]
             assert await a.store.alone("m", 20) == 2
             await b.store.settle([end(calm, "calm", "succeeded")])
             await b.store.release([too.field])
@@ -534,7 +533,7 @@ def test_next_steps_that_cannot_be_pushed_are_told_of_before_anything_is_written
         async with worker(valkey) as w:
             ta, tb = await w.claim()
             ends = [end(ta, "ta", "succeeded", pushes=(("other", "next"),)), end(tb, "tb", "succeeded")]
-            assert await w.store.settle(ends) == [NOT_PUSHED, 1]
+            assert await w.store.settle(ends) == [Settled.NOT_PUSHED, 1]
             assert (status(valkey, "ta"), status(valkey, "tb")) == (None, "SUCCESS")
             assert await w.store.settle([failed(ta, "ta")]) == [1]
 

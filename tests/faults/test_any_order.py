@@ -37,13 +37,12 @@ from samphire.transport.publisher import IdempotencyKey, Publisher
 from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import (
-    CANCELLED,
-    DUE,
-    WAS_CANCELLED,
     Later,
     LeaseLostError,
     Letter,
     OtherEnd,
+    Scheduled,
+    Settled,
     Settlement,
     Store,
     Turn,
@@ -375,7 +374,8 @@ class AnyOrder(RuleBasedStateMachine):
                 )
             )
         verdicts = self.persist(worker, lost, lambda: worker.store.settle(ends))
-        self.let_go(worker, [e.field for e, verdict in zip(ends, verdicts, strict=True) if verdict != WAS_CANCELLED])
+        settled = zip(ends, verdicts, strict=True)
+        self.let_go(worker, [end.field for end, verdict in settled if verdict is not Settled.WAS_CANCELLED])
         pushed = Counter(message.decode() for message in self.client.lrange(QUEUES[2], 0, -1))
         for step in (message for ended in ends for _, message in ended.pushes):
             assert pushed[step] <= 1, "a next step was pushed twice"
@@ -413,7 +413,7 @@ class AnyOrder(RuleBasedStateMachine):
         times = Counter([task_id for _, task_id, _ in tasks] + [t for _, t, _ in tasks if t in scheduled])
         self.scheduled_twice |= {task_id for task_id, count in times.items() if count > 1}  # one takes another's place
         verdicts = self.persist(worker, lost, lambda: worker.store.schedule(tasks))
-        kept = (DUE, CANCELLED)
+        kept = (Scheduled.DUE, Scheduled.CANCELLED)
         self.let_go(worker, [c for (c, _, _), verdict in zip(tasks, verdicts, strict=True) if verdict not in kept])
 
     @rule(lost=st.booleans(), data=st.data())

@@ -32,7 +32,7 @@ from samphire import (
 )
 from samphire.client.dead_letters import AsyncDeadLetters
 from samphire.transport.direct import Script
-from samphire_broker.store import CANCELLED, FORGOTTEN, Claimed, OtherEnd, Settlement, Store, Tried
+from samphire_broker.store import Claimed, Looked, OtherEnd, Settlement, Started, Store, Tried
 from samphire_broker.store.calls import VERBS, script_text
 from tests.faults.ends import Ends, nothing_is_left
 from tests.proxy import Proxy, Where, cutting_proxy
@@ -127,7 +127,7 @@ async def start(s: Setting) -> None:
     await s.other.store.cancel(META, ["gone"])
     s.arm()
     first, _, duplicate, cancelled = await again(lambda: s.worker.start(claims))
-    assert (first, cancelled) == (0, CANCELLED)
+    assert (first, cancelled) == (0, Started.CANCELLED)
     assert duplicate in (-1, -2)  # the second time it is not ours any more, which comes to the same
     assert (status(s.valkey, "a"), status(s.valkey, "done")) == ("STARTED", "SUCCESS")
     assert everywhere(s.valkey) == ["a", "gone"]
@@ -387,7 +387,7 @@ async def look_at_queues(s: Setting) -> None:
     s.valkey.client.rpush("inference.full", "x")
     s.arm()
     found = await again(lambda: s.worker.store.look_at_queues(["inference.full", "inference.empty"], ["inference.new"]))
-    assert found == [1, FORGOTTEN, 0]
+    assert found == [1, Looked.FORGOTTEN, 0]
     assert s.valkey.client.smembers(KEYS.queues) == {b"inference.full", b"inference.new"}
 
 

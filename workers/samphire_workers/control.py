@@ -19,7 +19,7 @@ from samphire.wire.envelope import describe
 from samphire_broker.queues import declared, refuse_queue
 from samphire_workers import bootstep as step
 from samphire_workers.intake.request import Request
-from samphire_workers.lane.lane import Lane, Scheduled
+from samphire_workers.lane.lane import Lane, ScheduledTask
 
 SHOWN_MAX = 1000
 """Most tasks that one answer lists."""
@@ -72,7 +72,7 @@ def reserved(state: Any, **_: Any) -> list[dict[str, Any]]:
     return _shown((request for request in _requests() if not request.started_at), state.hostname)
 
 
-async def _scheduled(lane: Lane) -> list[Scheduled]:
+async def _scheduled(lane: Lane) -> list[ScheduledTask]:
     return await lane.scheduled(SHOWN_MAX)
 
 

@@ -26,7 +26,8 @@ MARKS = {"ok": "ok", "warning": "WARN", "error": "FAIL", "skipped": "-"}
 @with_broker_url
 def doctor(broker_url: str | None, as_json: bool, bundle: Path | None, data_dir: Path | None) -> None:
     """Check everything that could be wrong, and say how to mend it; fails if something is."""
-    from samphire_broker.inspection.checks import examine, write_bundle  # its packages take a second to load
+    from samphire_broker.inspection.bundle import write_bundle
+    from samphire_broker.inspection.checks import examine  # its packages take a second to load
 
     findings = []
     for finding in examine(broker_url):

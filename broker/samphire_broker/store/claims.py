@@ -19,8 +19,11 @@ from samphire_broker.store.records import (
     STREAM_TTL_S,
     Claimed,
     LeaseLostError,
+    Led,
     OtherEnd,
+    Settled,
     Settlement,
+    Started,
     Tried,
     Turn,
     WorkerInfo,
@@ -130,14 +133,10 @@ class Claims(Calls):
         args: list[Argument] = [self.worker_id, model, int(for_s * 1000), self.keys.worker_prefix, hold]
         return int(await self._run("alone", [self.keys.alone, self.keys.workers], args))
 
-    async def lead(self, model: str, *, give_back: bool = False) -> int:
-        """Be the only worker that claims a model's tasks, or stop being so.
-
-        Returns:
-            0: another leads, or none any more; 1: this worker leads; 2: it does, and others hold some of the tasks yet.
-        """
+    async def lead(self, model: str, *, give_back: bool = False) -> Led:
+        """Be the only worker that claims a model's tasks, or stop being so."""
         args: list[Argument] = [self.worker_id, model, int(give_back), self.keys.worker_prefix]
-        return int(await self._run("lead", [self.keys.leaders, self.keys.workers], args))
+        return Led(await self._run("lead", [self.keys.leaders, self.keys.workers], args))
 
     async def is_another_alone(self, model: str) -> bool:
         """Whether another worker is alone with a model, or with all."""
@@ -146,8 +145,8 @@ class Claims(Calls):
         _number, _, whom = rest.partition(" ")
         return bool(holder) and holder != self.worker_id and whom in ("", model)
 
-    async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[int | Tried]:
-        """Mark claims (field, task id) as running; see `start.lua` for the verdicts."""
+    async def start(self, tasks: Sequence[tuple[str, str]], info: WorkerInfo) -> list[Started | Tried]:
+        """Mark claims (field, task id) as running."""
         args: list[Argument] = [
             self.keys.meta_prefix,
             self.keys.task_prefix,
@@ -159,14 +158,10 @@ class Claims(Calls):
         key_names = [self._inflight, self._started, self.keys.cancelled, self.keys.alone]
         key_names += [self.keys.tried, self.keys.ended, self.keys.ended_before]
         verdicts = await self._run("start", key_names, args, self._starts)
-        return [verdict if isinstance(verdict, int) else Tried(*verdict) for verdict in verdicts]
+        return [Started(verdict) if isinstance(verdict, int) else Tried(*verdict) for verdict in verdicts]
 
-    async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
-        """End tasks or their attempts, at most `BATCH_MAX`.
-
-        Returns:
-            1 for each that was still ours, 0 for each that was not, and `WAS_CANCELLED` or `NOT_PUSHED`.
-        """
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+        """End tasks or their attempts, at most `BATCH_MAX`."""
         args: list[Argument] = [self.keys.meta_prefix, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [INLINE_RESULT_BYTES, self.keys.dead_prefix, self._settings.dead_letter_ttl_s, self.worker_id]
         args += [self.keys.wake_channel, self.keys.task_prefix, self._settings.remembered_s]
@@ -174,8 +169,7 @@ class Claims(Calls):
         key_names = [self._inflight, self._started, self.keys.dead, self.keys.cancelled]
         key_names += [self.keys.scheduled, self.keys.scheduled_messages, self.keys.tried]
         key_names += [self.keys.ended, self.keys.ended_before, self.keys.ended_turn, self.keys.cancelled_running]
-        verdicts: list[int] = await self._run("settle", key_names, args, self._endings)
-        return verdicts
+        return [Settled(verdict) for verdict in await self._run("settle", key_names, args, self._endings)]
 
     async def end_others(self, ends: Sequence[OtherEnd]) -> list[int]:
         """End tasks that nobody holds, unless they have ended: 1 for each that was not, 0 for each that was."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 from samphire.errors import SamphireError
@@ -14,19 +15,66 @@ STREAM_TTL_S = 3600
 BATCH_MAX = 1000
 """Most tasks that one call of a script takes."""
 
-CANCELLED = -3
-"""What `start` and `schedule` say of a task that was cancelled: it is to be settled as such."""
-NOT_YET = -4
-"""What `start` says of a task while another worker is alone with its model."""
-DUE, REPLACED = 2, 3
-"""What `schedule` says of a task whose time has come, and of one that has taken another's place."""
-WAS_CANCELLED, NOT_PUSHED = 2, 3
-"""What `settle` says of a task that was cancelled meanwhile, and is to be settled as such, and of one whose next steps
-cannot be pushed."""
-FORGOTTEN = 2
-"""What `look_at_queues` says of a queue that is empty and whose name is not in the set any more."""
 NOWHERE = "nowhere"
 """How the verdict of `cancel` begins of an id that is in no queue that is known; its request's stream stands behind."""
+
+
+class Started(IntEnum):
+    """What `start` says of a claim that was not tried before, or is not to be run."""
+
+    RUNS = 0
+    LOST = -1
+    """It is not this worker's any more."""
+    COPY = -2
+    """The task has ended: the message is dropped."""
+    CANCELLED = -3
+    """It stays claimed, and is to be settled as cancelled."""
+    NOT_YET = -4
+    """Another worker is alone with its model: it stays claimed, and is to be started later."""
+
+
+class Scheduled(IntEnum):
+    """What `schedule` says of a claim."""
+
+    LOST = 0
+    ASIDE = 1
+    DUE = 2
+    """Its time has come, by the broker's clock: it stays claimed."""
+    REPLACED = 3
+    """It has taken the place of another message of the same task."""
+    CANCELLED = -3
+    """It stays claimed, and is to be settled as cancelled."""
+
+
+class Settled(IntEnum):
+    """What `settle` says of a claim."""
+
+    LOST = 0
+    """It is not this worker's any more: nothing was written."""
+    DONE = 1
+    WAS_CANCELLED = 2
+    """The task was cancelled meanwhile: it stays claimed, and is to be settled as cancelled."""
+    NOT_PUSHED = 3
+    """Its next steps cannot be pushed: it stays claimed."""
+
+
+class Looked(IntEnum):
+    """What `look_at_queues` says of a queue."""
+
+    EMPTY = 0
+    HOLDS_SOMETHING = 1
+    FORGOTTEN = 2
+    """It is empty, and its name is not in the set any more."""
+
+
+class Led(IntEnum):
+    """What `lead` says of a model."""
+
+    NOT = 0
+    """Another worker leads it, or none any more."""
+    ALONE = 1
+    BESIDE_OTHERS = 2
+    """This worker leads it, and others hold some of its tasks yet."""
 
 
 class LeaseLostError(SamphireError):

@@ -13,7 +13,7 @@ from samphire.wire import keys
 from samphire.wire.contract import Ref
 from samphire_broker.settings import Settings
 from samphire_broker.store.calls import Calls
-from samphire_broker.store.records import STREAM_MAX_LENGTH, STREAM_TTL_S, LetterCounts
+from samphire_broker.store.records import STREAM_MAX_LENGTH, STREAM_TTL_S, LetterCounts, Looked, Scheduled
 
 CANCELLED_MAX = 100_000
 CANCELLED_TTL_S = 7 * 86_400
@@ -34,8 +34,8 @@ class Requests(Calls):
         self._forms: dict[bytes, str | None] = {}
         """What the names in the set of queues mean."""
 
-    async def schedule(self, tasks: Sequence[tuple[str, str, float]]) -> list[int]:
-        """Put claims (field, task id, time in s since 1970) aside until their time; see `schedule.lua`."""
+    async def schedule(self, tasks: Sequence[tuple[str, str, float]]) -> list[Scheduled]:
+        """Put claims (field, task id, time in s since 1970) aside until their time."""
         args: list[Argument] = [self.keys.meta_prefix, *(part for task in tasks for part in task)]
         key_names = [
             self._inflight,
@@ -45,8 +45,7 @@ class Requests(Calls):
             self.keys.cancelled,
         ]
         key_names += [self.keys.ended, self.keys.ended_before]
-        verdicts: list[int] = await self._run("schedule", key_names, args)
-        return verdicts
+        return [Scheduled(verdict) for verdict in await self._run("schedule", key_names, args)]
 
     async def return_due(self) -> int:
         """Return scheduled tasks whose time has come to their queues, at most `DUE_MAX`; how many."""
@@ -159,14 +158,9 @@ class Requests(Calls):
                 await self._rest.execute("SREM", self.keys.queues, *strange[first : first + NAMES_A_CALL])
         return {queue for queue in self._forms.values() if queue}
 
-    async def look_at_queues(self, old: Sequence[str], others: Sequence[str]) -> list[int]:
-        """Look which queues hold something, and take the names of the `old` ones that do not out of the set.
-
-        Returns:
-            For each of the old and of the others 1: it holds something, 0: it does not, or `FORGOTTEN`.
-        """
-        found: list[int] = await self._run("forget", [self.keys.queues], [len(old), *old, *others])
-        return found
+    async def look_at_queues(self, old: Sequence[str], others: Sequence[str]) -> list[Looked]:
+        """Look which queues, the old ones and the others, hold something; of the old the names of empty ones go."""
+        return [Looked(v) for v in await self._run("forget", [self.keys.queues], [len(old), *old, *others])]
 
     async def depths(self, lists: Sequence[str]) -> list[tuple[int, float | None]]:
         """How many messages lie in each of some lists, and when the one that is next was submitted, in s since 1970."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from samphire.errors import EndpointUnavailableError, InvalidInputError, SamphireError
 from samphire.wire import keys
-from samphire_broker.store import Store
+from samphire_broker.store import Led, Store
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference.dispatcher import Dispatcher
 from samphire_workers.intake.request import Request
@@ -111,16 +111,16 @@ class Sequences:
                     on_led()
             await asyncio.sleep(LEAD_S)
 
-    async def _note(self, model: str, verdict: int) -> bool:
+    async def _note(self, model: str, verdict: Led) -> bool:
         """Note what `Store.lead` has said; whether there is a model more to claim from."""
-        if verdict != 1:
+        if verdict is not Led.ALONE:
             self._led.discard(model)
-        if verdict == 0 and model in self._own:
+        if verdict is Led.NOT and model in self._own:
             self._own.discard(model)
             await self._forget_model(model)
-        if verdict != 0:
+        if verdict is not Led.NOT:
             self._own.add(model)
-        if verdict != 1 or model in self._led:
+        if verdict is not Led.ALONE or model in self._led:
             return False
         logger.info("this worker leads model %s", model, extra={"action": "leads"})
         self._led.add(model)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from samphire.errors import WorkerCrashError
 from samphire_broker.retry import policy_for
 from samphire_broker.settings import Settings
-from samphire_broker.store import CANCELLED, NOT_YET, Store, Tried, WorkerInfo
+from samphire_broker.store import Started, Store, Tried, WorkerInfo
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference.alone import LOOK_LEAST_S, LOOK_S
 from samphire_workers.intake.request import Request
@@ -74,14 +74,14 @@ class Starter:
             return []
         marks = [(request.claim.field, request.task_id) for request in batch]
         verdicts = await persist(lambda: self._store.start(marks, self._info))
-        if NOT_YET in verdicts:
+        if Started.NOT_YET in verdicts:
             return None
         started: list[Request] = []
         dropped: list[str] = []
         for request, verdict in zip(batch, verdicts, strict=True):
             if request.over:
                 continue
-            if verdict == CANCELLED:
+            if verdict is Started.CANCELLED:
                 self._endings.revoke(request, "cancelled")
                 continue
             if isinstance(verdict, Tried):
@@ -89,9 +89,8 @@ class Starter:
                 if request.attempts >= policy_for(request.infer, self._settings).max_attempts:
                     self.exhausted(request, verdict)
                     continue
-            elif verdict < 0:
-                # Not ours any more, or a copy of a task that has ended: there is nothing to write.
-                logger.info("task %s dropped (%d)", request.task_id, verdict, extra={"action": "dropped"})
+            elif verdict in (Started.LOST, Started.COPY):  # there is nothing to write
+                logger.info("task %s is not run here (%s)", request.task_id, verdict.name, extra={"action": "dropped"})
                 request.over = True
                 dropped.append(request.claim.field)
                 self._observers.dropped(request)

@@ -23,7 +23,14 @@ from samphire.wire.contract import (
     check_task_id,
     check_tenant,
 )
-from samphire.wire.envelope import decode_body, decode_canvas_start, decode_chord_part, decode_envelope, parse
+from samphire.wire.envelope import (
+    decode_arguments,
+    decode_body,
+    decode_canvas_start,
+    decode_chord_part,
+    decode_envelope,
+    parse,
+)
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed
 from samphire_workers.intake.kinds import Kinds
@@ -84,6 +91,18 @@ def read_inference(request: Request, envelope: Envelope, settings: Settings) -> 
     if not request.at_home:
         check_model_name(infer.model_name)
         check_tenant(infer.tenant)
+
+
+def read_arguments(request: Request, envelope: Envelope, settings: Settings) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a task of any kind, for its `read`; its canvas and its times are noted in the request.
+
+    Raises:
+        InvalidInputError: another serializer than JSON, or a body or header that is not understood.
+    """
+    args, kwargs, canvas = decode_arguments(envelope, settings.max_message_bytes)
+    request.canvas = _canvas_request(request.claim, canvas)
+    request.times = times_of(envelope.headers)
+    return args, kwargs
 
 
 def read_chord_part(request: Request, envelope: Envelope, settings: Settings) -> None:

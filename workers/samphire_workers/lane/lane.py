@@ -51,7 +51,7 @@ from samphire_workers.work import Work
 logger = logging.getLogger(__name__)
 
 
-class Scheduled(NamedTuple):
+class ScheduledTask(NamedTuple):
     """A task that waits for its time."""
 
     task_id: str
@@ -172,14 +172,14 @@ class Lane:
         """Send task events to monitors, or none."""
         self._observers.enable(wanted)
 
-    async def scheduled(self, most: int) -> list[Scheduled]:
+    async def scheduled(self, most: int) -> list[ScheduledTask]:
         """Tasks that wait for their time, of all workers, the earliest first."""
         found = []
         for task_id, due_s, list_key, message in await self._store.scheduled(most):
             request, _ = read_or_error(Claimed(f"0:{list_key}", len(message), message), self._settings, self._kinds)
             described = describe(request.infer) if request.infer is not None else ""
             name = request.envelope.headers.task if request.envelope is not None else ""
-            found.append(Scheduled(task_id, due_s, list_key, name, described))
+            found.append(ScheduledTask(task_id, due_s, list_key, name, described))
         return found
 
     async def cancel(self, task_ids: Sequence[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from samphire.errors import EndpointUnavailableError, InvalidInputError, SamphireError, UnknownModelError
 from samphire.wire import keys
 from samphire_broker.settings import Settings
-from samphire_broker.store import CANCELLED, DUE, REPLACED, Claimed, Store
+from samphire_broker.store import Claimed, Scheduled, Store
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference import batching
 from samphire_workers.inference.dispatcher import Dispatcher
@@ -186,13 +186,13 @@ class Sorter:
             return
         due: list[Request] = []
         for request, verdict in zip(requests, verdicts, strict=True):
-            if verdict == CANCELLED:
+            if verdict is Scheduled.CANCELLED:
                 self._endings.revoke(request, "cancelled")
-            elif verdict == DUE:  # by the broker's clock, which is the one that counts
+            elif verdict is Scheduled.DUE:  # by the broker's clock, which is the one that counts
                 request.times = request.times._replace(eta=0.0)
                 due.append(request)
             else:
-                if verdict == REPLACED:
+                if verdict is Scheduled.REPLACED:
                     logger.warning("task %s was scheduled twice", request.task_id, extra={"action": "replaced"})
                 self._ledger.let_go([request.claim.field])
         self._sort_out(due)

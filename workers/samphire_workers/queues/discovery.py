@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from samphire.errors import SamphireError
 from samphire.wire import keys
-from samphire_broker.store import FORGOTTEN, Store
+from samphire_broker.store import Looked, Store
 from samphire_workers.queues.round_robin import RoundRobin
 from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.triton.endpoints import Endpoints
@@ -40,7 +40,6 @@ COLD_S = 2.0
 LOOK_S = 0.25
 LOOKS_A_TURN = 4
 QUEUES_A_LOOK = 500
-HOLDS_SOMETHING = 1
 
 FORGOTTEN_KEPT = 50_000
 """Names of forgotten queues that are kept: what a plain producer sends there is seen sooner than a scan finds it."""
@@ -209,19 +208,19 @@ class QueueDiscovery:
             del self._forgotten[queue]
             self._forgotten[queue] = None
         verdicts = await self._store.look_at_queues([], queues)
-        full = [queue for queue, verdict in zip(queues, verdicts, strict=True) if verdict == HOLDS_SOMETHING]
+        full = [queue for queue, verdict in zip(queues, verdicts, strict=True) if verdict is Looked.HOLDS_SOMETHING]
         if full:
             self.serve(full)
             self._watch.wake()
 
-    def _note(self, answered: Collection[tuple[str, int]], now: float) -> None:
-        full = [queue for queue, verdict in answered if verdict == HOLDS_SOMETHING]
+    def _note(self, answered: Collection[tuple[str, Looked]], now: float) -> None:
+        full = [queue for queue, verdict in answered if verdict is Looked.HOLDS_SOMETHING]
         for queue in full:
             self._since[queue] = now - COLD_S
         self._take_up(full)
         if self._round_robin.are_many:
-            self._round_robin.set_aside([queue for queue, verdict in answered if verdict != HOLDS_SOMETHING])
-        if gone := {queue for queue, verdict in answered if verdict == FORGOTTEN}:
+            self._round_robin.set_aside([queue for queue, verdict in answered if verdict is not Looked.HOLDS_SOMETHING])
+        if gone := {queue for queue, verdict in answered if verdict is Looked.FORGOTTEN}:
             self._round_robin.forget(gone)
             self._watch.forget(gone)
             for queue in gone:

@@ -12,7 +12,7 @@ from samphire.wire import keys
 from samphire.wire.contract import CanvasStart, ChordPart, InferResponse, Ref
 from samphire_broker.retry import GiveUp, Retry, decide, policy_for, reason_of
 from samphire_broker.settings import Settings
-from samphire_broker.store import WAS_CANCELLED, OtherEnd, Settlement, Store
+from samphire_broker.store import OtherEnd, Settled, Settlement, Store
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.intake.kinds import Run
 from samphire_workers.intake.request import Request
@@ -180,11 +180,11 @@ class Endings:
             raise TaskCancelledError
         return await persist(lambda: self._canvas.start(request.task_id, start))
 
-    def _not_settled(self, settlement: Settlement, verdict: int) -> None:
+    def _not_settled(self, settlement: Settlement, verdict: Settled) -> None:
         request = self._ledger.request(settlement.field)
         if request is None:  # it was settled otherwise meanwhile
             self._ledger.let_go([settlement.field])
-        elif verdict == WAS_CANCELLED:
+        elif verdict is Settled.WAS_CANCELLED:
             self.revoke(request, "cancelled")
         else:
             self._not_pushed(request, settlement)

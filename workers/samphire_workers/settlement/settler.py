@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from samphire_broker.store import NOT_PUSHED, WAS_CANCELLED, Settlement, Store
+from samphire_broker.store import Settled, Settlement, Store
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
@@ -25,12 +25,12 @@ class Settler:
         store: where.
         ledger: lets the claims go.
         observers: are told how long the broker took.
-        refused: called with a settlement that was not written, and why: `WAS_CANCELLED` or `NOT_PUSHED`. The claim
-            is still held, and has to be settled otherwise.
+        refused: called with a settlement that was not written, and why (`WAS_CANCELLED` or `NOT_PUSHED`). The claim is
+            still held, and has to be settled otherwise.
     """
 
     def __init__(
-        self, store: Store, ledger: Ledger, observers: Observers, refused: Callable[[Settlement, int], None]
+        self, store: Store, ledger: Ledger, observers: Observers, refused: Callable[[Settlement, Settled], None]
     ) -> None:
         self._store = store
         self._ledger = ledger
@@ -66,11 +66,11 @@ class Settler:
         self._observers.settled(len(batch), time.monotonic() - began)
         done: list[str] = []
         for settlement, verdict in zip(batch, ours, strict=True):
-            if verdict in (WAS_CANCELLED, NOT_PUSHED):
+            if verdict in (Settled.WAS_CANCELLED, Settled.NOT_PUSHED):
                 self._refused(settlement, verdict)
                 continue
             done.append(settlement.field)
-            if not verdict:
+            if verdict is Settled.LOST:
                 logger.warning(
                     "the claim of task %s is not held here any more; this outcome of it is dropped",
                     settlement.task_id,

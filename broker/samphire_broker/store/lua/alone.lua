@@ -6,29 +6,31 @@
 -- Returns how many tasks of the model other workers have under way, or -1 if another worker is alone, or this one by
 -- another hold. Under way is what they have started, and what they have claimed before anything was tried: that they
 -- start without being asked.
-local refusal = denied({{'SET', KEYS[1], ''}, {'DEL', KEYS[1]}, {'PEXPIRE', KEYS[1], 1}})
+local alone_key, workers_key = KEYS[1], KEYS[2]
+local worker_id, model, for_ms, worker_prefix, hold = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local refusal = denied({{'SET', alone_key, ''}, {'DEL', alone_key}, {'PEXPIRE', alone_key, 1}})
 if refusal then
   return refusal
 end
-local holder = try('GET', KEYS[1]) -- a key of another type is nobody's
-local mine = ARGV[1] .. ' ' .. ARGV[5] .. ' '
+local holder = try('GET', alone_key) -- a key of another type is nobody's
+local mine = worker_id .. ' ' .. hold .. ' '
 if type(holder) == 'string' and string.sub(holder, 1, #mine) ~= mine then
   return -1
 end
-if ARGV[3] == '0' then
-  call('DEL', KEYS[1])
+if for_ms == '0' then
+  call('DEL', alone_key)
   return 0
 end
 local under_way = 0
-for _, worker in ipairs(call('SMEMBERS', KEYS[2])) do
-  if worker ~= ARGV[1] then
-    local key = ARGV[4] .. worker
+for _, worker in ipairs(call('SMEMBERS', workers_key)) do
+  if worker ~= worker_id then
+    local key = worker_prefix .. worker
     local counted = {}
     for _, hash in ipairs({':started', ':inflight'}) do
       local fields = try('HKEYS', key .. hash)
       for _, field in ipairs(fields.err and {} or fields) do
         local counts = hash == ':started' or match(field, '^%d+!')
-        if counts and not counted[field] and (ARGV[2] == '' or model_of(field) == ARGV[2]) then
+        if counts and not counted[field] and (model == '' or model_of(field) == model) then
           counted[field] = true
           under_way = under_way + 1
         end
@@ -36,6 +38,6 @@ for _, worker in ipairs(call('SMEMBERS', KEYS[2])) do
     end
   end
 end
-call('PEXPIRE', KEYS[1], ARGV[3]) -- needs no memory, and lets the rest through when memory is full
-call('SET', KEYS[1], mine .. ARGV[2], 'PX', ARGV[3])
+call('PEXPIRE', alone_key, for_ms) -- needs no memory, and lets the rest through when memory is full
+call('SET', alone_key, mine .. model, 'PX', for_ms)
 return under_way

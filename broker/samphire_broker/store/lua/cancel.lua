@@ -18,26 +18,33 @@
 -- Returns task id, verdict, task id, verdict, …: "cancelled", "marked", the state of a task past cancelling or
 -- running elsewhere, "nowhere <stream>" (to be asked again once the worker has looked for queues), "unknown", and
 -- "running" for those that the worker that asks has started.
+local cancels_key, cancelled_key, scheduled_key, messages_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local lately_key, own_started_key, queues_key, workers_key, ended_key = KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
+local ended_before_key, ended_turn_key, running_key = KEYS[10], KEYS[11], KEYS[12]
+local meta_prefix, result_ttl_s, stream_max, stream_ttl_s, mark_ttl_s = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local marks_max, revoked_meta, wake_channel, requests_max = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+local answer_prefix, intake, worker_prefix, letter_prefix = ARGV[10], ARGV[11], ARGV[12], ARGV[13]
+local task_prefix, remember_s, again_count = ARGV[14], ARGV[15], ARGV[16]
 local requests = {}
-if call('TYPE', KEYS[1]).ok == 'list' then
-  requests = call('LRANGE', KEYS[1], 0, ARGV[9] - 1)
+if call('TYPE', cancels_key).ok == 'list' then
+  requests = call('LRANGE', cancels_key, 0, requests_max - 1)
 end
 local from_list = #requests
-local mark_kind = call('TYPE', KEYS[2]).ok
+local mark_kind = call('TYPE', cancelled_key).ok
 local can_mark = mark_kind == 'zset' or mark_kind == 'none'
-local asked_again = tonumber(ARGV[16])
+local asked_again = tonumber(again_count)
 if from_list > 0 or #ARGV > 16 then
   local refusal = denied({
-    {'SETEX', ARGV[1] .. 'id', 1, ''}, {'SETEX', ARGV[10] .. 'id', 1, ''}, {'ZADD', KEYS[2], 0, 'member'},
-    {'SET', KEYS[5], ''}, {'RPUSH', CELERY .. ARGV[11], ''}, {'ZREM', KEYS[3], 'member'}, {'HDEL', KEYS[4], 'field'},
-    {'LTRIM', KEYS[1], 0, -1}})
+    {'SETEX', meta_prefix .. 'id', 1, ''}, {'SETEX', answer_prefix .. 'id', 1, ''}, {'SET', lately_key, ''},
+    {'ZADD', cancelled_key, 0, 'member'}, {'RPUSH', CELERY .. intake, ''}, {'ZREM', scheduled_key, 'member'},
+    {'HDEL', messages_key, 'field'}, {'LTRIM', cancels_key, 0, -1}})
   if refusal then
     return refusal
   end
 end
-call('ZCARD', KEYS[3]) -- these fail before the first write if a key is of another type
-call('HLEN', KEYS[4])
-call('HLEN', KEYS[6])
+call('ZCARD', scheduled_key) -- these fail before the first write if a key is of another type
+call('HLEN', messages_key)
+call('HLEN', own_started_key)
 local time = call('TIME')
 local reply, ends = {}, {}
 
@@ -80,9 +87,9 @@ local function read_hash(hash, pattern) -- of each value what the pattern finds
 end
 local function find_places()
   places = {}
-  local queues = try('SMEMBERS', KEYS[7])
+  local queues = try('SMEMBERS', queues_key)
   queues = queues.err and {} or queues
-  queues[#queues + 1] = ARGV[11]
+  queues[#queues + 1] = intake
   for _, queue in ipairs(queues) do
     for _, suffix in ipairs({'', '\6\0223', '\6\0226', '\6\0229'}) do
       read(function(first, last)
@@ -93,11 +100,11 @@ local function find_places()
       end
     end
   end
-  local members = try('SMEMBERS', KEYS[8])
+  local members = try('SMEMBERS', workers_key)
   for _, worker in ipairs(members.err and {} or members) do
-    read_hash(ARGV[12] .. worker .. ':inflight', '^.*$')
+    read_hash(worker_prefix .. worker .. ':inflight', '^.*$')
   end
-  read_hash(KEYS[4], '^%S+ (.*)$') -- without its list
+  read_hash(messages_key, '^%S+ (.*)$') -- without its list
 end
 local function is_coded(message) -- Celery's own steps of a canvas: the ids of those to come cannot be seen in them
   return string.find(message, '"body_encoding": ?"base64"')
@@ -134,46 +141,46 @@ end
 
 -- ---- what becomes of a task
 local function answer(id, word)
-  call('SETEX', ARGV[10] .. id, 10, word)
+  call('SETEX', answer_prefix .. id, 10, word)
 end
 local WORDS = {S = 'succeeded', F = 'failed', C = 'cancelled', c = 'cancelled', E = 'expired'}
 local function mark(id, ended)
   if can_mark then
-    call('ZADD', KEYS[2], time[1] + (ended and 0.5 or 0), id)
-    call('SET', KEYS[5], '1', 'EX', 60)
+    call('ZADD', cancelled_key, time[1] + (ended and 0.5 or 0), id)
+    call('SET', lately_key, '1', 'EX', 60)
   end
 end
 local function return_message(id, value) -- what it owes to others is settled by whoever claims it
   local list, message = match(value, '^(%S+) (.*)$')
   local where = list and push('RPUSH', list, message)
   if where or not list then
-    call('ZREM', KEYS[3], id)
-    call('HDEL', KEYS[4], id)
-    try('PUBLISH', ARGV[8], where or '')
+    call('ZREM', scheduled_key, id)
+    call('HDEL', messages_key, id)
+    try('PUBLISH', wake_channel, where or '')
   end
 end
 local function end_task(id, stream, run)
-  local key = ARGV[1] .. id
-  local result = string.gsub(ARGV[7], '"task_id":""', function() return '"task_id":' .. cjson.encode(id) end, 1)
-  call('SETEX', key, ARGV[2], result)
+  local key = meta_prefix .. id
+  local result = string.gsub(revoked_meta, '"task_id":""', function() return '"task_id":' .. cjson.encode(id) end, 1)
+  call('SETEX', key, result_ttl_s, result)
   try('PUBLISH', key, result)
   ends[#ends + 1], ends[#ends + 2] = id, 'c' .. (run > 1 and run or '')
   if run > 1 then
-    tell(stream_for(id, stream), ARGV[3], ARGV[4], 'cancelled', id, 'run', run)
+    tell(stream_for(id, stream), stream_max, stream_ttl_s, 'cancelled', id, 'run', run)
   else
-    tell(stream_for(id, stream), ARGV[3], ARGV[4], 'cancelled', id)
+    tell(stream_for(id, stream), stream_max, stream_ttl_s, 'cancelled', id)
   end
 end
 local function cancel(id, stream, named, is_sure)
-  local stored = state_in(try('GET', ARGV[1] .. id))
-  local remembered = recall(KEYS[9], KEYS[10], {id})[1]
-  local waiting = call('HGET', KEYS[4], id)
-  local letter = ARGV[13] .. id
+  local stored = state_in(try('GET', meta_prefix .. id))
+  local remembered = recall(ended_key, ended_before_key, {id})[1]
+  local waiting = call('HGET', messages_key, id)
+  local letter = letter_prefix .. id
   local state = stored
   if not stored or stored == 'PENDING' then
     state = remembered and STATES[string.sub(remembered, 1, 1)] or (call('EXISTS', letter) == 1 and 'FAILURE') or stored
   end
-  local run = tonumber(try('HGET', ARGV[14] .. id, 'run') or nil) or 1
+  local run = tonumber(try('HGET', task_prefix .. id, 'run') or nil) or 1
   if state == 'FAILURE' then
     local message = match(waiting or '', '^%S+ (.*)$')
     if (message and not has_failed(message, remembered, letter)) or is_sent_again(id, remembered, letter) then
@@ -188,8 +195,8 @@ local function cancel(id, stream, named, is_sure)
   end
   if state == 'STARTED' then
     mark(id)
-    try('SADD', KEYS[12], id)
-    try('EXPIRE', KEYS[12], ARGV[5])
+    try('SADD', running_key, id)
+    try('EXPIRE', running_key, mark_ttl_s)
     return state
   end
   local how = remembered and string.sub(remembered, 1, 1)
@@ -217,7 +224,7 @@ end
 
 -- ---- all of them
 if from_list > 0 then
-  call('LTRIM', KEYS[1], 0, -1) -- a write that needs no memory lets the others through when memory is full
+  call('LTRIM', cancels_key, 0, -1) -- a write that needs no memory lets the others through when memory is full
 end
 for i = 17, 16 + asked_again do
   requests[#requests + 1] = ARGV[i]
@@ -233,19 +240,19 @@ for i = 17 + asked_again, #ARGV do
   reply[#reply + 1] = ARGV[i]
   reply[#reply + 1] = cancel(ARGV[i], '', false, true)
 end
-remember(KEYS[9], KEYS[10], KEYS[11], tonumber(ARGV[15]), ends)
+remember(ended_key, ended_before_key, ended_turn_key, tonumber(remember_s), ends)
 if can_mark and #reply > 0 then
-  try('ZREMRANGEBYSCORE', KEYS[2], '-inf', time[1] - ARGV[5])
-  try('ZREMRANGEBYRANK', KEYS[2], 0, -ARGV[6] - 1)
+  try('ZREMRANGEBYSCORE', cancelled_key, '-inf', time[1] - mark_ttl_s)
+  try('ZREMRANGEBYRANK', cancelled_key, 0, -marks_max - 1)
 end
 if from_list > 0 then
-  call('LTRIM', KEYS[1], from_list, -1)
+  call('LTRIM', cancels_key, from_list, -1)
 end
-if try('EXISTS', KEYS[12]) == 1 then
-  local started = call('HVALS', KEYS[6])
+if try('EXISTS', running_key) == 1 then
+  local started = call('HVALS', own_started_key)
   for first = 1, #started, 1000 do
     local last = math.min(first + 999, #started)
-    local marks = try('SMISMEMBER', KEYS[12], unpack(started, first, last))
+    local marks = try('SMISMEMBER', running_key, unpack(started, first, last))
     for n = first, marks.err and 0 or last do
       if marks[n - first + 1] == 1 then
         reply[#reply + 1] = started[n]

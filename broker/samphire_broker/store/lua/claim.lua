@@ -10,24 +10,29 @@
 -- 16 KB, which hold a kombu message's headers.
 -- A field is "<number>:<list>", or "<number>!:<list>" where no task was tried before: then it may be started at once,
 -- and who has to be alone waits for it (`alone.lua`).
-if call('EXISTS', KEYS[1]) == 0 then
+local lease_key, inflight_key, tried_key, lately_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local messages_max, bytes_max, whole_max, first_number = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+if call('EXISTS', lease_key) == 0 then
   return redis.error_reply('NOLEASE the lease of this worker has lapsed')
 end
-if not (may('HSET', KEYS[2], 'field', '') and may('HDEL', KEYS[2], 'field') and may('LTRIM', KEYS[5], 0, -1)) then
-  return denied({{'HSET', KEYS[2], 'field', ''}, {'HDEL', KEYS[2], 'field'}, {'LTRIM', KEYS[5], 0, -1}})
+local first_list = KEYS[5]
+if not (may('HSET', inflight_key, 'field', '') and may('HDEL', inflight_key, 'field')
+  and may('LTRIM', first_list, 0, -1)) then
+  return denied({
+    {'HSET', inflight_key, 'field', ''}, {'HDEL', inflight_key, 'field'}, {'LTRIM', first_list, 0, -1}})
 end
-call('HLEN', KEYS[2])
-local left, bytes_left, largest = tonumber(ARGV[1]), math.min(tonumber(ARGV[2]), CALL_BYTES), tonumber(ARGV[3])
-local number = tonumber(ARGV[4])
-local some_tried = call('EXISTS', KEYS[3])
+call('HLEN', inflight_key)
+local left, bytes_left, largest = tonumber(messages_max), math.min(tonumber(bytes_max), CALL_BYTES), tonumber(whole_max)
+local number = tonumber(first_number)
+local some_tried = call('EXISTS', tried_key)
 local form = some_tried == 1 and '%d:%s' or '%d!:%s'
-local reply, n = {some_tried + 2 * call('EXISTS', KEYS[4])}, 1
-local lists = #KEYS - 4
+local reply, n = {some_tried + 2 * call('EXISTS', lately_key)}, 1
+local lists = #KEYS - 4 -- those from KEYS[5] on; what is said of each stands from ARGV[5] on
 local empty, room, seen = {}, {}, {}
 for i = 5 + 2 * lists, #ARGV do
   room[#room + 1] = tonumber(ARGV[i])
 end
-begin_to_write(KEYS[2])
+begin_to_write(inflight_key)
 local function take(key, most, group)
   local name = string.sub(key, #CELERY + 1)
   seen[key] = seen[key] or nothing()
@@ -54,7 +59,7 @@ local function take(key, most, group)
     if taken == 0 then
       return
     end
-    call('HSET', KEYS[2], unpack(fields))
+    call('HSET', inflight_key, unpack(fields))
     call('LTRIM', key, 0, -taken - 1)
     left, most, room[group] = left - taken, most - taken, room[group] - taken
   end

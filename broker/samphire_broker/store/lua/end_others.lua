@@ -6,32 +6,36 @@
 --       5 prefix of task hashes   6 how long it is remembered that a task has ended, in s
 --       7.. task id, state, result (JSON), stream ("" for none), task id, …
 -- Returns for each task 1, or 0 where it has ended already: no end is written over.
-local refusal = denied({{'SETEX', ARGV[1] .. ARGV[7], 1, ''}})
+local ended_key, ended_before_key, ended_turn_key, tried_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local meta_prefix, result_ttl_s, stream_max, stream_ttl_s, task_prefix = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local remember_s = ARGV[6]
+local first_id = ARGV[7]
+local refusal = denied({{'SETEX', meta_prefix .. first_id, 1, ''}})
 if refusal then
   return refusal
 end
 local reply, ends = {}, {}
 for i = 7, #ARGV, 4 do
   local id, state, meta, stream = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
-  local key = ARGV[1] .. id
+  local key = meta_prefix .. id
   local before = state_in(try('GET', key))
   local has_ended = before == 'SUCCESS' or before == 'FAILURE' or before == 'REVOKED'
-  has_ended = has_ended or (not before and recall(KEYS[1], KEYS[2], {id})[1])
+  has_ended = has_ended or (not before and recall(ended_key, ended_before_key, {id})[1])
   if has_ended then
     reply[#reply + 1] = 0
   else
-    call('SETEX', key, ARGV[2], meta)
+    call('SETEX', key, result_ttl_s, meta)
     try('PUBLISH', key, meta)
-    local run = try('SREM', KEYS[4], id) == 1 and tonumber(try('HGET', ARGV[5] .. id, 'run') or nil)
+    local run = try('SREM', tried_key, id) == 1 and tonumber(try('HGET', task_prefix .. id, 'run') or nil)
     if run then
-      try('UNLINK', ARGV[5] .. id)
-      tell(stream_for(id, stream), ARGV[3], ARGV[4], state, id, 'run', run)
+      try('UNLINK', task_prefix .. id)
+      tell(stream_for(id, stream), stream_max, stream_ttl_s, state, id, 'run', run)
     else
-      tell(stream_for(id, stream), ARGV[3], ARGV[4], state, id)
+      tell(stream_for(id, stream), stream_max, stream_ttl_s, state, id)
     end
     ends[#ends + 1], ends[#ends + 2] = id, LETTERS[state] .. (run or '')
     reply[#reply + 1] = 1
   end
 end
-remember(KEYS[1], KEYS[2], KEYS[3], tonumber(ARGV[6]), ends)
+remember(ended_key, ended_before_key, ended_turn_key, tonumber(remember_s), ends)
 return reply

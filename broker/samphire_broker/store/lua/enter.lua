@@ -3,19 +3,21 @@
 -- ARGV  1 version of the schema   2 lease in ms
 -- Returns {the version that is in use, the namespace whose workers serve the queues}; both are this worker's where
 -- nobody was here before. What lies at the second key and is no text is somebody else's: then nobody is told.
-local refusal = denied({{'SET', KEYS[1], ''}, {'GET', KEYS[1]}})
+local schema_key, mark_key = KEYS[1], KEYS[2]
+local own_schema, lease_ms = ARGV[1], ARGV[2]
+local refusal = denied({{'SET', schema_key, ''}, {'GET', schema_key}})
 if refusal then
   return refusal
 end
-try('PERSIST', KEYS[1]) -- changes nothing; a write that needs no memory lets the others through when memory is full
-local schema = try('GET', KEYS[1])
+try('PERSIST', schema_key) -- changes nothing; a write that needs no memory lets the others through when memory is full
+local schema = try('GET', schema_key)
 if not schema then
-  call('SET', KEYS[1], ARGV[1])
-  schema = ARGV[1]
+  call('SET', schema_key, own_schema)
+  schema = own_schema
 end
-if schema ~= ARGV[1] then
+if schema ~= own_schema then
   return {type(schema) == 'string' and schema or 'none: another key lies there', NAMESPACE}
 end
-try('SET', KEYS[2], NAMESPACE, 'NX', 'PX', ARGV[2])
-local holder = try('GET', KEYS[2])
+try('SET', mark_key, NAMESPACE, 'NX', 'PX', lease_ms)
+local holder = try('GET', mark_key)
 return {schema, type(holder) == 'string' and holder or NAMESPACE}

@@ -3,7 +3,9 @@
 -- ARGV  1 how many of the names that follow may be forgotten   2.. names of queues
 -- Returns for each name 1 where one of its lists, those of all priorities, is there, 2 where there is none and it is
 -- forgotten, else 0. That is one step: who pushes later names the queue again, or a scan finds it.
-local most = may('SREM', KEYS[1], 'member') and tonumber(ARGV[1]) or 0
+local queues_key = KEYS[1]
+local old_count = ARGV[1]
+local most = may('SREM', queues_key, 'member') and tonumber(old_count) or 0
 local reply = {}
 for n = 2, #ARGV do
   local list = CELERY .. ARGV[n]
@@ -11,7 +13,7 @@ for n = 2, #ARGV do
   if found ~= 0 then -- or it may not be looked at
     reply[n - 1] = 1
   else
-    reply[n - 1] = n - 1 <= most and type(try('SREM', KEYS[1], ARGV[n])) == 'number' and 2 or 0
+    reply[n - 1] = n - 1 <= most and type(try('SREM', queues_key, ARGV[n])) == 'number' and 2 or 0
   end
 end
 return reply

@@ -4,28 +4,30 @@
 -- Whoever leads does so until it gives it back or is no worker any more: a lost one is none once what it held has
 -- returned to its queue, so the next leader finds everything in its order.
 -- Returns 0 if another worker leads, 1 if this one does, 2 if it does and others hold claims of the model yet.
-local refusal = denied({{'HSET', KEYS[1], 'model', ''}, {'HDEL', KEYS[1], 'model'}})
+local leaders_key, workers_key = KEYS[1], KEYS[2]
+local worker_id, model, give_back, worker_prefix = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local refusal = denied({{'HSET', leaders_key, 'model', ''}, {'HDEL', leaders_key, 'model'}})
 if refusal then
   return refusal
 end
-local holder = call('HGET', KEYS[1], ARGV[2])
-local mine = holder == ARGV[1]
-if ARGV[3] == '1' then
+local holder = call('HGET', leaders_key, model)
+local mine = holder == worker_id
+if give_back == '1' then
   if mine then
-    call('HDEL', KEYS[1], ARGV[2])
+    call('HDEL', leaders_key, model)
   end
   return 0
 end
-if holder and not mine and call('SISMEMBER', KEYS[2], holder) == 1 then
+if holder and not mine and call('SISMEMBER', workers_key, holder) == 1 then
   return 0
 end
-for _, worker in ipairs(call('SMEMBERS', KEYS[2])) do
-  if worker ~= ARGV[1] then
-    local fields = try('HKEYS', ARGV[4] .. worker .. ':inflight')
+for _, worker in ipairs(call('SMEMBERS', workers_key)) do
+  if worker ~= worker_id then
+    local fields = try('HKEYS', worker_prefix .. worker .. ':inflight')
     for _, field in ipairs(fields.err and {} or fields) do
-      if model_of(field) == ARGV[2] then
+      if model_of(field) == model then
         if not mine then
-          call('HSET', KEYS[1], ARGV[2], ARGV[1])
+          call('HSET', leaders_key, model, worker_id)
         end
         return 2
       end
@@ -33,6 +35,6 @@ for _, worker in ipairs(call('SMEMBERS', KEYS[2])) do
   end
 end
 if not mine then
-  call('HSET', KEYS[1], ARGV[2], ARGV[1])
+  call('HSET', leaders_key, model, worker_id)
 end
 return 1

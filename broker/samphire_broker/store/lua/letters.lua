@@ -9,28 +9,31 @@
 -- next run begins, and so does one of every task that has ended because of it. What cannot be redriven keeps its
 -- letter, which tells why: the task has been sent again and has not failed since, or its list is no list.
 -- Returns the number of requests that were served: the bytes of one call are bounded, but for one letter's.
-if call('TYPE', KEYS[1]).ok ~= 'list' then
+local requests_key, dead_key, tried_key, ended_key, ended_before_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local letter_prefix, meta_prefix, task_prefix, wake_channel = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local requests_max, stream_max, stream_ttl_s, task_ttl_s, blob_prefix = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+if call('TYPE', requests_key).ok ~= 'list' then
   return 0
 end
 local refusal = denied({
-  {'DEL', ARGV[1] .. 'id'}, {'DEL', ARGV[2] .. 'id'}, {'HSET', ARGV[1] .. 'id', 'field', ''},
-  {'ZREM', KEYS[2], 'member'}, {'LPUSH', CELERY .. 'inference', ''}, {'LTRIM', KEYS[1], 0, -1}})
+  {'DEL', letter_prefix .. 'id'}, {'DEL', meta_prefix .. 'id'}, {'HSET', letter_prefix .. 'id', 'field', ''},
+  {'ZREM', dead_key, 'member'}, {'LPUSH', CELERY .. 'inference', ''}, {'LTRIM', requests_key, 0, -1}})
 if refusal then
   return refusal
 end
-call('ZCARD', KEYS[2]) -- fails before the first write if the key is of another type
-local requests = call('LRANGE', KEYS[1], 0, ARGV[5] - 1)
+call('ZCARD', dead_key) -- fails before the first write if the key is of another type
+local requests = call('LRANGE', requests_key, 0, requests_max - 1)
 local READABLE_BYTES = 4 * 2 ^ 20 -- no lane reads a larger message, so it has no claim checks that were used
 local bytes_left = CALL_BYTES
 local function state_of(id)
-  local value = recall(KEYS[4], KEYS[5], {id})[1]
-  return state_in(try('GET', ARGV[2] .. id)) or (value and STATES[string.sub(value, 1, 1)]), value
+  local value = recall(ended_key, ended_before_key, {id})[1]
+  return state_in(try('GET', meta_prefix .. id)) or (value and STATES[string.sub(value, 1, 1)]), value
 end
 local function begin_run(id, stream, run)
-  call('DEL', ARGV[2] .. id)
-  forget(KEYS[4], KEYS[5], id)
-  open_run(ARGV[3] .. id, KEYS[3], id, run, '', ARGV[8])
-  tell(stream_for(id, stream), ARGV[6], ARGV[7], 'redriven', id, 'run', run)
+  call('DEL', meta_prefix .. id)
+  forget(ended_key, ended_before_key, id)
+  open_run(task_prefix .. id, tried_key, id, run, '', task_ttl_s)
+  tell(stream_for(id, stream), stream_max, stream_ttl_s, 'redriven', id, 'run', run)
 end
 local function refuse(key, why)
   call('HSET', key, 'refused', why)
@@ -61,8 +64,8 @@ local function redrive(key, letter)
   end
   call('LPUSH', CELERY .. list, message)
   call('DEL', key)
-  call('ZREM', KEYS[2], letter)
-  try('PUBLISH', ARGV[4], list)
+  call('ZREM', dead_key, letter)
+  try('PUBLISH', wake_channel, list)
 end
 -- The task's own claim checks, which its message names: they were kept for a redrive. Not of one that runs again.
 local function drop_blobs(key, size)
@@ -75,7 +78,7 @@ local function drop_blobs(key, size)
   if not message or not id or id == '' or (state and state ~= 'FAILURE') then
     return
   end
-  local own, at = ARGV[9] .. id .. ':', 1
+  local own, at = blob_prefix .. id .. ':', 1
   while true do
     local _, last = string.find(message, own, at, true)
     if not last then
@@ -88,11 +91,11 @@ local function drop_blobs(key, size)
     at = last + 1
   end
 end
-call('LTRIM', KEYS[1], 0, -1) -- a write that needs no memory lets the others through when memory is full
+call('LTRIM', requests_key, 0, -1) -- a write that needs no memory lets the others through when memory is full
 local served = 0
 for _, request in ipairs(requests) do
   local verb, run, letter = match(request, '^(%l+):?(%d*) (.+)$')
-  local key = ARGV[1] .. (letter or '')
+  local key = letter_prefix .. (letter or '')
   if letter and call('TYPE', key).ok == 'hash' and (run == '' or run == (call('HGET', key, 'run') or '1')) then
     local size = call('HSTRLEN', key, 'message')
     bytes_left = bytes_left - (verb == 'purge' and size > READABLE_BYTES and 0 or size)
@@ -102,12 +105,12 @@ for _, request in ipairs(requests) do
     if verb == 'purge' then
       drop_blobs(key, size)
       call('UNLINK', key)
-      call('ZREM', KEYS[2], letter)
+      call('ZREM', dead_key, letter)
     elseif verb == 'redrive' then
       redrive(key, letter)
     end
   end
   served = served + 1
 end
-call('LTRIM', KEYS[1], served, -1)
+call('LTRIM', requests_key, served, -1)
 return served

@@ -5,40 +5,44 @@
 --       4 if what had started may be to blame, what to write of the attempt (JSON), else ""
 --       5 "1" if the endpoint died with what had started   6.. fields, in the order of the claim
 -- Returns the number of messages that were still ours.
+local inflight_key, started_key, tried_key = KEYS[1], KEYS[2], KEYS[3]
+local meta_prefix, task_prefix, task_ttl_s, blamed_attempt = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local endpoint_died = ARGV[5]
 if #ARGV < 6 then
   return 0
 end
+local first_field = ARGV[6]
 local refusal = denied({
-  {'RPUSH', CELERY .. list_of(ARGV[6]), ''}, {'HDEL', KEYS[1], 'field'}, {'HDEL', KEYS[2], 'field'},
-  {'DEL', ARGV[1] .. 'id'}})
+  {'RPUSH', CELERY .. list_of(first_field), ''}, {'HDEL', inflight_key, 'field'}, {'HDEL', started_key, 'field'},
+  {'DEL', meta_prefix .. 'id'}})
 if refusal then
   return refusal
 end
 local counts = {}
-if ARGV[4] ~= '' then
+if blamed_attempt ~= '' then
   counts = {'attempts', 'crashes', 'shared'}
 end
-if ARGV[5] == '1' then
+if endpoint_died == '1' then
   counts[#counts + 1] = 'losses'
 end
 local moved = 0
-call('HLEN', KEYS[2])
-begin_to_write(KEYS[1])
+call('HLEN', started_key)
+begin_to_write(inflight_key)
 for i = #ARGV, 6, -1 do -- the last claimed goes back first, so the order is kept
   local field = ARGV[i]
-  local message = call('HGET', KEYS[1], field)
+  local message = call('HGET', inflight_key, field)
   if message and push('RPUSH', list_of(field), message) then
-    local id = call('HGET', KEYS[2], field)
+    local id = call('HGET', started_key, field)
     if id then
       if #counts > 0 then
-        note_attempt(ARGV[2] .. id, KEYS[3], id, ARGV[4], counts, ARGV[3])
+        note_attempt(task_prefix .. id, tried_key, id, blamed_attempt, counts, task_ttl_s)
       end
-      if state_in(try('GET', ARGV[1] .. id)) == 'STARTED' then
-        try('DEL', ARGV[1] .. id)
+      if state_in(try('GET', meta_prefix .. id)) == 'STARTED' then
+        try('DEL', meta_prefix .. id)
       end
-      call('HDEL', KEYS[2], field)
+      call('HDEL', started_key, field)
     end
-    call('HDEL', KEYS[1], field)
+    call('HDEL', inflight_key, field)
     moved = moved + 1
   end
 end

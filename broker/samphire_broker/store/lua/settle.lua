@@ -18,33 +18,42 @@
 -- dropped and nothing else, but for the steps that a cancelled task owes, once however many messages it has: an end is
 -- written once a run. A message that was sent anew after its task has failed ends the task's next run. Events carry the
 -- number of a run that is not the first.
-local tasks = cmsgpack.unpack(ARGV[12])
+local inflight_key, started_key, dead_key, cancelled_key, scheduled_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local messages_key, tried_key, ended_key, ended_before_key = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
+local ended_turn_key, running_key = KEYS[10], KEYS[11]
+local meta_prefix, result_ttl_s, stream_max, stream_ttl_s, inline_max = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local letter_prefix, letter_ttl_s, worker_id, wake_channel, task_prefix = ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
+local remember_s, packed = ARGV[11], ARGV[12]
+-- Places of what a task has in `packed`, and of what its `EXTRA` has.
+local FIELD, ID, STATE, META, STREAM, EXTRA = 1, 2, 3, 4, 5, 6
+local BLOBS, PUSHES, OTHERS, LETTER, RETRY = 1, 2, 3, 4, 5
+local tasks = cmsgpack.unpack(packed)
 local fields, metas, ids = {}, {}, {}
 local some_buried, some_retried = false, false
 for n = 1, #tasks do
   local task = tasks[n]
-  fields[n], ids[n], metas[n] = task[1], task[2], ARGV[1] .. task[2]
-  some_buried = some_buried or (task[6] and #task[6][4] > 0)
-  some_retried = some_retried or (task[6] and #task[6][5] > 0)
+  fields[n], ids[n], metas[n] = task[FIELD], task[ID], meta_prefix .. task[ID]
+  some_buried = some_buried or (task[EXTRA] and #task[EXTRA][LETTER] > 0)
+  some_retried = some_retried or (task[EXTRA] and #task[EXTRA][RETRY] > 0)
 end
-local first = ARGV[1] .. ids[1]
-if not (may('SETEX', first, 1, '') and may('HDEL', KEYS[1], 'field') and may('HDEL', KEYS[2], 'field')) then
-  return denied({{'SETEX', first, 1, ''}, {'HDEL', KEYS[1], 'field'}, {'HDEL', KEYS[2], 'field'}})
+local first = meta_prefix .. ids[1]
+if not (may('SETEX', first, 1, '') and may('HDEL', inflight_key, 'field') and may('HDEL', started_key, 'field')) then
+  return denied({{'SETEX', first, 1, ''}, {'HDEL', inflight_key, 'field'}, {'HDEL', started_key, 'field'}})
 end
 if some_buried or some_retried then
   local refusal = denied({
-    {'HSET', ARGV[6] .. 'id', 'field', ''}, {'ZADD', KEYS[3], 0, 'member'}, {'DEL', first}, {'SET', first, ''},
-    {'HSET', KEYS[6], 'field', ''}, {'ZADD', KEYS[5], 0, 'member'}})
+    {'HSET', letter_prefix .. 'id', 'field', ''}, {'ZADD', dead_key, 0, 'member'}, {'DEL', first}, {'SET', first, ''},
+    {'HSET', messages_key, 'field', ''}, {'ZADD', scheduled_key, 0, 'member'}})
   if refusal then
     return refusal
   end
-  call('ZCARD', KEYS[3]) -- these fail before the first write if a key is of another type
-  call('ZCARD', KEYS[5])
-  call('HLEN', KEYS[6])
+  call('ZCARD', dead_key) -- these fail before the first write if a key is of another type
+  call('ZCARD', scheduled_key)
+  call('HLEN', messages_key)
 end
-call('HLEN', KEYS[2])
-local some_tried = call('TYPE', KEYS[7]).ok == 'set'
-local some_cancelled = call('TYPE', KEYS[4]).ok == 'zset'
+call('HLEN', started_key)
+local some_tried = call('TYPE', tried_key).ok == 'set'
+local some_cancelled = call('TYPE', cancelled_key).ok == 'zset'
 local function seconds()
   local time = call('TIME')
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
@@ -63,7 +72,7 @@ local function find_ends(wanted)
       asked[#asked + 1] = id
     end
   end
-  for n, value in pairs(recall(KEYS[8], KEYS[9], asked)) do
+  for n, value in pairs(recall(ended_key, ended_before_key, asked)) do
     values[asked[n]] = value
     states[asked[n]] = states[asked[n]] or STATES[string.sub(value, 1, 1)]
   end
@@ -74,14 +83,14 @@ states[''] = nil
 local ends = {} -- to be remembered: id, value, id, value, …
 local events, single_events = {}, {}
 local function end_task(id, state, meta, stream, run, failed)
-  local key = ARGV[1] .. id
+  local key = meta_prefix .. id
   local value = LETTERS[state] .. (run and run > 1 and run or '') .. (failed and ' ' .. failed or '')
   states[id], values[id] = STATES[LETTERS[state]], value
   ends[#ends + 1], ends[#ends + 2] = id, value
   if meta == '' then
     call('DEL', key)
   else
-    call('SETEX', key, ARGV[2], meta)
+    call('SETEX', key, result_ttl_s, meta)
     try('PUBLISH', key, meta)
   end
   stream = stream_for(id, stream)
@@ -97,22 +106,22 @@ end
 -- The number of a task's run, the attempts of it that came to nothing, and what of it has failed before; they are
 -- forgotten with its end.
 local function close_run(id)
-  if not (some_tried and id ~= '' and try('SREM', KEYS[7], id) == 1) then
+  if not (some_tried and id ~= '' and try('SREM', tried_key, id) == 1) then
     return nil, nil, nil
   end
-  local found = try('HMGET', ARGV[10] .. id, 'run', 'history', 'failed')
-  try('UNLINK', ARGV[10] .. id)
+  local found = try('HMGET', task_prefix .. id, 'run', 'history', 'failed')
+  try('UNLINK', task_prefix .. id)
   return tonumber(found[1] or nil), found[2], found[3] or nil
 end
 local function pay(extra) -- what the end of a task owes to others; returns those that it has ended
   local ended = {}
-  for _, step in ipairs(extra[2]) do
-    local list = push('LPUSH', step[1], step[2])
-    try('PUBLISH', ARGV[9], list or step[1])
+  for _, step in ipairs(extra[PUSHES]) do
+    local list, message = step[1], step[2]
+    try('PUBLISH', wake_channel, push('LPUSH', list, message) or list)
   end
-  for _, other in ipairs(extra[3]) do
+  for _, other in ipairs(extra[OTHERS]) do
     local id, state, meta, stream = other[1], other[2], other[3], other[4]
-    find_ends({ids = {id}, metas = {ARGV[1] .. id}})
+    find_ends({ids = {id}, metas = {meta_prefix .. id}})
     if not states[id] then
       local run = close_run(id)
       end_task(id, state, meta, stream, run)
@@ -122,40 +131,41 @@ local function pay(extra) -- what the end of a task owes to others; returns thos
   return ended
 end
 local function bury(n, run, history, ended)
-  local field, id, letter, now = fields[n], ids[n], tasks[n][6][4], seconds()
-  local key = ARGV[6] .. letter[1]
-  local message = call('HGET', KEYS[1], field)
+  local field, id, now = fields[n], ids[n], seconds()
+  local letter, model, reason, error, attempts, attempt = unpack(tasks[n][EXTRA][LETTER])
+  local key = letter_prefix .. letter
+  local message = call('HGET', inflight_key, field)
   call('DEL', key) -- the letter of an earlier run
   call('HSET', key, 'message', message, 'queue', match(list_of(field), '^[^\6]*'),
-    'list', list_of(field), 'task_id', id, 'model', letter[2],
-    'reason', letter[3], 'error', letter[4], 'attempts', letter[5], 'worker', ARGV[8],
-    'history', '[' .. (history and history .. ',' or '') .. letter[6] .. ']', 'run', run or 1, 'stream', tasks[n][5],
+    'list', list_of(field), 'task_id', id, 'model', model,
+    'reason', reason, 'error', error, 'attempts', attempts, 'worker', worker_id,
+    'history', '[' .. (history and history .. ',' or '') .. attempt .. ']', 'run', run or 1, 'stream', tasks[n][STREAM],
     'died_at', string.format('%.6f', now))
   if #ended > 0 then -- a redrive opens a run for these as well
     call('HSET', key, 'ended', cmsgpack.pack(ended))
   end
-  call('EXPIRE', key, ARGV[7])
-  call('ZADD', KEYS[3], now, letter[1])
-  try('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - tonumber(ARGV[7]))
+  call('EXPIRE', key, letter_ttl_s)
+  call('ZADD', dead_key, now, letter)
+  try('ZREMRANGEBYSCORE', dead_key, '-inf', now - tonumber(letter_ttl_s))
 end
 local function try_again(n)
   local task, id = tasks[n], ids[n]
-  local retry = task[6][5]
-  call('HSET', KEYS[6], id, list_of(fields[n]) .. ' ' .. call('HGET', KEYS[1], fields[n]))
-  call('ZADD', KEYS[5], string.format('%.6f', seconds() + retry[1]), id)
-  note_attempt(ARGV[10] .. id, KEYS[7], id, retry[2], {'attempts'}, ARGV[7])
+  local delay_s, attempt = unpack(task[EXTRA][RETRY])
+  call('HSET', messages_key, id, list_of(fields[n]) .. ' ' .. call('HGET', inflight_key, fields[n]))
+  call('ZADD', scheduled_key, string.format('%.6f', seconds() + delay_s), id)
+  note_attempt(task_prefix .. id, tried_key, id, attempt, {'attempts'}, letter_ttl_s)
   some_tried = true
-  if task[4] == '' then
+  if task[META] == '' then
     call('DEL', metas[n])
   else
-    call('SET', metas[n], task[4])
-    try('PUBLISH', metas[n], task[4])
+    call('SET', metas[n], task[META])
+    try('PUBLISH', metas[n], task[META])
   end
-  single_events[#single_events + 1] = {stream_for(id, task[5]), 'retrying', id}
+  single_events[#single_events + 1] = {stream_for(id, task[STREAM]), 'retrying', id}
 end
 -- Whether what a task owes can be pushed.
 local function can_push(n)
-  for _, step in ipairs(tasks[n][6] and tasks[n][6][2] or {}) do
+  for _, step in ipairs(tasks[n][EXTRA] and tasks[n][EXTRA][PUSHES] or {}) do
     local list = CELERY .. step[1]
     local fits = type(try('LLEN', list)) == 'number' or type(try('LLEN', list .. ':returned')) == 'number'
     if not fits or denied({{'LPUSH', list, ''}}) then
@@ -167,14 +177,15 @@ end
 -- The run that a message ends that was sent anew after its task has failed.
 local function new_run(n)
   local id = ids[n]
-  if states[id] == 'FAILURE' and not has_failed(call('HGET', KEYS[1], fields[n]), values[id], ARGV[6] .. id) then
-    return run_in(values[id] or 'F' .. (try('HGET', ARGV[6] .. id, 'run') or '')) + 1
+  local has_ended = states[id] == 'FAILURE'
+  if has_ended and not has_failed(call('HGET', inflight_key, fields[n]), values[id], letter_prefix .. id) then
+    return run_in(values[id] or 'F' .. (try('HGET', letter_prefix .. id, 'run') or '')) + 1
   end
 end
 -- Whether a message has failed in an earlier run than the one that is under way.
 local function is_late_copy(n)
-  local failed = some_tried and ids[n] ~= '' and try('HGET', ARGV[10] .. ids[n], 'failed')
-  return type(failed) == 'string' and is_among(failed, call('HGET', KEYS[1], fields[n]))
+  local failed = some_tried and ids[n] ~= '' and try('HGET', task_prefix .. ids[n], 'failed')
+  return type(failed) == 'string' and is_among(failed, call('HGET', inflight_key, fields[n]))
 end
 -- Whether an end is yet to be paid for: that of a cancelled task, whose canvas nobody has read so far.
 local function owes(id)
@@ -182,8 +193,8 @@ local function owes(id)
 end
 
 local function settle(n)
-  local id, state, extra = ids[n], tasks[n][3], tasks[n][6]
-  if call('HEXISTS', KEYS[1], fields[n]) == 0 then
+  local id, state, extra = ids[n], tasks[n][STATE], tasks[n][EXTRA]
+  if call('HEXISTS', inflight_key, fields[n]) == 0 then
     return 0
   end
   if not can_push(n) then
@@ -192,7 +203,7 @@ local function settle(n)
   if is_late_copy(n) then
     return 1
   end
-  local mark = some_cancelled and id ~= '' and call('ZSCORE', KEYS[4], id)
+  local mark = some_cancelled and id ~= '' and call('ZSCORE', cancelled_key, id)
   if mark and not states[id] and match(mark, '%.5$') then -- its end is not remembered any more, and was written
     states[id], values[id] = 'REVOKED', 'c'
   end
@@ -209,8 +220,8 @@ local function settle(n)
       return 2
     end
     if opened then
-      forget(KEYS[8], KEYS[9], id)
-      open_run(ARGV[10] .. id, KEYS[7], id, opened, earlier, ARGV[7])
+      forget(ended_key, ended_before_key, id)
+      open_run(task_prefix .. id, tried_key, id, opened, earlier, letter_ttl_s)
     end
     if not states[id] then
       try_again(n)
@@ -221,18 +232,18 @@ local function settle(n)
   local run, history, failed = close_run(id)
   run = opened or run
   if is_fresh then
-    failed = state == 'failed' and with_failed(failed or earlier or '', call('HGET', KEYS[1], fields[n]))
-    end_task(id, state, tasks[n][4], tasks[n][5], run, failed)
+    failed = state == 'failed' and with_failed(failed or earlier or '', call('HGET', inflight_key, fields[n]))
+    end_task(id, state, tasks[n][META], tasks[n][STREAM], run, failed)
   end
   if mark then
-    try('ZREM', KEYS[4], id)
-    try('SREM', KEYS[11], id)
+    try('ZREM', cancelled_key, id)
+    try('SREM', running_key, id)
   end
   if not extra then
     return 1
   end
-  if #extra[1] > 0 and states[id] ~= 'FAILURE' then -- a letter may be redriven, no other task runs again
-    for _, blob in ipairs(extra[1]) do
+  if #extra[BLOBS] > 0 and states[id] ~= 'FAILURE' then -- a letter may be redriven, no other task runs again
+    for _, blob in ipairs(extra[BLOBS]) do
       try('UNLINK', NAMESPACE .. blob)
     end
   end
@@ -240,17 +251,17 @@ local function settle(n)
   if is_fresh or is_owing or id == '' then
     ended = pay(extra)
   end
-  if is_owing and #extra[2] + #extra[3] > 0 then
+  if is_owing and #extra[PUSHES] + #extra[OTHERS] > 0 then
     ends[#ends + 1], ends[#ends + 2] = id, 'C' .. (values[id] and match(values[id], '^%a(%d+)') or '')
     values[id] = ends[#ends]
   end
-  if #extra[4] > 0 and (is_fresh or id == '') then
+  if #extra[LETTER] > 0 and (is_fresh or id == '') then
     bury(n, run, history, ended)
   end
   return 1
 end
 
-begin_to_write(KEYS[1])
+begin_to_write(inflight_key)
 local reply, done = {}, {}
 for n = 1, #tasks do
   reply[n] = settle(n)
@@ -258,21 +269,21 @@ for n = 1, #tasks do
     done[#done + 1] = fields[n]
   end
 end
-remember(KEYS[8], KEYS[9], KEYS[10], tonumber(ARGV[11]), ends)
+remember(ended_key, ended_before_key, ended_turn_key, tonumber(remember_s), ends)
 if #done > 0 then
-  call('HDEL', KEYS[2], unpack(done))
-  call('HDEL', KEYS[1], unpack(done))
+  call('HDEL', started_key, unpack(done))
+  call('HDEL', inflight_key, unpack(done))
 end
-local single = #tasks == 1 and tasks[1][4] ~= '' and #tasks[1][4] <= tonumber(ARGV[5]) and tasks[1][2]
+local single = #tasks == 1 and tasks[1][META] ~= '' and #tasks[1][META] <= tonumber(inline_max) and tasks[1][ID]
 for _, event in ipairs(single_events) do
-  tell(event[1], ARGV[3], ARGV[4], unpack(event, 2))
+  tell(event[1], stream_max, stream_ttl_s, unpack(event, 2))
 end
 for stream, states_of in pairs(events) do
   for state, list in pairs(states_of) do
     if list == single then
-      tell(stream, ARGV[3], ARGV[4], state, list, 'result', tasks[1][4])
+      tell(stream, stream_max, stream_ttl_s, state, list, 'result', tasks[1][META])
     else
-      tell(stream, ARGV[3], ARGV[4], state, list)
+      tell(stream, stream_max, stream_ttl_s, state, list)
     end
   end
 end

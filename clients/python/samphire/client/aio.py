@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 from samphire.client.dead_letters import AsyncDeadLetters
 from samphire.client.encoder import (
@@ -19,7 +19,7 @@ from samphire.client.encoder import (
     priority_step,
     request_for,
 )
-from samphire.client.mapping import Counted, Map, Progress, Sizes
+from samphire.client.mapping import Counted, Map, MapOptions, Progress, Sizes
 from samphire.client.pipeline import Stage, StepOptions, encode_chain, stages_of
 from samphire.client.results import InferResult
 from samphire.client.session import Session
@@ -184,14 +184,7 @@ class AsyncClient:
         batches: Iterable[Inputs],
         *,
         return_exceptions: Literal[False] = ...,
-        progress: Progress | None = ...,
-        window: int = ...,
-        window_bytes: int = ...,
-        version: str | int = ...,
-        priority: Priority = ...,
-        outputs: Iterable[str] = ...,
-        parameters: Parameters | None = ...,
-        deadline_s: float | None = ...,
+        **options: Unpack[MapOptions],
     ) -> AsyncIterator[InferResult]: ...
 
     @overload
@@ -201,14 +194,7 @@ class AsyncClient:
         batches: Iterable[Inputs],
         *,
         return_exceptions: bool,
-        progress: Progress | None = ...,
-        window: int = ...,
-        window_bytes: int = ...,
-        version: str | int = ...,
-        priority: Priority = ...,
-        outputs: Iterable[str] = ...,
-        parameters: Parameters | None = ...,
-        deadline_s: float | None = ...,
+        **options: Unpack[MapOptions],
     ) -> AsyncIterator[InferResult | SamphireError]: ...
 
     async def map(

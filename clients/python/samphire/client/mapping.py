@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sized
-from typing import Any
+from typing import Any, TypedDict
 
-from samphire.client.encoder import Encoded, Encoder, Inputs
+from samphire.client.encoder import Encoded, Encoder, Inputs, Parameters
 from samphire.client.results import InferResult
 from samphire.client.session import Session
 from samphire.errors import InvalidInputError, SamphireError
+from samphire.wire.keys import Priority
 
 CHUNK = 256
 CHUNK_BYTES = 4 * 2**20
@@ -19,6 +20,19 @@ _END = object()
 
 Progress = Callable[[int, int | None], None]
 """Called with how many results there are, and how many there will be if that is known."""
+
+
+class MapOptions(TypedDict, total=False):
+    """The options of `map`, beside `return_exceptions`, for type checkers."""
+
+    progress: Progress | None
+    window: int
+    window_bytes: int
+    version: str | int
+    priority: Priority
+    outputs: Iterable[str]
+    parameters: Parameters | None
+    deadline_s: float | None
 
 
 class Counted:

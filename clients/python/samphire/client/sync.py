@@ -11,13 +11,13 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from samphire.client.aio import AsyncClient
 from samphire.client.dead_letters import AsyncDeadLetters, DeadLetter, LetterFilter, Letters
 from samphire.client.encoder import Inputs, Parameters
 from samphire.client.loop_thread import LoopThread
-from samphire.client.mapping import Counted, Progress
+from samphire.client.mapping import Counted, MapOptions, Progress
 from samphire.client.pipeline import Stage
 from samphire.client.results import InferResult, Status
 from samphire.client.task import AsyncTask, TaskEvent
@@ -256,14 +256,7 @@ class Client:
         batches: Iterable[Inputs],
         *,
         return_exceptions: Literal[False] = ...,
-        progress: Progress | None = ...,
-        window: int = ...,
-        window_bytes: int = ...,
-        version: str | int = ...,
-        priority: Priority = ...,
-        outputs: Iterable[str] = ...,
-        parameters: Parameters | None = ...,
-        deadline_s: float | None = ...,
+        **options: Unpack[MapOptions],
     ) -> Iterator[InferResult]: ...
 
     @overload
@@ -273,14 +266,7 @@ class Client:
         batches: Iterable[Inputs],
         *,
         return_exceptions: bool,
-        progress: Progress | None = ...,
-        window: int = ...,
-        window_bytes: int = ...,
-        version: str | int = ...,
-        priority: Priority = ...,
-        outputs: Iterable[str] = ...,
-        parameters: Parameters | None = ...,
-        deadline_s: float | None = ...,
+        **options: Unpack[MapOptions],
     ) -> Iterator[InferResult | SamphireError]: ...
 
     def map(

@@ -10,32 +10,36 @@
 -- Returns {"ok", length}, {"same", task id} where the key has a task already, or, with nothing written,
 -- {"conflict", task id} where that task was asked for something else, {"full", length}, {"memory", used, maximum}, or
 -- {"schema", version} where the workers have another one.
-if redis.call('EXISTS', KEYS[7]) == 1 then
+local list_key, queues_key, once_key, idempotency_key = KEYS[1], KEYS[6], KEYS[7], KEYS[8]
+local queue, queue_max, check_memory, wake_channel, blob_ttl_s = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local once_ttl_s, idempotency_ttl_s, task_id, asked_digest, own_schema = ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
+local schema_key, blob_count = ARGV[11], ARGV[12]
+if redis.call('EXISTS', once_key) == 1 then
   return {'ok', 0}
 end
-if KEYS[8] then
-  local known = redis.call('GET', KEYS[8])
+if idempotency_key then
+  local known = redis.call('GET', idempotency_key)
   if known then
     local id, digest = string.match(known, '^(%S+) (%S+)$')
-    return {digest == ARGV[9] and 'same' or 'conflict', id}
+    return {digest == asked_digest and 'same' or 'conflict', id}
   end
 end
-local schema = redis.pcall('GET', ARGV[11]) -- a producer may lack the right to look
-if type(schema) == 'string' and schema ~= ARGV[10] then
+local schema = redis.pcall('GET', schema_key) -- a producer may lack the right to look
+if type(schema) == 'string' and schema ~= own_schema then
   return {'schema', schema}
 end
 local length = 0
 for i = 2, 5 do
   length = length + redis.call('LLEN', KEYS[i])
 end
-local blobs = tonumber(ARGV[12])
+local blobs = tonumber(blob_count)
 local first = 13 + 2 * blobs
 local count = #ARGV - first + 1
-local limit = tonumber(ARGV[2])
+local limit = tonumber(queue_max)
 if limit > 0 and length + count > limit then
   return {'full', length}
 end
-if ARGV[3] == '1' then
+if check_memory == '1' then
   local info = redis.pcall('INFO', 'memory')
   if type(info) == 'string' then -- a producer may lack the right to ask
     local used = tonumber(string.match(info, 'used_memory:(%d+)'))
@@ -49,9 +53,9 @@ end
 local may = redis.acl_check_cmd or function() -- Redis before version 7 cannot be asked
   return true
 end
-local needs = {{'SADD', KEYS[6], ARGV[1]}, {'SETEX', KEYS[7], 1, ''}, {'LPUSH', KEYS[1], ''}}
-if KEYS[8] then
-  needs[#needs + 1] = {'SETEX', KEYS[8], 1, ''}
+local needs = {{'SADD', queues_key, queue}, {'SETEX', once_key, 1, ''}, {'LPUSH', list_key, ''}}
+if idempotency_key then
+  needs[#needs + 1] = {'SETEX', idempotency_key, 1, ''}
 end
 if blobs > 0 then
   needs[#needs + 1] = {'SET', ARGV[13], ''}
@@ -62,18 +66,18 @@ for _, command in ipairs(needs) do
   end
 end
 -- SADD comes first: out of memory, or on a key of another type, it is refused before anything is written.
-redis.call('SADD', KEYS[6], ARGV[1])
-redis.call('SETEX', KEYS[7], ARGV[6], '1')
-if KEYS[8] then
-  redis.call('SETEX', KEYS[8], ARGV[7], ARGV[8] .. ' ' .. ARGV[9])
+redis.call('SADD', queues_key, queue)
+redis.call('SETEX', once_key, once_ttl_s, '1')
+if idempotency_key then
+  redis.call('SETEX', idempotency_key, idempotency_ttl_s, task_id .. ' ' .. asked_digest)
 end
 for i = 13, first - 1, 2 do
-  redis.call('SET', ARGV[i], ARGV[i + 1], 'EX', ARGV[5])
+  redis.call('SET', ARGV[i], ARGV[i + 1], 'EX', blob_ttl_s)
 end
 for i = first, #ARGV, 1000 do -- unpack takes at most 7,999 values
-  redis.call('LPUSH', KEYS[1], unpack(ARGV, i, math.min(i + 999, #ARGV)))
+  redis.call('LPUSH', list_key, unpack(ARGV, i, math.min(i + 999, #ARGV)))
 end
 if length == 0 then
-  redis.pcall('PUBLISH', ARGV[4], ARGV[1]) -- without the right to it lanes look for themselves
+  redis.pcall('PUBLISH', wake_channel, queue) -- without the right to it lanes look for themselves
 end
 return {'ok', length + count}

@@ -23,6 +23,7 @@ from msgspec import UNSET
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 from samphire.wire.contract import (
     Body,
+    CanvasFields,
     CanvasStart,
     CanvasStartBody,
     ChordPart,
@@ -34,6 +35,7 @@ from samphire.wire.typed_json import plain_arguments
 
 _encode = msgspec.json.Encoder().encode
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
+_decode_arguments = msgspec.json.Decoder(tuple[list[Any], dict[str, Any], CanvasFields]).decode
 _decode_body = msgspec.json.Decoder(Body).decode
 _decode_canvas_start = msgspec.json.Decoder(CanvasStartBody).decode
 _decode_chord_part = msgspec.json.Decoder(ChordPartBody).decode
@@ -163,6 +165,15 @@ def decode_body(envelope: Envelope, max_bytes: int) -> Body:
     """
     data = plain_arguments(_open_body(envelope, max_bytes))
     body: Body = parse(_decode_body, data, "the arguments are not an inference request")
+    return body
+
+
+def decode_arguments(envelope: Envelope, max_bytes: int) -> tuple[list[Any], dict[str, Any], CanvasFields]:
+    """Read the body of any task: its positional and keyword arguments, and its canvas; raises as `decode_body` does."""
+    data = plain_arguments(_open_body(envelope, max_bytes))
+    body: tuple[list[Any], dict[str, Any], CanvasFields] = parse(
+        _decode_arguments, data, "the arguments are not Celery's"
+    )
     return body
 
 
