@@ -33,11 +33,13 @@ up: $(VENV)/.embedded  ## run the stack on this machine until Ctrl-C
 test: $(VENV)/.dev system-packages  ## run the tests, against real servers (ARGS="-k lane", ARGS="-n0 tests/test_store.py")
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
-check: $(VENV)/.dev  ## formatting, lints, types, import rules
+check: $(VENV)/.dev  ## formatting, lints, types, import rules, lengths of files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=clients/python:broker:workers $(BIN)/lint-imports --no-cache
+	@find broker clients workers benchmarks -name '*.py' -o -name '*.lua' | xargs awk \
+	  'FNR == 401 {print FILENAME ": over 400 lines: make two of it"; long = 1} END {exit long}'
 
 bench: $(VENV)/.dev  ## measure beside a straight client and plain Celery (ARGS="--only drain", "--runs 9"); BASE=COMMIT: by turns with it
 	$(BIN)/python -m benchmarks $(if $(BASE),--base $(BASE)) $(ARGS)

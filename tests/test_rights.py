@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from samphire import AsyncClient, BrokerRightError, ModelFaultError
+from samphire.client.ended import ended_states
 from samphire.transport.address import broker_of
-from samphire.transport.ended import ended_states
 from samphire.transport.publisher import Publisher
 from samphire.wire import keys
 from samphire_broker.settings import Settings

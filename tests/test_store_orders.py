@@ -9,7 +9,7 @@ import time
 import pytest
 
 from samphire import AsyncClient, LetterRefusedError
-from samphire.transport.ended import ended_states
+from samphire.client.ended import ended_states
 from samphire.wire import keys
 from samphire_broker.store import (
     Claimed,

@@ -15,14 +15,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 
 from samphire.errors import InvalidInputError
 from samphire.transport.address import DEFAULT_BROKER_URL, Address, Broker, broker_of
-from samphire.wire.contract import ATTEMPTS_MAX, BACKOFF_MAX_S, Backoff
+from samphire.wire.contract import ATTEMPTS_MAX, BACKOFF_MAX_S, LONGEST_S, Backoff
 from samphire.wire.keys import DEFAULT_NAMESPACE, Keys, checked_namespace
 
 FsyncPolicy = Literal["always", "everysec"]
 
 ENV_PREFIX = "SAMPHIRE_"
-LONGEST_S = 10 * 365 * 86_400
-"""No lifetime, lease or timeout is longer; Redis refuses much longer ones, and only when it is asked to keep them."""
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 
 

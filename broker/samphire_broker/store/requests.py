@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
 
-from samphire.client.results import DELETED
 from samphire.errors import BrokerRightError
 from samphire.transport.connection import key_text
 from samphire.transport.direct import Argument, read_blob
 from samphire.wire import keys
-from samphire.wire.contract import Ref
+from samphire.wire.contract import DELETED, Ref
 from samphire_broker.settings import Settings
 from samphire_broker.store.calls import Calls
 from samphire_broker.store.records import STREAM_MAX_LENGTH, STREAM_TTL_S, LetterCounts, Looked, Scheduled

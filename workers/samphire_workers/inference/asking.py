@@ -20,6 +20,7 @@ from samphire_workers.inference.locks import ModelLocks
 from samphire_workers.inference.reloading import Reloads
 from samphire_workers.intake.checking import MICRO_BATCH
 from samphire_workers.intake.request import Request
+from samphire_workers.intake.served import ServedModels
 from samphire_workers.monitoring.observers import BatchSeen, Observers
 from samphire_workers.settlement.consequences import Model, consequence_of
 from samphire_workers.settlement.endings import Endings
@@ -28,7 +29,6 @@ from samphire_workers.triton.answers import check_answer
 from samphire_workers.triton.endpoint import Endpoint, Running, Tensor
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.triton.errors import GivenUpError
-from samphire_workers.triton.served import ServedModels
 from samphire_workers.unexpected import our_error
 
 logger = logging.getLogger(__name__)

@@ -25,12 +25,12 @@ from samphire_workers.inference.starting import Starter
 from samphire_workers.inference.suspects import LOSSES_MAX, Suspects, is_suspect
 from samphire_workers.intake.loading import fetch, has_refs, load, takes_long
 from samphire_workers.intake.request import Request
+from samphire_workers.intake.served import ServedModels
 from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
 from samphire_workers.settlement.consequences import Attempt, Consequence, Tasks, consequence_of
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.triton.endpoints import Endpoints
-from samphire_workers.triton.served import ServedModels
 from samphire_workers.unexpected import our_error
 from samphire_workers.work import Work
 

@@ -8,8 +8,8 @@ import time
 from collections import defaultdict
 
 from samphire.errors import EndpointUnavailableError, SamphireError
+from samphire_workers.intake.served import ServedModels
 from samphire_workers.triton.endpoint import Endpoint
-from samphire_workers.triton.served import ServedModels
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from samphire_broker.store import Led, Store
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference.dispatcher import Dispatcher
 from samphire_workers.intake.request import Request
+from samphire_workers.intake.served import ServedModels
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.triton.endpoint import Endpoint
 from samphire_workers.triton.endpoints import Endpoints
-from samphire_workers.triton.served import ServedModels
 from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from samphire.client.encoder import LONGEST_S
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 from samphire.wire import keys
 from samphire.wire.contract import (
     CONTRACT_VERSION,
+    LONGEST_S,
     CanvasFields,
     Envelope,
     Headers,

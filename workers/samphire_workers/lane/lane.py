@@ -30,6 +30,7 @@ from samphire_workers.inference.sequences import Sequences
 from samphire_workers.inference.starting import Starter
 from samphire_workers.intake.kinds import Kind, Kinds
 from samphire_workers.intake.request import Request
+from samphire_workers.intake.served import ServedModels
 from samphire_workers.lane.claim_loop import ClaimLoop
 from samphire_workers.lane.kinds import kinds_of
 from samphire_workers.lane.running import Runner
@@ -44,7 +45,6 @@ from samphire_workers.settlement import outcome
 from samphire_workers.settlement.canvas import Canvas
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.triton.endpoints import Endpoints
-from samphire_workers.triton.served import ServedModels
 from samphire_workers.upkeep.periodic import keep_clock, keep_time, tell_clients, tell_observers, watch_letters
 from samphire_workers.work import Work
 

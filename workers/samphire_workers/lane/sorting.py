@@ -20,12 +20,12 @@ from samphire_workers.intake.checking import Checker
 from samphire_workers.intake.kinds import Kind, Kinds, Run
 from samphire_workers.intake.reading import find_who_waits, read
 from samphire_workers.intake.request import Request
+from samphire_workers.intake.served import ServedModels
 from samphire_workers.lane.running import Runner
 from samphire_workers.queues.discovery import QueueDiscovery
 from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.repeat import persist
 from samphire_workers.settlement.endings import Endings
-from samphire_workers.triton.served import ServedModels
 from samphire_workers.unexpected import our_error
 from samphire_workers.work import Work
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Iterable
 from samphire.errors import SamphireError
 from samphire.wire import keys
 from samphire_broker.store import Looked, Store
+from samphire_workers.intake.served import ServedModels
 from samphire_workers.queues.round_robin import RoundRobin
 from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.triton.endpoints import Endpoints
-from samphire_workers.triton.served import ServedModels
 from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)

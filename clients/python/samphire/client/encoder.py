@@ -19,6 +19,7 @@ from samphire.transport.publisher import IdempotencyKey
 from samphire.wire import keys
 from samphire.wire.contract import (
     INFER_TASK,
+    LONGEST_S,
     Backoff,
     InferRequest,
     InputTensor,
@@ -34,8 +35,6 @@ from samphire.wire.tensors import array_to_bytes
 _canonical = msgspec.json.Encoder(order="deterministic").encode
 
 FORMS_MAX = 256
-LONGEST_S = 10 * 365 * 86_400
-
 Inputs = Mapping[str, Any]
 """Input name to an array, or to anything that numpy makes one of."""
 

@@ -19,7 +19,7 @@ from samphire.errors import (
     TaskExpiredError,
     error_from_name,
 )
-from samphire.wire.contract import FailureInfo, InferResponse, OutputTensor, Ref, TaskMeta
+from samphire.wire.contract import DELETED, FailureInfo, InferResponse, OutputTensor, Ref, TaskMeta
 from samphire.wire.tensors import bytes_to_array, values_to_bytes
 
 Status = Literal["queued", "scheduled", "running", "retrying", "succeeded", "failed", "cancelled", "expired"]
@@ -35,9 +35,6 @@ _STATES: dict[str, Status] = {
     "FAILURE": "failed",
     "REVOKED": "cancelled",
 }
-DELETED = b'{"deleted":true}'
-"""What stands in the place of a result that was deleted on reading."""
-
 TERMINAL = frozenset({"succeeded", "failed", "cancelled", "expired"})
 
 FetchBlob = Callable[[str, int], Awaitable[bytes | None]]

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
+from samphire.client.ended import ended_states
 from samphire.client.results import TERMINAL, InferResult, Status, decode_meta, result_of, status_of
 from samphire.errors import (
     BrokerRightError,
@@ -26,7 +27,6 @@ from samphire.errors import (
 from samphire.transport.address import Broker
 from samphire.transport.connection import key_text
 from samphire.transport.direct import DirectConnection, read_blob
-from samphire.transport.ended import ended_states
 
 BLOCK_MS = 5000
 READ_MAX = 1000

@@ -35,6 +35,11 @@ UNKNOWN_CHORD: dict[str, Any] = {
 }
 """The chord of a part whose message is not understood: whoever counts the parts knows it from another."""
 ATTEMPTS_MAX = 100
+LONGEST_S = 10 * 365 * 86_400
+"""No wait, lifetime, lease or timeout is longer; Redis refuses much longer ones, and only when it is asked to keep
+them."""
+DELETED = b'{"deleted":true}'
+"""What stands in the place of a result that was deleted on reading."""
 BACKOFF_MAX_S = 7 * 86_400.0
 CANVAS_TASK = "samphire.canvas"
 """A whole canvas, which a worker starts: so a client without Celery can send one."""
