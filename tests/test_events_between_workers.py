@@ -70,6 +70,7 @@ def test_a_broker_that_refuses_to_tell_of_tasks_is_asked_again(
 ) -> None:
     """A right that was missing for a while, which is said once; the thread lives on."""
     monkeypatch.setattr(sent_module, "RETRY_S", 0.05)
+    monkeypatch.setattr(sent_module, "RETRY_CAP_S", 0.05)
     tries: list[float] = []
     connect = app.connection_for_read
 

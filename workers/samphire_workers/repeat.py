@@ -8,24 +8,27 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from samphire.errors import BrokerMemoryFullError, BrokerRightError, BrokerUnavailableError
+from samphire.transport.repeat import Pauses
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-RETRY_S = 0.25
+RETRY_S = 0.1
+RETRY_CAP_S = 1.0
 RIGHT_RETRY_S = 2.0
 """A right that was taken away from the worker's user comes back when somebody gives it back."""
 
 
 async def persist(action: Callable[[], Awaitable[T]]) -> T:
     """Repeat a call until the broker has answered; any other error is raised."""
+    pauses = Pauses(RETRY_S, RETRY_CAP_S)
     while True:
         try:
             return await action()
         except (BrokerUnavailableError, BrokerMemoryFullError) as error:
             logger.warning("the broker is away: %s", error, extra={"action": "broker_away"})
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(pauses.next_s())
         except BrokerRightError as error:  # a script has written nothing then
             logger.error(
                 "%s. What this worker holds stays as it is, and is tried again every %.0f s",

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 
 from samphire.errors import BrokerRightError, BrokerUnavailableError
+from samphire.transport.repeat import Pauses
 from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, LeaseLostError, Store
@@ -20,7 +21,7 @@ from samphire_workers.monitoring.observers import Observers
 from samphire_workers.queues.discovery import INTAKE_MODEL, QueueDiscovery
 from samphire_workers.queues.round_robin import RoundRobin
 from samphire_workers.queues.wake import QueueWatch
-from samphire_workers.repeat import RIGHT_RETRY_S
+from samphire_workers.repeat import RETRY_CAP_S, RETRY_S, RIGHT_RETRY_S
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.unexpected import ShortageError
@@ -40,8 +41,6 @@ LOOK_EVERYWHERE_S = 0.05
 
 ADOPT_S = 5.0
 """A claim that the broker carried out after its caller had given up is found after this long."""
-
-BROKER_RETRY_S = 0.25
 
 SHORTAGE_REST_S = 1.0
 RESTS_MAX = 8
@@ -84,6 +83,7 @@ class ClaimLoop:
         self._shortages = 0
         """As of the last round."""
         self._rests = 0
+        self._pauses = Pauses(RETRY_S, RETRY_CAP_S)
         self._stopping = False
 
     def stop(self) -> None:
@@ -116,12 +116,13 @@ class ClaimLoop:
                 # The reply of a claim may be lost: what it moved is found in the in-flight hash.
                 adopt = True
                 logger.warning("claim failed: %s", error, extra={"action": "claim_failed"})
-                await asyncio.sleep(BROKER_RETRY_S)
+                await asyncio.sleep(self._pauses.next_s())
                 continue
             except BrokerRightError as error:  # a script has written nothing then
                 logger.error("nothing is claimed: %s", error, extra={"action": "right_missing"})
                 await asyncio.sleep(RIGHT_RETRY_S)
                 continue
+            self._pauses.reset()
             for claim in claimed:
                 self._ledger.add(claim)
             await self._sorter.take_in(claimed)

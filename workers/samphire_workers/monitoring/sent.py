@@ -14,6 +14,8 @@ from typing import Any
 
 from celery import Celery
 
+from samphire.transport.repeat import Pauses
+
 logger = logging.getLogger(__name__)
 
 SENT_MAX = 100_000
@@ -21,7 +23,8 @@ SENT_MAX = 100_000
 ENDED_MAX = 20_000
 """Tasks that have ended and whose sending was not heard of yet."""
 LISTEN_S = 1.0
-RETRY_S = 1.0
+RETRY_S = 0.5
+RETRY_CAP_S = 5.0
 
 
 class SentTasks:
@@ -79,15 +82,17 @@ class SentTasks:
                 self._sent.popitem(last=False)
 
     def _listen(self) -> None:
+        pauses = Pauses(RETRY_S, RETRY_CAP_S)
         while not self._stopped.is_set():
             try:
                 with self._app.connection_for_read() as connection:
                     handlers = {"task-sent": self._sent_event}
                     receiver = self._app.events.Receiver(connection, handlers=handlers, routing_key="task.sent")
                     with receiver.consumer_context() as (consuming, _, _):  # a connection of its own
+                        pauses.reset()
                         while not self._stopped.is_set():
                             with contextlib.suppress(TimeoutError):
                                 consuming.drain_events(timeout=LISTEN_S)
             except Exception as error:  # noqa: BLE001 - whatever the broker refuses now, it may allow later
                 logger.warning("task-sent events are not heard: %s", error, extra={"action": "sent_failed"})
-                self._stopped.wait(RETRY_S)
+                self._stopped.wait(pauses.next_s())

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from samphire.errors import BrokerUnavailableError, SamphireError
 from samphire.transport.address import Broker
 from samphire.transport.direct import DirectConnection
+from samphire.transport.repeat import Pauses
 from samphire.wire.keys import known_form
 from samphire_workers.work import Work
 
@@ -24,8 +25,10 @@ BLOCK_S = 5.0
 WATCHED_QUEUES = 16
 """QueueDiscovery that a blocking connection is spent on; of the others the slow look takes care."""
 
-RETRY_S = 0.5
-REFUSED_RETRY_S = 2.0
+RETRY_S = 0.1
+RETRY_CAP_S = 2.0
+MAY_CLAIM_S = 0.5
+"""Between two looks whether a queue may be claimed from."""
 
 
 class QueueWatch:
@@ -75,19 +78,21 @@ class QueueWatch:
     async def listen(self) -> None:
         """Wake on the SDK's channel, until closed."""
         connection = DirectConnection(self._broker.address)
+        pauses = Pauses(RETRY_S, RETRY_CAP_S)
         while not self._closed:
             try:
                 await connection.execute("SUBSCRIBE", self._broker.keys.wake_channel)
+                pauses.reset()
                 self.wake()  # whatever was published before is found in the queues
                 while not self._closed:
                     message = await connection.read(BLOCK_S)
                     if message is not None and message[0] == b"message":
                         self.wake(known_form(message[2]))
             except BrokerUnavailableError:
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(pauses.next_s())
             except SamphireError as error:  # queues are looked into all the same, if less often
                 logger.warning("wake-ups are not heard: %s", error, extra={"action": "listen_failed"})
-                await asyncio.sleep(REFUSED_RETRY_S)
+                await asyncio.sleep(pauses.next_s())
             finally:
                 await connection.close()
 
@@ -113,18 +118,22 @@ class QueueWatch:
     async def _peek(self, queue: str, may_claim: Callable[[str], bool]) -> None:
         connection = DirectConnection(self._broker.address)
         key = self._broker.keys.of_celery(queue)
+        pauses = Pauses(RETRY_S, RETRY_CAP_S)
         command = ("BLMOVE", key, key, "RIGHT", "RIGHT", BLOCK_S)
         try:
             while not self._closed and self._peeks.get(queue) is asyncio.current_task():
                 try:
                     await self._idle.wait()
                     if not may_claim(queue):
-                        await asyncio.sleep(RETRY_S)
-                    elif await connection.execute(*command, timeout_s=3 * BLOCK_S) is not None:
+                        await asyncio.sleep(MAY_CLAIM_S)
+                        continue
+                    found = await connection.execute(*command, timeout_s=3 * BLOCK_S)
+                    pauses.reset()
+                    if found is not None:
                         self._idle.clear()
                         self.wake(queue)
                 except SamphireError as error:  # away, or a key of that name is no list
                     logger.warning("queue %s cannot be watched: %s", queue, error, extra={"action": "watch_failed"})
-                    await asyncio.sleep(RETRY_S)
+                    await asyncio.sleep(pauses.next_s())
         finally:
             await connection.close()

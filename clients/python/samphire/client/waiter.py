@@ -27,6 +27,7 @@ from samphire.errors import (
 from samphire.transport.address import Broker
 from samphire.transport.connection import key_text
 from samphire.transport.direct import DirectConnection, read_blob
+from samphire.transport.repeat import Pauses
 
 BLOCK_MS = 5000
 READ_MAX = 1000
@@ -35,7 +36,8 @@ FETCH_BATCH = 256
 LOOK_MIN_S = 0.01
 LOOK_MAX_S = 0.5
 SWEEP_S = 5.0
-RETRY_S = 0.25
+RETRY_S = 0.1
+RETRY_CAP_S = 0.5
 PASSED_MAX = 50_000
 """Ids of ended tasks that are kept in mind; with more, every wait begins with a look."""
 
@@ -62,6 +64,8 @@ class Waiter:
         of every task that was submitted in the present epoch."""
         self._look_now = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._pauses = Pauses(RETRY_S, RETRY_CAP_S)
+        """Between looks at stored results that find no broker."""
         self._closed = False
 
     def expect(self, task_id: str, look: Look) -> asyncio.Future[InferResult]:
@@ -149,6 +153,7 @@ class Waiter:
         """Follow this client's stream, until closed."""
         last = b"0-0"
         connected = True
+        pauses = Pauses(RETRY_S, RETRY_CAP_S)
         command = ("XREAD", "COUNT", READ_MAX, "BLOCK", BLOCK_MS, "STREAMS", self._stream)
         while not self._closed:
             try:
@@ -160,13 +165,14 @@ class Waiter:
                     for _, fields in entries:
                         await self._ended(dict(zip(fields[::2], fields[1::2], strict=True)))
                     last = entries[-1][0]
+                pauses.reset()
             except BrokerUnavailableError:
                 connected = False
                 self._may_have_missed()
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(pauses.next_s())
             except SamphireError as error:
                 self._fail_all(error)
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(pauses.next_s())
 
     async def _still_there(self, last: bytes) -> bytes:
         """Where to go on: a broker that has lost the stream, and whose clock is late, begins with smaller ids."""
@@ -225,11 +231,12 @@ class Waiter:
         try:
             await self._tell_expired(await self._fetch(first))
             await self._fetch(again)
+            self._pauses.reset()
         except BrokerUnavailableError:
             # Nothing is known now: all of them are looked at again.
             self._unseen.update(first, again)
             self._look_now.set()
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(self._pauses.next_s())
         except SamphireError as error:
             self._fail_all(error)
 

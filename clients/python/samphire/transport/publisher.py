@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 import uuid
 from collections import deque
@@ -23,6 +22,7 @@ from samphire.errors import (
 )
 from samphire.transport.address import Broker
 from samphire.transport.direct import Argument, DirectConnection, Script
+from samphire.transport.repeat import Pauses
 from samphire.wire import keys
 
 BATCH_MESSAGES = 512
@@ -228,15 +228,15 @@ class Publisher:
 
     async def _repeat(self, action: Callable[[], Awaitable[Any]]) -> Any:
         give_up = time.monotonic() + REPEAT_FOR_S
-        delay_s = REPEAT_MIN_S
+        pauses = Pauses(REPEAT_MIN_S, REPEAT_MAX_S)
         while True:
             try:
                 return await action()
             except BrokerUnavailableError:
-                if self._closed or time.monotonic() + delay_s > give_up:
+                pause_s = pauses.next_s()
+                if self._closed or time.monotonic() + pause_s > give_up:
                     raise
-            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # full herds of clients come back in turn
-            delay_s = min(2 * delay_s, REPEAT_MAX_S)
+            await asyncio.sleep(pause_s)
 
 
 def _fail(batch: Iterable[Outgoing], error: SamphireError) -> None:
