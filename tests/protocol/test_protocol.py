@@ -12,7 +12,7 @@ import pytest
 from tests.protocol.calls import built_by_us, comparable, forms_of
 from tests.protocol.checker import CheckerMissingError, Report, build, explore, known, runs
 from tests.protocol.conformance import SHOWN_MAX, compare
-from tests.protocol.mutants import Mutant, mutants, seen
+from tests.protocol.mutants import Mutant, mutants, seen, with_mutant
 from tests.stacks import Valkey
 
 DUMP_ONE_IN = 60
@@ -61,6 +61,13 @@ def test_the_checker_calls_scripts_as_the_real_classes_do(reports: tuple[dict[st
     assert {verb for verb, _, _ in forms} >= {"claim", "start", "settle", "release", "reap", "cancel", "submit"}
     for form in forms:
         assert comparable(form) == comparable(asyncio.run(built_by_us(form)))
+
+
+@pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.name)
+def test_each_mutant_breaks_its_script(mutant: Mutant, tmp_path: Path) -> None:
+    """A script that is written anew may leave it nothing to break."""
+    assert with_mutant(mutant, tmp_path) == tmp_path
+    assert mutant.new != mutant.old
 
 
 @pytest.mark.parametrize("mutant", [m for m in mutants() if m.name in QUICK_MUTANTS], ids=lambda mutant: mutant.name)
