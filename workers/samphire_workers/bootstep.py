@@ -112,11 +112,14 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         while thread.is_alive() and time.monotonic() < give_up and self._signals < HAND_BACK_SIGNALS:
             thread.join(STOP_CHECK_S)  # signals are handled in between
         if thread.is_alive():
-            logger.warning("what is under way goes back to its queues", extra={"action": "hand_back"})
+            logger.warning(
+                "the worker ends before its tasks have: what is under way goes back to its queues, for other workers",
+                extra={"action": "hand_back"},
+            )
             loop.call_soon_threadsafe(self._hand_back)
             thread.join(HAND_BACK_S)
         if thread.is_alive():
-            logger.error("the lane did not end; its tasks will be reaped")
+            logger.error("the lane did not end in time: other workers take over its tasks within seconds")
         if self._metrics is not None:
             self._metrics[1].close()
 
@@ -168,7 +171,9 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 os._exit(78)  # as EX_CONFIG: who supervises it need not try again and again
             except BaseException:
                 # Nobody would notice a dead thread in a live worker: end it, so its supervisor restarts it.
-                logger.critical("the lane has ended; the worker ends too", exc_info=True)
+                logger.critical(
+                    "the lane has ended, and the worker with it: its supervisor has to start another", exc_info=True
+                )
                 os._exit(70)
 
     async def _serve(self) -> None:
@@ -206,15 +211,18 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 await self._lane.run()
             except ExceptionGroup as error:
                 if is_shortage(error):
-                    logger.error("the worker is short of resources: it gives back what it holds, and ends")
+                    logger.error("the worker is short of memory, threads or files: it gives back its tasks, and ends")
                     await store.give_back()
                     raise
                 failures = 1 if time.monotonic() - began > STEADY_S else failures + 1
                 if failures >= FAILURES_MAX:
-                    logger.error("the lane has failed %d times in a row: the worker ends", failures)
+                    logger.error(
+                        "the lane has failed %d times in a row: the worker ends, and others take over",
+                        failures,
+                    )
                     raise  # what it holds is returned by others, as an attempt of what had started
                 delay_s = min(RESTART_MIN_S * 2**failures, RESTART_MAX_S)
-                logger.exception("the lane failed; it starts again in %.1f s", delay_s)
+                logger.exception("the lane has failed: it starts again in %.1f s with what it held", delay_s)
                 await asyncio.sleep(delay_s)
             finally:
                 send_events = events.enabled  # the next lane does as this one was told to

@@ -27,7 +27,11 @@ async def persist(action: Callable[[], Awaitable[T]]) -> T:
         try:
             return await action()
         except (BrokerUnavailableError, BrokerMemoryFullError) as error:
-            logger.warning("the broker is away: %s", error, extra={"action": "broker_away"})
+            logger.warning(
+                "the broker does not answer, or its memory is full: what this worker holds waits for it: %s",
+                error,
+                extra={"action": "broker_away"},
+            )
             await asyncio.sleep(pauses.next_s())
         except BrokerRightError as error:  # a script has written nothing then
             logger.error(

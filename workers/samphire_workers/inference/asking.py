@@ -177,7 +177,12 @@ class Asker:
             case Model.SLOW:
                 return await self._after_timeout(asked, error)
             case Model.DEAD:
-                logger.error("model %s has lost its process: %s", model, error, extra={"action": "stub_died"})
+                logger.error(
+                    "model %s has lost its process: its tasks run again, apart from the others: %s",
+                    model,
+                    error,
+                    extra={"action": "stub_died"},
+                )
                 return await self._reloads.after(error, endpoint, model, asked.at)
             case Model.BUSY:
                 self._served.lost(endpoint, model, error.retry_after_s or BUSY_S * random.random())

@@ -52,7 +52,7 @@ class Reloads:
                 await endpoint.reload(model)
             except SamphireError as error:  # the control API is closed to us: somebody else has to
                 logger.error(
-                    "model %s has lost its process on %s and may not be reloaded from here: do it: %s",
+                    "model %s has lost its process on %s and may not be loaded from here. Load it there: %s",
                     model,
                     endpoint.url,
                     error,

@@ -105,7 +105,12 @@ class Sequences:
                 try:
                     verdict = await self._store.lead(model, give_back=away)
                 except SamphireError as error:
-                    logger.warning("who leads model %s is not known: %s", model, error, extra={"action": "lead_failed"})
+                    logger.warning(
+                        "who leads model %s is not known, so nothing of it is claimed now: %s",
+                        model,
+                        error,
+                        extra={"action": "lead_failed"},
+                    )
                     continue
                 if await self._note(model, verdict):
                     on_led()

@@ -115,11 +115,19 @@ class ClaimLoop:
             except (BrokerUnavailableError, LeaseLostError) as error:
                 # The reply of a claim may be lost: what it moved is found in the in-flight hash.
                 adopt = True
-                logger.warning("claim failed: %s", error, extra={"action": "claim_failed"})
+                logger.warning(
+                    "nothing is claimed now, since the broker does not answer; it is tried again: %s",
+                    error,
+                    extra={"action": "claim_failed"},
+                )
                 await asyncio.sleep(self._pauses.next_s())
                 continue
             except BrokerRightError as error:  # a script has written nothing then
-                logger.error("nothing is claimed: %s", error, extra={"action": "right_missing"})
+                logger.error(
+                    "nothing is claimed: %s. Give the worker's user that right; it is tried again every 2 s",
+                    error,
+                    extra={"action": "right_missing"},
+                )
                 await asyncio.sleep(RIGHT_RETRY_S)
                 continue
             self._pauses.reset()

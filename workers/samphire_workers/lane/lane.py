@@ -204,7 +204,12 @@ class Lane:
         try:
             verdicts = await persist(lambda: cancel_everywhere(self._store, requests, meta, self._round_robin.queues))
         except SamphireError as error:  # a client that has no answer asks again
-            logger.warning("%d tasks were not looked for: %s", len(requests), error, extra={"action": "seek_failed"})
+            logger.warning(
+                "%d cancellations are not answered now; their clients ask again: %s",
+                len(requests),
+                error,
+                extra={"action": "seek_failed"},
+            )
             return
         for task_id, verdict in verdicts.items():
             if verdict == "cancelled":

@@ -44,7 +44,10 @@ def read_or_error(claim: Claimed, settings: Settings, kinds: Kinds) -> tuple[Req
         try:
             find_who_waits(request, claim, settings, kinds)
         except Exception:
-            logger.exception("who waits for a message is not known", extra={"action": "who_waits_failed"})
+            logger.exception(
+                "who waits for a message is not known: it becomes a dead letter, and nobody is told",
+                extra={"action": "who_waits_failed"},
+            )
             request = Request(claim)
         return request, our_error(error)
 
@@ -112,7 +115,9 @@ class Sorter:
         try:
             self._endings.fail(request, error)
         except Exception:  # one message must not end the lane for all
-            logger.exception("who waits for a message cannot be told", extra={"action": "refusal_failed"})
+            logger.exception(
+                "who waits for a message cannot be told: it becomes a dead letter", extra={"action": "refusal_failed"}
+            )
             nobody = Request(request.claim)
             self._ledger.has_read(nobody)
             self._endings.fail(nobody, error)
@@ -193,7 +198,11 @@ class Sorter:
                 due.append(request)
             else:
                 if verdict is Scheduled.REPLACED:
-                    logger.warning("task %s was scheduled twice", request.task_id, extra={"action": "replaced"})
+                    logger.warning(
+                        "task %s was scheduled twice: the later message has replaced the earlier one",
+                        request.task_id,
+                        extra={"action": "replaced"},
+                    )
                 self._ledger.let_go([request.claim.field])
         self._sort_out(due)
 
@@ -206,7 +215,12 @@ class Sorter:
         try:
             checker = await self._served.checker(model)
         except EndpointUnavailableError as error:
-            logger.warning("model %s is away: %s", model, error, extra={"action": "model_away"})
+            logger.warning(
+                "model %s is away: its tasks wait in their queue, without an attempt: %s",
+                model,
+                error,
+                extra={"action": "model_away"},
+            )
             await self._ledger.release(requests)
             return
         except SamphireError as error:

@@ -105,7 +105,11 @@ class CeleryEvents(Observer):
                     if self._buffer:
                         await self._flush(thread)
         except RuntimeError as error:
-            logger.warning("no task events are sent: %s", error, extra={"action": "events_failed"})
+            logger.warning(
+                "no task events are sent any more, so Flower shows none of this worker; tasks go on: %s",
+                error,
+                extra={"action": "events_failed"},
+            )
         finally:
             self._sent.stop()
             self._close()
@@ -115,7 +119,11 @@ class CeleryEvents(Observer):
         try:
             await asyncio.get_running_loop().run_in_executor(thread, self._send, buffer)
         except RuntimeError as error:  # no thread to be had: a monitor is not worth a lane
-            logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})
+            logger.warning(
+                "task events were not sent, so Flower does not show some tasks; they go on: %s",
+                error,
+                extra={"action": "events_failed"},
+            )
 
     def _went_wrong(self, kind: str, task: TaskSeen, error: SamphireError) -> None:
         if not task.task_id:
@@ -179,7 +187,11 @@ class CeleryEvents(Observer):
                     self._dispatcher.send(kind, **fields)
             self._dispatcher.flush(errors=False)
         except (OperationalError, OSError) as error:
-            logger.warning("task events were not sent: %s", error, extra={"action": "events_failed"})
+            logger.warning(
+                "task events were not sent, so Flower does not show some tasks; they go on: %s",
+                error,
+                extra={"action": "events_failed"},
+            )
             self._close()
 
     def _close(self) -> None:

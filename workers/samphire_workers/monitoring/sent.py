@@ -94,5 +94,9 @@ class SentTasks:
                             with contextlib.suppress(TimeoutError):
                                 consuming.drain_events(timeout=LISTEN_S)
             except Exception as error:  # noqa: BLE001 - whatever the broker refuses now, it may allow later
-                logger.warning("task-sent events are not heard: %s", error, extra={"action": "sent_failed"})
+                logger.warning(
+                    "task-sent events are not heard, so Flower may show ended tasks as sent; it is tried again: %s",
+                    error,
+                    extra={"action": "sent_failed"},
+                )
                 self._stopped.wait(pauses.next_s())

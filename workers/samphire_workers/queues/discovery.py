@@ -149,13 +149,19 @@ class QueueDiscovery:
                 if not self._cursor:
                     break
         except SamphireError as error:
-            logger.warning("queues were not looked up: %s", error, extra={"action": "discovery_failed"})
+            logger.warning(
+                "new queues are not found now; it is tried again: %s", error, extra={"action": "discovery_failed"}
+            )
             queues, found = set(), set()
         try:
             if new := (found | used) - queues:  # another worker may have forgotten what this one uses
                 await self._store.name_queues(new)
         except SamphireError as error:
-            logger.warning("queues were not noted: %s", error, extra={"action": "discovery_failed"})
+            logger.warning(
+                "other workers are not told of new queues now; it is tried again: %s",
+                error,
+                extra={"action": "discovery_failed"},
+            )
         self._take_up(found)
         full = found | self._served.queues
         if self._serve(queues | full, time.monotonic() - COLD_S, may_be_empty=queues - full):
@@ -170,7 +176,9 @@ class QueueDiscovery:
                         await self._look_at_some()
                     await self._look_at_forgotten()
             except SamphireError as error:
-                logger.warning("queues were not looked into: %s", error, extra={"action": "look_failed"})
+                logger.warning(
+                    "empty queues are not forgotten now; it is tried again: %s", error, extra={"action": "look_failed"}
+                )
             await asyncio.sleep(LOOK_S)
 
     async def _look_at_some(self) -> None:

@@ -91,7 +91,11 @@ class QueueWatch:
             except BrokerUnavailableError:
                 await asyncio.sleep(pauses.next_s())
             except SamphireError as error:  # queues are looked into all the same, if less often
-                logger.warning("wake-ups are not heard: %s", error, extra={"action": "listen_failed"})
+                logger.warning(
+                    "wake-ups are not heard, so new tasks may wait a quarter of a second; it is tried again: %s",
+                    error,
+                    extra={"action": "listen_failed"},
+                )
                 await asyncio.sleep(pauses.next_s())
             finally:
                 await connection.close()
@@ -133,7 +137,12 @@ class QueueWatch:
                         self._idle.clear()
                         self.wake(queue)
                 except SamphireError as error:  # away, or a key of that name is no list
-                    logger.warning("queue %s cannot be watched: %s", queue, error, extra={"action": "watch_failed"})
+                    logger.warning(
+                        "queue %s cannot be watched, so a task may wait a quarter of a second there: %s",
+                        queue,
+                        error,
+                        extra={"action": "watch_failed"},
+                    )
                     await asyncio.sleep(pauses.next_s())
         finally:
             await connection.close()

@@ -92,7 +92,12 @@ class Endings:
     def fail(self, request: Request, error: SamphireError) -> None:
         """End an attempt that failed: there will be another, or the task, or unreadable message, is a dead letter."""
         if isinstance(error, ShortageError):
-            logger.warning("task %s goes back to its queue: %s", request.task_id, error, extra={"action": "shortage"})
+            logger.warning(
+                "task %s goes back to its queue, without an attempt: %s",
+                request.task_id,
+                error,
+                extra={"action": "shortage"},
+            )
             self.shortages += 1
             self._work.begin(self._ledger.release([request]))
             return
@@ -238,7 +243,12 @@ class Endings:
             self.fail(request, error)
             return
         except SamphireError as error:
-            logger.warning("task %s: %s", settlement.task_id, error, extra={"action": "no_steps"})
+            logger.warning(
+                "task %s has ended, but not all of its next steps are sent: %s",
+                settlement.task_id,
+                error,
+                extra={"action": "no_steps"},
+            )
             settlement = await self._with_fewer_steps(request, settlement, find_steps)
         self.settler.add(settlement)
 
@@ -253,5 +263,10 @@ class Endings:
             try:
                 return with_steps(settlement, await persist(find_steps))
             except SamphireError as error:
-                logger.warning("task %s: %s", settlement.task_id, error, extra={"action": "not_told"})
+                logger.warning(
+                    "task %s has ended, and who waits for its chain or chord is not told: %s",
+                    settlement.task_id,
+                    error,
+                    extra={"action": "not_told"},
+                )
         return settlement

@@ -72,7 +72,7 @@ class Settler:
             done.append(settlement.field)
             if verdict is Settled.LOST:
                 logger.warning(
-                    "the claim of task %s is not held here any more; this outcome of it is dropped",
+                    "task %s is not this worker's any more, since its lease had lapsed: this outcome is dropped, another counts",
                     settlement.task_id,
                     extra={"action": "fenced"},
                 )

@@ -69,7 +69,11 @@ class Endpoints:
     def mark_away(self, endpoint: Endpoint) -> None:
         """Send nothing to this endpoint until it has answered a probe again; what is under way there is given up."""
         if endpoint in self._ready:
-            logger.warning("endpoint %s is away", endpoint.url, extra={"action": "endpoint_away"})
+            logger.warning(
+                "endpoint %s is away: nothing is sent there until it answers a probe",
+                endpoint.url,
+                extra={"action": "endpoint_away"},
+            )
             self._ready.remove(endpoint)
         if not self._ready:
             self.some_ready.clear()
@@ -85,7 +89,12 @@ class Endpoints:
         `unknown`: the endpoint says that it has no such model.
         """
         if (endpoint, model) not in self._open:
-            logger.warning("model %s is away on %s", model, endpoint.url, extra={"action": "breaker_open"})
+            logger.warning(
+                "model %s is away on %s: nothing of it is sent there until a probe has seen it ready",
+                model,
+                endpoint.url,
+                extra={"action": "breaker_open"},
+            )
         self._open[endpoint, model] = Breaker(time.monotonic() + pause_s, unknown)
 
     def hold(self, endpoint: Endpoint, model: str) -> None:

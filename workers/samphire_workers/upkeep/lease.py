@@ -33,10 +33,18 @@ async def keep_lease(
                 registered.set()
                 await asyncio.sleep(BEAT_S)
             except OtherDeploymentError as error:
-                logger.error("two deployments serve the same queues: %s", error, extra={"action": "not_alone"})
+                logger.error(
+                    "two deployments serve the same queues, and take tasks from each other: %s",
+                    error,
+                    extra={"action": "not_alone"},
+                )
                 await asyncio.sleep(BEAT_S)
             except SamphireError as error:
-                logger.warning("heartbeat failed: %s", error, extra={"action": "beat_failed"})
+                logger.warning(
+                    "the heartbeat was not written; if that lasts, others take over this worker's tasks: %s",
+                    error,
+                    extra={"action": "beat_failed"},
+                )
                 await asyncio.sleep(RETRY_S)
     finally:
         await connection.close()

@@ -47,7 +47,11 @@ async def keep_clock(store: Store, cancel: Cancel) -> None:
             try:
                 done += await chore()
             except SamphireError as error:
-                logger.warning("the clock stands: %s", error, extra={"action": "clock_failed"})
+                logger.warning(
+                    "scheduled tasks, cancellations and redrives wait; it is tried again: %s",
+                    error,
+                    extra={"action": "clock_failed"},
+                )
         await asyncio.sleep(0 if done else CLOCK_S)
 
 
@@ -58,7 +62,9 @@ async def keep_time(clock: BrokerClock) -> None:
         try:
             await clock.look()
         except SamphireError as error:
-            logger.warning("the broker's clock was not read: %s", error, extra={"action": "time_failed"})
+            logger.warning(
+                "the broker's clock was not read; the last reading counts: %s", error, extra={"action": "time_failed"}
+            )
         if abs(clock.skew_s) > SKEW_S and not told:
             logger.warning(
                 "this machine's clock is %+.1f s from the broker's. Delays and deadlines go by the broker's; times in "
@@ -82,7 +88,11 @@ async def watch_letters(store: Store, settings: Settings, observers: Observers) 
         try:
             deleted, left, oldest_s = await store.trim_letters()
         except SamphireError as error:
-            logger.warning("dead letters were not counted: %s", error, extra={"action": "letters_failed"})
+            logger.warning(
+                "dead letters were not counted, and none was deleted; it is tried again: %s",
+                error,
+                extra={"action": "letters_failed"},
+            )
             await asyncio.sleep(LETTERS_S)
             continue
         observers.letters(left)
@@ -119,7 +129,11 @@ async def tell_observers(store: Store, observers: Observers, look: Callable[[], 
             try:
                 observers.counted(await _count(store, lists()))
             except SamphireError as error:
-                logger.warning("queues were not counted: %s", error, extra={"action": "count_failed"})
+                logger.warning(
+                    "queues were not counted: the metrics show their last depths: %s",
+                    error,
+                    extra={"action": "count_failed"},
+                )
         await asyncio.sleep(STATE_S)
 
 
@@ -142,5 +156,9 @@ async def tell_clients(store: Store, signatures: Callable[[], dict[str, bytes]])
                 await store.publish_catalogue(told, published.keys() - told.keys())
                 published, told_at = told, time.monotonic()
             except SamphireError as error:
-                logger.warning("the catalogue was not published: %s", error, extra={"action": "catalogue_failed"})
+                logger.warning(
+                    "clients are not told of changed models now; it is tried again: %s",
+                    error,
+                    extra={"action": "catalogue_failed"},
+                )
         await asyncio.sleep(CATALOGUE_CHECK_S)

@@ -92,7 +92,11 @@ class Reaper:
                 try:
                     await self.look()
                 except SamphireError as error:
-                    logger.warning("reaping failed: %s", error, extra={"action": "reap_failed"})
+                    logger.warning(
+                        "tasks of lost workers are not returned now; it is tried again: %s",
+                        error,
+                        extra={"action": "reap_failed"},
+                    )
                     self._missing = {}
         finally:
             await self._age.close()
@@ -145,7 +149,7 @@ async def _reap(store: Store, worker_id: str, last_beat: int | None) -> None:
         if left and not moved:
             return  # what can be returned to nowhere now stays, until the next look
         logger.warning(
-            "worker %s is lost: %d messages returned, of them %d started",
+            "worker %s is lost: %d of its tasks are back in their queues, %d of them with an attempt less",
             worker_id,
             moved,
             started,

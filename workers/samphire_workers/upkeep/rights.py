@@ -30,13 +30,19 @@ async def check_rights(store: Store, is_stopping: Callable[[], bool]) -> None:
         except (BrokerRightError, OtherDeploymentError, InvalidInputError):
             raise
         except SamphireError as error:
-            logger.warning("the broker is away: %s", error, extra={"action": "broker_away"})
+            logger.warning(
+                "the broker does not answer: the worker starts once it does: %s", error, extra={"action": "broker_away"}
+            )
             await asyncio.sleep(RETRY_S)
             continue
         vital = [right for right in missing if right.vital]
         for right in missing:
             if not right.vital:
-                logger.warning("the worker's broker user may not run %s", right, extra={"action": "right_missing"})
+                logger.warning(
+                    "the worker's broker user may not run %s; the worker goes on without",
+                    right,
+                    extra={"action": "right_missing"},
+                )
         if vital:
             raise BrokerRightError(told(vital))
         return
