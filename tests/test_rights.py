@@ -22,7 +22,7 @@ from samphire.transport.publisher import Publisher
 from samphire.wire import keys
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, Later, Letter, Settlement, Store, Turn
-from samphire_workers.upkeep import lease
+from samphire_workers.upkeep import reaper
 from samphire_workers.upkeep.reaper import BrokerAge, Reaper
 from samphire_workers.upkeep.rights import check_rights
 from tests.stacks import ENDS_S, Valkey, clean_environment, eventually
@@ -298,7 +298,7 @@ def test_a_lost_worker_is_reaped_without_the_right_to_look_at_connections(
     valkey: Valkey, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lapsed lease is enough; what is missing is said once, with its effect (F3)."""
-    monkeypatch.setattr(lease, "REAP_INTERVAL_S", 0.05)
+    monkeypatch.setattr(reaper, "REAP_INTERVAL_S", 0.05)
 
     async def test() -> None:
         url = user_of(valkey, "limited", *EVERYTHING, "-info", "-client|list")
