@@ -10,9 +10,8 @@ import pytest
 
 from samphire.wire.contract import Envelope
 from samphire_broker.settings import Settings
-from samphire_workers.intake.kinds import Kind
 from samphire_workers.intake.reading import read_arguments
-from samphire_workers.intake.request import Request
+from samphire_workers.intake.request import Kind, Request
 from tests.stacks import Valkey
 from tests.support.lane import LaneWorker, fake_triton, lane_worker, state, until
 from tests.support.names import KEYS

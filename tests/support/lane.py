@@ -20,7 +20,7 @@ from samphire_broker.embedded.ports import choose_port
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
 from samphire_workers.celery_settings import celery_settings
-from samphire_workers.intake.kinds import Kind
+from samphire_workers.intake.request import Kind
 from samphire_workers.lane.lane import Lane
 from samphire_workers.monitoring.celery_events import CeleryEvents
 from samphire_workers.monitoring.observers import Observer, Observers

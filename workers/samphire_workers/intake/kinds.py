@@ -1,35 +1,11 @@
-"""What a kind of task is: how its message is read, and who runs it."""
+"""The table of the kinds of task that a lane runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
 from samphire.errors import InvalidInputError
-from samphire.wire.contract import Envelope
-from samphire_broker.settings import Settings
-from samphire_workers.intake.request import Request
-
-Run = Callable[[Request], Coroutine[Any, Any, Any]]
-"""Brings a task to its result."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of task; the lane has them in a table (`lane/kinds.py`)."""
-
-    task: str
-    """Its name in Celery."""
-    read: Callable[[Request, Envelope, Settings], None]
-    """Reads a message into the request; raises InvalidInputError for one that is not understood."""
-    run: Run | None
-    """Brings one to its result, which JSON can hold; whatever it raises is the attempt's failure. None: requests are
-    checked against their model, joined with others, and asked of Triton."""
-    is_errand: bool = False
-    """It has no attempts, and no result: `run` returns the next steps that go out with its end, if any."""
-    queue: str = ""
-    """A queue of its own; "": the queues of inferences."""
+from samphire_workers.intake.request import Kind
 
 
 class Kinds:

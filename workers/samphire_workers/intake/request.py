@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from samphire.errors import SamphireError
 from samphire.wire import keys
 from samphire.wire.contract import Envelope, InferRequest
 from samphire.wire.signature import ModelSignature
+from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed
 from samphire_workers.triton.endpoint import Endpoint
-
-if TYPE_CHECKING:
-    from samphire_workers.intake.kinds import Kind
 
 
 class Times(NamedTuple):
@@ -29,6 +28,27 @@ class Times(NamedTuple):
 
 
 NO_TIMES = Times()
+
+
+Run = Callable[["Request"], Coroutine[Any, Any, Any]]
+"""Brings a task to its result."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of task; the lane has them in a table (`lane/kinds.py`)."""
+
+    task: str
+    """Its name in Celery."""
+    read: Callable[[Request, Envelope, Settings], None]
+    """Reads a message into the request; raises InvalidInputError for one that is not understood."""
+    run: Run | None
+    """Brings one to its result, which JSON can hold; whatever it raises is the attempt's failure. None: requests are
+    checked against their model, joined with others, and asked of Triton."""
+    is_errand: bool = False
+    """It has no attempts, and no result: `run` returns the next steps that go out with its end, if any."""
+    queue: str = ""
+    """A queue of its own; "": the queues of inferences."""
 
 
 @dataclass(slots=True)

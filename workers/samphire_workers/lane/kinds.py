@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from samphire.wire.contract import CANVAS_TASK, CHORD_PART_TASK, INFER_TASK
-from samphire_workers.intake.kinds import Kind
 from samphire_workers.intake.reading import read_canvas_start, read_chord_part, read_inference
+from samphire_workers.intake.request import Kind
 from samphire_workers.settlement.endings import Endings
 
 

@@ -28,8 +28,8 @@ from samphire_workers.claims.limits import AdaptiveLimits
 from samphire_workers.inference.dispatcher import Dispatcher
 from samphire_workers.inference.sequences import Sequences
 from samphire_workers.inference.starting import Starter
-from samphire_workers.intake.kinds import Kind, Kinds
-from samphire_workers.intake.request import Request
+from samphire_workers.intake.kinds import Kinds
+from samphire_workers.intake.request import Kind, Request
 from samphire_workers.intake.served import ServedModels
 from samphire_workers.lane.claim_loop import ClaimLoop
 from samphire_workers.lane.kinds import kinds_of

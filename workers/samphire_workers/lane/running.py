@@ -8,8 +8,7 @@ from math import inf
 from samphire_broker.store import Store
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference.starting import Starter
-from samphire_workers.intake.kinds import Run
-from samphire_workers.intake.request import Request
+from samphire_workers.intake.request import Request, Run
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.settlement.outcome import TimeLimitError
 from samphire_workers.unexpected import our_error

@@ -17,9 +17,9 @@ from samphire_workers.inference import batching
 from samphire_workers.inference.dispatcher import Dispatcher
 from samphire_workers.inference.sequences import Sequences
 from samphire_workers.intake.checking import Checker
-from samphire_workers.intake.kinds import Kind, Kinds, Run
+from samphire_workers.intake.kinds import Kinds
 from samphire_workers.intake.reading import find_who_waits, read
-from samphire_workers.intake.request import Request
+from samphire_workers.intake.request import Kind, Request, Run
 from samphire_workers.intake.served import ServedModels
 from samphire_workers.lane.running import Runner
 from samphire_workers.queues.discovery import QueueDiscovery

@@ -14,8 +14,7 @@ from samphire_broker.retry import GiveUp, Retry, decide, policy_for, reason_of
 from samphire_broker.settings import Settings
 from samphire_broker.store import OtherEnd, Settled, Settlement, Store
 from samphire_workers.claims.ledger import Ledger
-from samphire_workers.intake.kinds import Run
-from samphire_workers.intake.request import Request
+from samphire_workers.intake.request import Request, Run
 from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
 from samphire_workers.settlement import outcome
