@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from samphire.wire.contract import Envelope
 from samphire_broker.settings import Settings
 from samphire_workers.intake.reading import read_arguments
 from samphire_workers.intake.request import Kind, Request
+from samphire_workers.lane import lane as lane_module
+from samphire_workers.lane.kinds import kinds_of
 from tests.stacks import Valkey
 from tests.support.lane import LaneWorker, fake_triton, lane_worker, state, until
 from tests.support.names import KEYS
@@ -27,6 +30,7 @@ class Sums:
         self.queue = queue
         self.kind = Kind("my.sum", self.read, self.run, queue="" if queue == "inference" else queue)
         self.failures, self.begun = 0, 0
+        self.inner: BaseException | None = None
         self.may_end = asyncio.Event()
         self.may_end.set()
 
@@ -38,6 +42,8 @@ class Sums:
         if self.failures:
             self.failures -= 1
             raise RuntimeError("not this time")
+        if self.inner is not None:
+            raise self.inner
         await self.may_end.wait()
         return {"sum": sum(request.payload)}
 
@@ -96,6 +102,64 @@ def test_it_is_cancelled_and_given_back(valkey: Valkey, queue: str) -> None:
             async with lane_worker(valkey.url, triton, [sums.kind]) as w:
                 await until(lambda: state(valkey.client, held) == "SUCCESS", "its result")
                 assert result_of(w, valkey, held) == {"sum": 2}
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("how", ["deadline", "time limit", "cancelled from inside"])
+def test_a_run_that_does_not_end_by_itself_has_an_end(valkey: Valkey, how: str) -> None:
+    """Its deadline and its time limit end it, and an inner cancellation is no reason to run it for ever."""
+
+    async def test() -> None:
+        sums = Sums("sums")
+        if how == "cancelled from inside":
+            sums.inner = asyncio.CancelledError()
+        else:
+            sums.may_end.clear()
+        limit = {"soft_time_limit": 0.5} if how == "time limit" else {}
+        headers = {"samphire_deadline": time.time() + 1.5} if how == "deadline" else {}
+        async with fake_triton("one") as triton, lane_worker(valkey.url, triton, [sums.kind], max_attempts=1) as w:
+            task_id = send(valkey, "sums", 1, headers=headers, **limit)
+            await until(lambda: state(valkey.client, task_id) == "FAILURE", "its end")
+            error = {"deadline": "EndpointTimeoutError", "time limit": "SoftTimeLimitExceeded"}.get(
+                how, "InternalError"
+            )
+            assert result_of(w, valkey, task_id)["exc_type"] == error
+            await until(lambda: not w.lane.requests(), "nothing to be held")
+
+    asyncio.run(test())
+
+
+def test_what_is_being_started_is_handed_back_too(valkey: Valkey) -> None:
+    """It does not run to its end in a worker that ends."""
+
+    async def test() -> None:
+        sums = Sums("sums")
+        async with fake_triton("one") as triton, lane_worker(valkey.url, triton, [sums.kind]) as w:
+            start = w.store.start
+
+            async def late(*args: Any) -> Any:
+                w.lane.hand_back()
+                return await start(*args)
+
+            w.store.start = late  # type: ignore[method-assign]
+            task_id = send(valkey, "sums", 1)
+            await until(lambda: valkey.client.llen(KEYS.of_celery("sums")) == 1 and not w.lane.requests(), "its return")
+            assert sums.begun == 0 and state(valkey.client, task_id) is None
+
+    asyncio.run(test())
+
+
+def test_a_kind_of_the_table_has_its_queue_served(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that Samphire will have."""
+    sums = Sums("sums")
+    monkeypatch.setattr(lane_module, "kinds_of", lambda endings: [*kinds_of(endings), sums.kind])
+
+    async def test() -> None:
+        async with fake_triton("one") as triton, lane_worker(valkey.url, triton) as w:
+            task_id = send(valkey, "sums", 1, 2)
+            await until(lambda: state(valkey.client, task_id) == "SUCCESS", "its result")
+            assert result_of(w, valkey, task_id) == {"sum": 3}
 
     asyncio.run(test())
 

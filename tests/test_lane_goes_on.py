@@ -67,7 +67,7 @@ def test_text_that_is_no_utf_8(valkey: Valkey, headers: dict[str, Any], embed: d
 
 
 def test_who_gives_up_while_a_suspect_is_alone_holds_up_no_other_suspect(valkey: Valkey) -> None:
-    """A member of a micro-batch that waits at the turnstile ends there; the next suspect does not wait for it."""
+    """A member of a micro-batch that waits at the lock ends there; the next suspect does not wait for it."""
 
     async def test() -> None:
         async with fake_triton("one") as triton, AsyncClient(valkey.url, validate=False) as sdk:

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from samphire import AsyncClient, Client, ModelFaultError
 from samphire_broker.store import Claimed
 from samphire_workers.intake.request import Request
-from samphire_workers.monitoring.metrics import MODELS_MAX, OTHER, QUEUES_MAX, Metrics, metrics_for
+from samphire_workers.monitoring.metrics import LISTS_MAX, MODELS_MAX, OTHER, Metrics, metrics_for
 from samphire_workers.monitoring.observers import LaneSeen, Observer, Observers, QueueSeen, TaskSeen
 from tests.stacks import Up, Valkey, eventually
 from tests.support.lane import body, broken, fake_triton, lane_worker, state, until, x
@@ -95,14 +95,16 @@ def test_labels_are_bounded() -> None:
     """Producers name models and tenants."""
     metrics = Metrics("w")
     for number in range(MODELS_MAX + 50):
+        metrics.served(f"m{number}")
         metrics.claimed(f"inference.m{number}", 1)
-    metrics.counted([QueueSeen(f"inference.m{n}", 0, n + 1, None) for n in range(QUEUES_MAX + 50)])
+    metrics.claimed(f"inference.{'x' * 10**6}", 1)  # is not served
+    metrics.counted([QueueSeen(f"inference.m{n}", 0, n + 1, None) for n in range(LISTS_MAX + 50)])
     metrics.looked(LaneSeen(1, 2, {"a:1": True}, [("a:1", f"b{n}") for n in range(100)]))
     seen = read(generate_latest(metrics.registry).decode())
     claims = {name[1]: value for name, value in seen.items() if name[0] == "samphire_claims_total"}
-    assert len(claims) == MODELS_MAX + 1 and claims[OTHER] == 50
+    assert len(claims) == MODELS_MAX + 1 and claims[OTHER] == 51
     depths = {name[2]: value for name, value in seen.items() if name[0] == "samphire_queue_depth"}
-    assert len(depths) == QUEUES_MAX + 1 and depths[OTHER] == sum(range(1, 51))
+    assert len(depths) == LISTS_MAX + 1 and depths[OTHER] == sum(range(1, 51))
     assert sum(name[0] == "samphire_breaker_open" for name in seen) == 1, "all of them are other models"
 
 
@@ -137,7 +139,7 @@ def test_an_observer_that_fails_slows_nobody(valkey: Valkey, caplog: pytest.LogC
                 assert state(valkey.client, task.id) == "SUCCESS"
 
     asyncio.run(test())
-    assert "Failing was not told that a task started" in caplog.text and "Failing has ended" in caplog.text
+    assert "Failing has failed in started()" in caplog.text and "Failing has ended" in caplog.text
 
 
 def test_records_are_frozen() -> None:

@@ -33,7 +33,8 @@ class Number(enum.IntEnum):
 
 def sent(request: InferRequest) -> dict[str, Any]:
     """As it stands in the message."""
-    message = Encoder(request, 3, "events:c", Limits(8192, 2**20))({np.str_("x"): np.ones(1, np.float32)}).message
+    encode = Encoder(request, 3, "events:c", Limits(8192, 2**20), lambda: 0.0)
+    message = encode({np.str_("x"): np.ones(1, np.float32)}).message
     return dict(json.loads(json.loads(message)["body"])[1])
 
 

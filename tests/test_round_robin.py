@@ -82,18 +82,18 @@ def test_many_queues_are_all_looked_into_within_the_stated_rounds() -> None:
 
 def test_fast_models_are_claimed_far_ahead_and_slow_ones_are_not() -> None:
     """What is held grows while it is done soon, and shrinks to one when it is not."""
-    pace = AdaptiveLimits(512)
-    first = pace.room("m")
+    limits = AdaptiveLimits(512)
+    first = limits.room("m")
     for _ in range(10):
-        pace.took("m", 0.01)
-    assert pace.room("m") == 512
-    pace.claimed("m")
-    assert pace.room("m") == 511
-    pace.let_go("m")
+        limits.took("m", 0.01)
+    assert limits.room("m") == 512
+    limits.claimed("m")
+    assert limits.room("m") == 511
+    limits.let_go("m")
     for _ in range(20):
-        pace.took("m", 2.0)
-    assert pace.room("m") == 1
-    assert pace.room("other") == first
+        limits.took("m", 2.0)
+    assert limits.room("m") == 1
+    assert limits.room("other") == first
 
 
 def test_the_budget_is_never_exceeded_and_everyone_gets_a_turn() -> None:

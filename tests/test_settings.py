@@ -10,6 +10,11 @@ from samphire_broker.settings import read_settings
 from tests.stacks import ENDS_S, SAMPHIRE, clean_environment
 
 MALFORMED = [
+    ("METRICS_PORT", "-1"),
+    ("METRICS_PORT", "65536"),
+    ("METRICS_PORT", "on"),
+    ("METRICS_HOST", "http://host"),
+    ("METRICS_HOST", "a b"),
     ("BROKER_URL", "http://host"),
     ("BROKER_URL", "redis://host:port/0"),
     ("BROKER_URL", "redis://host:99999/0"),

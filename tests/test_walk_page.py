@@ -28,3 +28,13 @@ def test_other_files_that_pages_name_are_there() -> None:
     for page in [*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]:
         for path in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|lua|md|toml|hpp))`", page.read_text()):
             assert any((folder / path).exists() for folder in folders), f"{page.name} names {path}"
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    """Of every page, and of the README files."""
+    readmes = [*ROOT.glob("*/README.md"), ROOT / "clients/python/README.md"]
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *readmes]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} leads to {target}"

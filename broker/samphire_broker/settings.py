@@ -138,6 +138,13 @@ class Settings(BaseSettings):
         Address.parse(url)
         return url
 
+    @field_validator("metrics_host")
+    @classmethod
+    def _check_metrics_host(cls, host: str) -> str:
+        if not _HOST.fullmatch(host):
+            raise ValueError(f"expected a host name or an address, given {host!r}")
+        return host
+
     @field_validator("namespace")
     @classmethod
     def _check_namespace(cls, namespace: str) -> str:

@@ -364,9 +364,10 @@ async def depths(s: Setting) -> None:
     s.valkey.client.rpush("inference.m", b'{"headers": {"samphire_sent_at": 12.5}}', b"{}")
     s.valkey.client.rpush("inference.n", b'{"headers": {"samphire_sent_at":1.2.3}}', b'"samphire_sent_at":7')
     s.valkey.client.set("inference.o", "no list")
+    s.valkey.client.rpush("inference.q", b'{"headers": {"eta": "2026-01-01T00:00:00", "samphire_sent_at": 12.5}}')
     s.arm()
-    found = await again(lambda: s.worker.store.depths(["inference.m", "inference.n", "inference.o", "inference.p"]))
-    assert found == [(2, None), (2, 7.0), (0, None), (0, None)]
+    found = await again(lambda: s.worker.store.depths([f"inference.{model}" for model in "mnopq"]))
+    assert found == [(2, None), (2, 7.0), (0, None), (0, None), (1, None)]
 
 
 async def look_at_queues(s: Setting) -> None:

@@ -104,9 +104,12 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if self in serving:
             serving.remove(self)
         self._stopping = True
-        loop, thread = self._loop, self._thread
-        if loop is None or thread is None:
-            return
+        if self._loop is not None and self._thread is not None:
+            self._end_lane(self._loop, self._thread)
+        if self._metrics is not None:
+            self._metrics[1].close()
+
+    def _end_lane(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
         loop.call_soon_threadsafe(self._stop_lane)
         give_up = time.monotonic() + self._settings.shutdown_timeout_s
         while thread.is_alive() and time.monotonic() < give_up and self._signals < HAND_BACK_SIGNALS:
@@ -120,8 +123,6 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             thread.join(HAND_BACK_S)
         if thread.is_alive():
             logger.error("the lane did not end in time: other workers take over its tasks within seconds")
-        if self._metrics is not None:
-            self._metrics[1].close()
 
     def terminate(self, parent: Any) -> None:
         """Hand what is held back at once."""

@@ -17,7 +17,7 @@ from samphire.wire import keys
 from samphire.wire.contract import is_task_id
 from samphire.wire.envelope import describe
 from samphire_broker.queues import declared, refuse_queue
-from samphire_workers import bootstep as step
+from samphire_workers import bootstep
 from samphire_workers.intake.request import Request
 from samphire_workers.lane.lane import Lane, ScheduledTask
 
@@ -53,7 +53,7 @@ async def _held(lane: Lane) -> list[Request]:
 
 
 def _requests() -> list[Request]:
-    return [request for lane in step.serving for request in lane.ask(_held) or () if request.task_id]
+    return [request for lane in bootstep.serving for request in lane.ask(_held) or () if request.task_id]
 
 
 def _shown(requests: Iterable[Request], hostname: str) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ async def _scheduled(lane: Lane) -> list[ScheduledTask]:
 def scheduled(state: Any, **_: Any) -> list[dict[str, Any]]:
     """List of the tasks that wait for their time, the earliest first; they are every worker's."""
     shown = []
-    for lane in step.serving:
+    for lane in bootstep.serving:
         for task in lane.ask(_scheduled) or ():
             queue, priority = keys.split_list(task.list_key)
             request = {
@@ -104,7 +104,7 @@ def scheduled(state: Any, **_: Any) -> list[dict[str, Any]]:
 def active_queues(state: Any) -> list[dict[str, Any]]:
     """List the task queues that the worker consumes from: its own, and those of its lane."""
     own: list[dict[str, Any]] = _active_queues(state)
-    queues = sorted({name for lane in step.serving for name in lane.ask(_queues) or ()})
+    queues = sorted({name for lane in bootstep.serving for name in lane.ask(_queues) or ()})
     return own + [declared(name).as_dict(recurse=True) for name in queues[:SHOWN_MAX]]  # type: ignore[no-untyped-call]
 
 
@@ -130,7 +130,7 @@ def revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None
     ids = {name for name in named if is_task_id(name)}
     worker_state.revoked.update(ids)
     verdicts: dict[str, str] | None = None
-    for lane in step.serving:
+    for lane in bootstep.serving:
         verdicts = lane.ask(lambda lane: lane.cancel(sorted(ids)))
     if verdicts is None:
         return nok("the lane does not answer: the broker may be away; revoke again")
@@ -199,7 +199,7 @@ def cancel_consumer(state: Any, queue: str, **_: Any) -> Any:
 @control_command()  # type: ignore[untyped-decorator]
 def enable_events(state: Any) -> Any:
     """Tell worker(s) to send task-related events."""
-    for lane in step.serving:
+    for lane in bootstep.serving:
         lane.ask(_send_events)
     return _enable_events(state)
 
@@ -207,7 +207,7 @@ def enable_events(state: Any) -> Any:
 @control_command()  # type: ignore[untyped-decorator]
 def disable_events(state: Any) -> Any:
     """Tell worker(s) to stop sending task-related events."""
-    for lane in step.serving:
+    for lane in bootstep.serving:
         lane.ask(_send_no_events)
     return _disable_events(state)
 

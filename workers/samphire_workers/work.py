@@ -44,7 +44,7 @@ class Work:
         task.add_done_callback(among.discard)
         return task
 
-    async def has_ended(self) -> bool:
+    async def wait_for_begun(self) -> bool:
         """Wait until what is under way has ended; False where there was nothing."""
         if self._begun:
             await asyncio.wait(self._begun)

@@ -21,6 +21,8 @@ REPEATED = {
 }
 """Actions that are logged at each try for as long as a trouble lasts."""
 REPEAT_S = 60.0
+PLACES_MAX = 1000
+"""Lines that are told apart, by where they are logged and what they are about (a model, a queue)."""
 
 _formatter = logging.Formatter()
 
@@ -37,18 +39,22 @@ class Repeats(logging.Filter):
         super().__init__()
         self._every_s = every_s
         self._clock = clock
-        self._kept_back: dict[tuple[str, int], int] = {}
-        self._silent_until: dict[tuple[str, int], float] = {}
+        self._kept_back: dict[tuple[str, int, str], int] = {}
+        self._silent_until: dict[tuple[str, int, str], float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is written."""
         if getattr(record, "action", None) not in REPEATED:
             return True
-        place = record.name, record.lineno
+        about = record.args[:-1] if isinstance(record.args, tuple) else ()  # the last one is the error
+        place = record.name, record.lineno, str(about)
         now = self._clock()
         if now < self._silent_until.get(place, now):
             self._kept_back[place] += 1
             return False
+        if len(self._silent_until) >= PLACES_MAX:
+            self._silent_until.clear()
+            self._kept_back.clear()
         kept_back, self._kept_back[place] = self._kept_back.get(place, 0), 0
         self._silent_until[place] = now + self._every_s
         if kept_back:

@@ -44,6 +44,7 @@ class Calls:
         self._endings = DirectConnection(settings.broker.address)
         self._blobs = DirectConnection(settings.broker.address)
         self._rest = DirectConnection(settings.broker.address)
+        self._counts = DirectConnection(settings.broker.address)
         self._settings = settings
         self.clock = BrokerClock(self._rest)
         self.worker_id = worker_id
@@ -55,7 +56,7 @@ class Calls:
 
     async def close(self) -> None:
         """Close all connections."""
-        for connection in (self._claims, self._starts, self._endings, self._blobs, self._rest):
+        for connection in (self._claims, self._starts, self._endings, self._blobs, self._rest, self._counts):
             await connection.close()
 
     async def _run(

@@ -161,15 +161,18 @@ class Requests(Calls):
         """Look which queues, the old ones and the others, hold something; of the old the names of empty ones go."""
         return [Looked(v) for v in await self._run("forget", [self.keys.queues], [len(old), *old, *others])]
 
-    async def depths(self, lists: Sequence[str]) -> list[tuple[int, float | None]]:
-        """How many messages lie in each of some lists, and when the one that is next was submitted, in s since 1970."""
-        found: list[tuple[int, float | None]] = []
+    async def depths(self, lists: Sequence[str]) -> list[tuple[int | None, float | None]]:
+        """How many messages lie in each of some lists, and when the one that is next was submitted, in s since 1970.
+
+        None where that is not known: this user may not ask, the message does not say it, or it had to wait for a time
+        of its own.
+        """
+        found: list[tuple[int | None, float | None]] = []
         while len(found) < len(lists):
-            left = [self.keys.of_celery(name) for name in lists[len(found) : len(found) + LISTS_A_CALL]]
-            looked, *values = await self._run("depths", left, [])
+            some = [self.keys.of_celery(name) for name in lists[len(found) : len(found) + LISTS_A_CALL]]
+            values = await self._run("depths", some, [], self._counts)
             for length, sent in zip(values[::2], values[1::2], strict=True):
-                found.append((length, _number(sent)))
-            assert looked * 2 == len(values)
+                found.append((None if length < 0 else length, _number(sent)))
         return found
 
     async def name_queues(self, queues: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-// A lane: what it does with each claim that it holds, after lane.py, dispatch.py, starting.py, alone.py, turnstile.py and
+// A lane: what it does with each claim that it holds, after lane.py, dispatcher.py, starting.py, alone.py, locks.py and
 // settler.py.
 #pragma once
 
@@ -62,7 +62,7 @@ inline void take_cancel_verdicts(State& state, int number, const Reply& reply) {
   }
 }
 
-// ---- the turnstile of the model
+// ---- the lock of the model
 
 inline bool is_inside(const Held& held) { return held.gated || runs_at_triton(held); }
 

@@ -108,7 +108,7 @@ enum Place : uint8_t {
   CAREFUL,  // looks what was tried of it before
   START,    // to be started
   FAST,     // start and request at the same time
-  GATE,     // waits to pass the turnstile
+  GATE,     // waits to pass the lock
   RUN,      // Triton works on it
   PENDING,  // its end is to be settled
   RELEASING,

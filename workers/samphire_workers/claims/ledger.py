@@ -120,7 +120,7 @@ class Ledger:
             requests = sorted(together, key=lambda request: keys.claim_number(request.claim.field))
         fields = [request.claim.field for request in requests]
         for request in requests:
-            self._observers.dropped(request)
+            self._observers.released(request)
         await self.hand_back(
             requests, lambda: self._store.release(fields, attempt=attempt, endpoint_died=endpoint_died)
         )

@@ -93,11 +93,6 @@ class Asker:
         self._asked: set[_Asked] = set()
         self._ending: SamphireError | None = None
 
-    @property
-    def is_ending(self) -> bool:
-        """Whether nothing is asked any more."""
-        return self._ending is not None
-
     def stop_over(self, why: SamphireError) -> None:
         """Tell Triton of what it works on for nobody any more."""
         for asked in list(self._asked):
@@ -152,12 +147,12 @@ class Asker:
         asked.at, asked.timeout_s = time.monotonic(), self._timeout_s(batch)
         # Who is over has waited at the lock until then: its end may be written already.
         self._ledger.unwritten.add(asked.model, _fields([request for request in batch if not request.over]))
-        failed = ""
+        tensors, failed = batching.merge(batch), ""
         try:
             return await asked.endpoint.infer(
                 asked.model,
                 batch[0].version,
-                batching.merge(batch),
+                tensors,
                 [output.name for output in infer.outputs],
                 {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH},
                 asked.timeout_s,
@@ -177,12 +172,6 @@ class Asker:
             case Model.SLOW:
                 return await self._after_timeout(asked, error)
             case Model.DEAD:
-                logger.error(
-                    "model %s has lost its process: its tasks run again, apart from the others: %s",
-                    model,
-                    error,
-                    extra={"action": "stub_died"},
-                )
                 return await self._reloads.after(error, endpoint, model, asked.at)
             case Model.BUSY:
                 self._served.lost(endpoint, model, error.retry_after_s or BUSY_S * random.random())

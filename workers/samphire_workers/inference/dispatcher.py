@@ -252,6 +252,12 @@ class Dispatcher:
     def _attempt_of(self, row: Consequence, batch: Sequence[Request], error: SamphireError, *, alone: bool) -> str:
         """What is kept of an attempt that goes back to its queue; "" where it counts as none."""
         if row.attempt is Attempt.COUNTS:
+            logger.error(
+                "model %s has lost its process: its tasks run again, apart from the others: %s",
+                batch[0].model,
+                error,
+                extra={"action": "stub_died"},
+            )
             return self._endings.attempt_of(WorkerCrashError(f"the model's process died: {error}"))
         if row.attempt is Attempt.IF_ALONE and alone and batch[0].losses >= LOSSES_MAX:
             return self._endings.attempt_of(WorkerCrashError(f"the endpoint died with this task alone: {error}"))

@@ -69,8 +69,8 @@ class Suspects:
         """
         whom = "" if all_models else model
         while not self._work.is_handed_back:
-            # Who waits until another worker is alone no more holds no lock meanwhile, and at most one
-            # does at a time: that worker may wait for what these would hold up.
+            # Who waits for another worker holds no lock meanwhile, since that worker may wait for what a lock would
+            # hold up; and only one suspect of a model waits at a time.
             async with self._turns[model]:
                 if not among_workers:
                     await self._alone.until_nobody_else(whom)

@@ -90,7 +90,7 @@ class Request:
     taken_in_at: float = 0.0
     """When its micro-batch was made, by the monotonic clock."""
     started_at: float | None = None
-    """When it went to Triton, in s since 1970."""
+    """When it began to run, in s since 1970."""
     canvas: dict[str, Any] | None = None
     """Celery's request, of a task that has next steps or belongs to a chord."""
     kind: Kind | None = None

@@ -45,6 +45,8 @@ class ServedModels:
         """Models that have answered a micro-batch with another number of rows than it had, as they were then."""
         self._checkers: dict[str, tuple[Checker, float]] = {}
         self._used: set[str] = set()
+        self.on_new: Callable[[str], None] = lambda model: None
+        """Called with a model that is served and was not known."""
         self.queues: set[str] = set()
         """Queues of the models in the endpoints' repositories."""
 
@@ -139,6 +141,8 @@ class ServedModels:
         if signature is None:
             return
         checker, _ = self._checkers.get(model, (None, 0.0))
+        if checker is None:
+            self.on_new(model)
         if checker is None or checker.signature != signature:  # else what it has checked already still holds
             checker = Checker(signature, self._settings, may_join=self._not_joined.get(model) != signature)
         self._checkers[model] = (checker, time.monotonic())

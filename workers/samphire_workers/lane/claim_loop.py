@@ -116,7 +116,7 @@ class ClaimLoop:
                 # The reply of a claim may be lost: what it moved is found in the in-flight hash.
                 adopt = True
                 logger.warning(
-                    "nothing is claimed now, since the broker does not answer; it is tried again: %s",
+                    "nothing is claimed now; it is tried again: %s",
                     error,
                     extra={"action": "claim_failed"},
                 )
@@ -124,8 +124,9 @@ class ClaimLoop:
                 continue
             except BrokerRightError as error:  # a script has written nothing then
                 logger.error(
-                    "nothing is claimed: %s. Give the worker's user that right; it is tried again every 2 s",
+                    "nothing is claimed: %s. Give the worker's user that right; it is tried again every %.0f s",
                     error,
+                    RIGHT_RETRY_S,
                     extra={"action": "right_missing"},
                 )
                 await asyncio.sleep(RIGHT_RETRY_S)
@@ -167,7 +168,7 @@ class ClaimLoop:
         room_bytes = self._settings.inflight_max_bytes // 2 - self._ledger.nbytes
         self._more = False
         held_up = bool(busy) or room <= 0 or room_bytes <= 0
-        # Of the queues that are not named it still holds.
+        # For queues that this claim does not look into, the earlier answer stands.
         self._ledger.room_is_wanted = held_up or (bool(named) and self._ledger.room_is_wanted)
         skipped = busy | self._endpoints.away() | self._discovery.unseen | self._sequences.not_led()
         plan = self._round_robin.plan(room, skipped, named)

@@ -63,7 +63,13 @@ class ScheduledTask(NamedTuple):
 
 
 class Lane:
-    """One worker's lane over one broker and its endpoints. Run it once."""
+    """One worker's lane over one broker and its endpoints. Run it once.
+
+    Args:
+        settings, store, endpoints, info, watch, canvas: of the worker.
+        observers: are told of what happens.
+        extra_kinds: kinds of task beside those of the table, as tests have them.
+    """
 
     def __init__(
         self,
@@ -80,21 +86,23 @@ class Lane:
         self._store = store
         self._endpoints = endpoints
         self._observers = observers
+        observers.now = store.clock.now
         self._watch = watch
         self._work = work = Work()
         self._round_robin = RoundRobin(settings.queue_weights)
         self._served = ServedModels(endpoints, settings)
-        own_queues = [kind.queue for kind in extra_kinds if kind.queue]
-        self._discovery = QueueDiscovery(store, endpoints, self._served, self._round_robin, watch, work, own_queues)
+        self._served.on_new = observers.served
+        self._discovery = QueueDiscovery(store, endpoints, self._served, self._round_robin, watch, work)
         limits = AdaptiveLimits(settings.inflight_max)
         self._ledger = ledger = Ledger(store, limits, self._discovery, watch, observers)
         self._endings = endings = Endings(settings, store, ledger, work, canvas, observers, info.hostname)
         self._kinds = Kinds([*kinds_of(endings), *extra_kinds])
+        self._discovery.serve_always(self._kinds.queues)
         starter = Starter(settings, store, endings, ledger, work, info, observers)
         self._dispatcher = Dispatcher(
             settings, store, endpoints, self._served, ledger, work, endings, starter, observers
         )
-        self._runner = Runner(store, ledger, starter, endings)
+        self._runner = Runner(store, ledger, work, starter, endings)
         self._sequences = Sequences(store, self._served, endpoints, endings, ledger, work, self._dispatcher)
         sorter = Sorter(
             settings,
@@ -151,7 +159,7 @@ class Lane:
                 work.keep(tell_observers(self._store, self._observers, self._seen, self._round_robin.lists))
             await self._claims.run()
             await self._endings.settler.drain()
-            while await work.has_ended():
+            while await work.wait_for_begun():
                 await self._endings.settler.drain()  # what it refuses is work again
             work.end_kept()
             self._watch.close()

@@ -19,8 +19,6 @@ from celery.worker import state as worker_state
 from kombu.exceptions import OperationalError
 
 from samphire.errors import SamphireError
-from samphire.wire.contract import INFER_TASK
-from samphire.wire.envelope import describe
 from samphire_workers.monitoring.observers import Observer, TaskSeen
 from samphire_workers.monitoring.sent import SentTasks
 
@@ -53,7 +51,7 @@ class CeleryEvents(Observer):
 
     def started(self, task: TaskSeen) -> None:
         """A task goes to Triton: shown if the cap allows."""
-        worker_state.total_count[INFER_TASK] += 1  # what `inspect stats` tells
+        worker_state.total_count[task.name] += 1  # what `inspect stats` tells
         if not self._may_show() and not task.attempts:  # what a lost worker had started was shown, perhaps
             return
         self._shown.add(task.claim)
@@ -73,6 +71,10 @@ class CeleryEvents(Observer):
         """A task is not this worker's any more: it goes back to its queue, and whoever ends it is to tell its end."""
         if self._was_shown(task):
             self._add("task-sent", task.task_id, name=task.name, queue=task.list_key)
+
+    def released(self, task: TaskSeen) -> None:
+        """A task goes back to its queue: whoever ends it is to tell its end."""
+        self.dropped(task)
 
     def failed(self, task: TaskSeen, error: SamphireError, reason: str) -> None:
         """A task ends as a dead letter: always shown."""
@@ -158,7 +160,7 @@ class CeleryEvents(Observer):
             task.task_id,
             name=task.name,
             args="()",
-            kwargs=describe(task.infer) if task.infer else "",
+            kwargs=task.described(),
             root_id=headers.root_id if headers else None,
             parent_id=headers.parent_id if headers else None,
             retries=task.attempts,

@@ -1,7 +1,7 @@
 """Figures for Prometheus, one endpoint a worker. docs/metrics.md says which question each of them answers.
 
 Names follow https://prometheus.io/docs/practices/naming. The values of labels are bounded: model names come from
-producers, so those beyond `MODELS_MAX` are counted together.
+producers, so those that are not served, and those beyond `MODELS_MAX`, are counted together.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from samphire.errors import SamphireError
 from samphire_workers.intake.request import home_of
@@ -23,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 MODELS_MAX = 200
 """Models that have figures of their own."""
-QUEUES_MAX = 200
-"""Queues that have figures of their own, those that hold most."""
+LISTS_MAX = 400
+"""Lists of queues that have figures of their own, those that hold most."""
 OTHER = "(other)"
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -76,24 +77,20 @@ class Metrics(Observer):
         self._held_bytes = Gauge("samphire_held_bytes", "Bytes of their messages.", registry=at)
         self._lapses = Counter("samphire_lease_losses", "Times that the lease of this worker had lapsed.", registry=at)
         self._up = Gauge("samphire_endpoint_up", "Whether a Triton answers.", ["endpoint"], registry=at)
-        self._breakers = Gauge(
-            "samphire_breaker_open",
-            "Models that are away on a Triton.",
-            ["endpoint", "model"],
-            registry=at,
-        )
-        self._depths = Gauge("samphire_queue_depth", "Tasks that wait in a queue.", ["queue", "priority"], registry=at)
-        self._oldest = Gauge(
+        self._breakers = Changing(at, "samphire_breaker_open", "Models that are away on a Triton.", "endpoint", "model")
+        self._depths = Changing(at, "samphire_queue_depth", "Tasks that wait in a queue.", "queue", "priority")
+        self._oldest = Changing(
+            at,
             "samphire_queue_oldest_seconds",
             "Age of the task that is next in a queue, if its producer says when it submitted it.",
-            ["queue", "priority"],
-            registry=at,
+            "queue",
+            "priority",
         )
         self._letters = Gauge("samphire_dead_letters_kept", "Dead letters that are kept.", registry=at)
 
     def serve(self, host: str, port: int) -> Server:
         """Answer Prometheus, in threads of their own; raises OSError where the port is taken."""
-        server, thread = start_http_server(port, host, self.registry)
+        server, thread = start_http_server(port, host.strip("[]"), self.registry)
         return Server(host, server, thread)
 
     def claimed(self, list_key: str, tasks: int) -> None:
@@ -105,8 +102,7 @@ class Metrics(Observer):
         headers = task.headers
         if headers is None or task.attempts or headers.eta or not headers.samphire_sent_at:
             return
-        waited_s = (task.started_at or time.time()) - headers.samphire_sent_at
-        self._of(self._waits, task.model).observe(max(0.0, waited_s))
+        self._of(self._waits, task.model).observe(max(0.0, task.at - headers.samphire_sent_at))
 
     def answered(self, batch: BatchSeen) -> None:
         """Triton has answered a micro-batch, or has not."""
@@ -119,8 +115,8 @@ class Metrics(Observer):
         """A task has its answer."""
         self._of(self._ends, task.model, "succeeded").inc()
 
-    def dropped(self, task: TaskSeen) -> None:
-        """A task is not this worker's any more."""
+    def released(self, task: TaskSeen) -> None:
+        """A task goes back to its queue."""
         if task.started_at is not None:
             self._of(self._released, task.model).inc()
 
@@ -155,24 +151,29 @@ class Metrics(Observer):
         self._held_bytes.set(lane.held_bytes)
         for url, answers in lane.endpoints.items():
             self._up.labels(url).set(answers)
-        self._breakers.clear()
-        for url, model in lane.breakers:
-            self._breakers.labels(url, self._known(model)).set(1)
+        self._breakers.set({(url, self._known(model)): 1.0 for url, model in lane.breakers})
+
+    def served(self, model: str) -> None:
+        """A model is served that was not known: it has figures of its own, if there is room."""
+        if len(self._models) < MODELS_MAX:
+            self._models.add(model)
 
     def counted(self, queues: Sequence[QueueSeen]) -> None:
         """What lies in the queues, every few seconds."""
-        self._depths.clear()
-        self._oldest.clear()
-        rest = 0
-        for number, seen in enumerate(sorted(queues, key=lambda seen: -seen.depth)):
-            if number >= QUEUES_MAX:
-                rest += seen.depth
-                continue
-            self._depths.labels(seen.queue, seen.priority).set(seen.depth)
-            if seen.oldest_age_s is not None:
-                self._oldest.labels(seen.queue, seen.priority).set(seen.oldest_age_s)
-        if rest:
-            self._depths.labels(OTHER, "").set(rest)
+        most = sorted(queues, key=lambda seen: -seen.depth)
+        depths: dict[tuple[str, ...], float] = {}
+        for seen in most[:LISTS_MAX]:
+            depths[seen.queue, str(seen.priority)] = float(seen.depth)
+        if rest := sum(seen.depth for seen in most[LISTS_MAX:]):
+            depths[OTHER, ""] = float(rest)
+        self._depths.set(depths)
+        self._oldest.set(
+            {
+                (seen.queue, str(seen.priority)): seen.oldest_age_s
+                for seen in most[:LISTS_MAX]
+                if seen.oldest_age_s is not None
+            }
+        )
 
     def letters(self, count: int) -> None:
         """How many dead letters there are."""
@@ -180,20 +181,37 @@ class Metrics(Observer):
 
     def _of(self, metric: Any, model: str, *labels: str) -> Any:
         """A metric with its labels; looked up once."""
-        found = self._labelled.get((metric, model, *labels))
+        key = (metric, self._known(model), *labels)
+        found = self._labelled.get(key)
         if found is None:
-            found = metric.labels(self._known(model), *labels)
-            if len(self._labelled) < 50 * MODELS_MAX:
-                self._labelled[metric, model, *labels] = found
+            found = self._labelled[key] = metric.labels(*key[1:])
         return found
 
     def _known(self, model: str) -> str:
-        if model in self._models:
-            return model
-        if len(self._models) >= MODELS_MAX:
-            return OTHER
-        self._models.add(model)
-        return model
+        """Producers may name anything: only what is served has a label of its own."""
+        return model if not model or model in self._models else OTHER
+
+
+class Changing(Collector):
+    """A gauge whose labels come and go; who reads it sees all of one moment, or all of another."""
+
+    def __init__(self, registry: CollectorRegistry, name: str, text: str, *labels: str) -> None:
+        self._name = name
+        self._text = text
+        self._labels = labels
+        self._values: Mapping[tuple[str, ...], float] = {}
+        registry.register(self)
+
+    def set(self, values: Mapping[tuple[str, ...], float]) -> None:
+        """The values now, by their labels."""
+        self._values = values
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """What Prometheus gets."""
+        family = GaugeMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, value in self._values.items():
+            family.add_metric(labels, value)
+        yield family
 
 
 class Server:

@@ -1,17 +1,21 @@
-"""Who is told of tasks while they move: Celery's monitors, metrics. None of them can slow or break a lane.
+"""Who is told of tasks while they move: Celery's monitors, metrics.
 
-What they get are records that nobody changes. An observer that fails is logged, and the lane goes on.
+What they get are records that nobody changes. An observer is called on the lane's event loop, so it must return at
+once, and does what takes time elsewhere. One that fails is logged, and the lane goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from samphire.errors import SamphireError
-from samphire.wire.contract import Headers, InferRequest
+from samphire.wire.contract import Headers
+from samphire.wire.envelope import describe
 from samphire_workers.intake.request import Request
 
 logger = logging.getLogger(__name__)
@@ -31,9 +35,12 @@ class TaskSeen(NamedTuple):
     attempts: int
     """Those before this one."""
     started_at: float | None
-    """In s since 1970."""
+    """In s since 1970, by this machine's clock."""
+    at: float
+    """This moment, in s since 1970, by the broker's clock."""
     headers: Headers | None
-    infer: InferRequest | None
+    described: Callable[[], str]
+    """Tells the request without its numbers."""
 
 
 class BatchSeen(NamedTuple):
@@ -69,7 +76,7 @@ class QueueSeen(NamedTuple):
 
 
 class Observer:
-    """What may be told; each takes what it needs. Everything is called on the lane's event loop: it returns at once."""
+    """What may be told; each takes what it needs, and returns at once."""
 
     enabled = True
     """Whether task events are wanted (Celery's `enable_events`)."""
@@ -88,8 +95,11 @@ class Observer:
     def succeeded(self, task: TaskSeen) -> None:
         """A task has its answer."""
 
+    def released(self, task: TaskSeen) -> None:
+        """A task goes back to its queue."""
+
     def dropped(self, task: TaskSeen) -> None:
-        """A task is not this worker's any more."""
+        """A task is not to be run here: it has ended, or is another worker's by now."""
 
     def failed(self, task: TaskSeen, error: SamphireError, reason: str) -> None:
         """A task ends as a dead letter, for a reason by which these are filtered."""
@@ -109,6 +119,9 @@ class Observer:
     def lease_lost(self) -> None:
         """The lease of this worker had lapsed."""
 
+    def served(self, model: str) -> None:
+        """A model is served that was not known."""
+
     def looked(self, lane: LaneSeen) -> None:
         """What the lane holds, every second."""
 
@@ -122,7 +135,7 @@ class Observer:
         """What it does beside the lane, for ever or until it is done."""
 
 
-def seen(request: Request) -> TaskSeen:
+def seen(request: Request, now: float = 0.0) -> TaskSeen:
     """A request as observers get it."""
     headers = request.envelope.headers if request.envelope is not None else None
     return TaskSeen(
@@ -134,8 +147,9 @@ def seen(request: Request) -> TaskSeen:
         request.version,
         request.attempts,
         request.started_at,
+        now,
         headers,
-        request.infer,
+        partial(describe, request.infer) if request.infer is not None else str,
     )
 
 
@@ -144,6 +158,8 @@ class Observers:
 
     def __init__(self, *observers: Observer) -> None:
         self._all = observers
+        self.now: Callable[[], float] = time.time
+        """The broker's clock, once a lane has set it."""
 
     @property
     def want_states(self) -> bool:
@@ -161,7 +177,7 @@ class Observers:
 
     def started(self, request: Request) -> None:
         """See `Observer`."""
-        self._tell("started", seen(request))
+        self._tell("started", seen(request, self.now()))
 
     def answered(self, batch: BatchSeen) -> None:
         """See `Observer`."""
@@ -169,23 +185,27 @@ class Observers:
 
     def succeeded(self, request: Request) -> None:
         """See `Observer`."""
-        self._tell("succeeded", seen(request))
+        self._tell("succeeded", seen(request, self.now()))
+
+    def released(self, request: Request) -> None:
+        """See `Observer`."""
+        self._tell("released", seen(request, self.now()))
 
     def dropped(self, request: Request) -> None:
         """See `Observer`."""
-        self._tell("dropped", seen(request))
+        self._tell("dropped", seen(request, self.now()))
 
     def failed(self, request: Request, error: SamphireError, reason: str) -> None:
         """See `Observer`."""
-        self._tell("failed", seen(request), error, reason)
+        self._tell("failed", seen(request, self.now()), error, reason)
 
     def retried(self, request: Request, error: SamphireError) -> None:
         """See `Observer`."""
-        self._tell("retried", seen(request), error)
+        self._tell("retried", seen(request, self.now()), error)
 
     def revoked(self, request: Request, *, expired: bool) -> None:
         """See `Observer`."""
-        self._tell("revoked", seen(request), expired)
+        self._tell("revoked", seen(request, self.now()), expired)
 
     def cancelled(self, task_id: str) -> None:
         """See `Observer`."""
@@ -198,6 +218,10 @@ class Observers:
     def lease_lost(self) -> None:
         """See `Observer`."""
         self._tell("lease_lost")
+
+    def served(self, model: str) -> None:
+        """See `Observer`."""
+        self._tell("served", model)
 
     def looked(self, lane: LaneSeen) -> None:
         """See `Observer`."""
@@ -231,7 +255,7 @@ class Observers:
                 getattr(observer, what)(*told)
             except Exception:
                 logger.exception(
-                    "%s was not told that a task %s: its figures lack it, the lane goes on",
+                    "%s has failed in %s(): what it shows lacks that, the lane goes on",
                     type(observer).__name__,
                     what,
                     extra={"action": "observer_failed"},

@@ -48,7 +48,7 @@ FORGOTTEN_LOOK_S = 1.0
 
 
 class QueueDiscovery:
-    """The queues that a lane claims from; what it learns goes to the round_robin and the watch."""
+    """The queues that a lane claims from; what it learns goes to the round robin and the watch."""
 
     def __init__(
         self,
@@ -58,7 +58,6 @@ class QueueDiscovery:
         round_robin: RoundRobin,
         watch: QueueWatch,
         work: Work,
-        fixed: Collection[str],
     ) -> None:
         self._store = store
         self._endpoints = endpoints
@@ -68,13 +67,13 @@ class QueueDiscovery:
         self.unseen: set[str] = set()
         """Models that nothing is claimed of before it is known what they are."""
         self._work = work
-        self._fixed = frozenset([keys.INTAKE, *fixed])
+        self._fixed = {keys.INTAKE}
         """Queues that are always served, and of no model."""
         self._lookups = asyncio.Semaphore(LOOKUPS_AT_ONCE)
         self._looking = asyncio.Lock()
         self._cursor = 0
         self._used: set[str] = set()
-        """QueueDiscovery that were used since the last look at all names."""
+        """Queues that were used since the last look at all names."""
         self._since: dict[str, float] = {}
         """For each queue the time since when it is not used; nobody knows that of one that was just found."""
         self._turn: deque[str] = deque()
@@ -93,6 +92,11 @@ class QueueDiscovery:
             self._used.update(queue for queue in queues if queue not in self._fixed)
             self._since.update(dict.fromkeys(queues, now))
 
+    def serve_always(self, queues: Collection[str]) -> None:
+        """Claim from these, which are of no model, however long they are empty."""
+        self._fixed.update(queues)
+        self.serve(queues)
+
     def _take_up(self, queues: Collection[str]) -> None:
         if back := self._round_robin.take_up(queues):
             self._look_at_models(keys.parse_queue(queue)[0] for queue in back)
@@ -107,7 +111,8 @@ class QueueDiscovery:
         aside = set(new).intersection(may_be_empty) if new and self._round_robin.are_many else set[str]()
         self._round_robin.set_aside(aside)
         if new:
-            self._look_at_models(keys.parse_queue(queue)[0] for queue in new if queue not in aside | self._fixed)
+            without = aside | self._fixed
+            self._look_at_models(keys.parse_queue(queue)[0] for queue in new if queue not in without)
         return new
 
     def _look_at_models(self, models: Iterable[str]) -> None:
@@ -177,7 +182,9 @@ class QueueDiscovery:
                     await self._look_at_forgotten()
             except SamphireError as error:
                 logger.warning(
-                    "empty queues are not forgotten now; it is tried again: %s", error, extra={"action": "look_failed"}
+                    "queues are not looked into, so plain tasks may wait; it is tried again: %s",
+                    error,
+                    extra={"action": "look_failed"},
                 )
             await asyncio.sleep(LOOK_S)
 

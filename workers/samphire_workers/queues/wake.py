@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_S = 5.0
 WATCHED_QUEUES = 16
-"""QueueDiscovery that a blocking connection is spent on; of the others the slow look takes care."""
+"""Queues that a blocking connection is spent on; of the others the slow look takes care."""
 
 RETRY_S = 0.1
 RETRY_CAP_S = 2.0

@@ -56,12 +56,12 @@ class Consequence(NamedTuple):
     """A row of the table."""
 
     error: type[SamphireError]
-    """The first row whose class an error is of counts."""
+    """The first row counts whose class the error is an instance of."""
     tasks: Tasks
     model: Model = Model.SERVES
     attempt: Attempt = Attempt.NONE
     endpoint_died: bool = False
-    """Noted of each task: to whom it happens often runs alone."""
+    """It is noted for each task; a task to which it happens often runs alone."""
     state_is_lost: bool = False
     """A request that goes on with a sequence fails instead, since the model has forgotten what came before it."""
 

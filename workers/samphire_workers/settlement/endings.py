@@ -144,7 +144,7 @@ class Endings:
         self._observers.revoked(request, expired=state == "expired")
 
     def cancel_running(self, request: Request) -> None:
-        """End a task that Triton works on."""
+        """End a task that runs."""
         request.over = True
         self.revoke(request, "cancelled")
 
@@ -161,12 +161,13 @@ class Endings:
         done = Settlement(request.claim.field, "", "succeeded", "", "")
         try:
             steps: NextSteps | None = await run(request)
+            settlement = done if steps is None else with_steps(done, steps)
         except TaskCancelledError:
             self.revoke(request, "cancelled")
         except Exception as error:  # noqa: BLE001 - one message must not end the lane for all
             self.fail(request, our_error(error))
         else:
-            self.settler.add(done if steps is None else with_steps(done, steps))
+            self.settler.add(settlement)
 
     def attempt_of(self, error: SamphireError) -> str:
         """What is kept of an attempt that comes to nothing, JSON."""

@@ -72,7 +72,7 @@ class Settler:
             done.append(settlement.field)
             if verdict is Settled.LOST:
                 logger.warning(
-                    "task %s is another worker's by now, since the lease had lapsed: this outcome is dropped",
+                    "task %s is settled already, or another worker's by now: this outcome is dropped",
                     settlement.task_id,
                     extra={"action": "fenced"},
                 )

@@ -1,4 +1,4 @@
-"""What a lane does beside the queues: the schedule, cancellations, deletions, and telling clients of the models."""
+"""What a lane does beside the queues: the schedule, what clients ask for, and telling of its state."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ WARN_PART = 0.8
 STATE_S = 1.0
 COUNT_S = 5.0
 """Between two looks at what lies in the queues."""
+COUNTED_MAX = 2000
+"""Lists that one look counts: four a queue."""
 
 ListsInUse = Callable[[], Sequence[str]]
 Cancel = Callable[[Sequence[str]], Awaitable[Mapping[str, str]]]
@@ -127,8 +129,8 @@ async def tell_observers(store: Store, observers: Observers, look: Callable[[], 
         if time.monotonic() - counted_at >= COUNT_S:
             counted_at = time.monotonic()
             try:
-                observers.counted(await _count(store, lists()))
-            except SamphireError as error:
+                observers.counted(await _count(store, lists()[:COUNTED_MAX]))
+            except Exception as error:  # noqa: BLE001 - figures are not worth a lane
                 logger.warning(
                     "queues were not counted: the metrics show their last depths: %s",
                     error,
@@ -140,6 +142,8 @@ async def tell_observers(store: Store, observers: Observers, look: Callable[[], 
 async def _count(store: Store, lists: Sequence[str]) -> list[QueueSeen]:
     now, seen = store.clock.now(), []
     for name, (depth, sent_at) in zip(lists, await store.depths(lists), strict=True):
+        if depth is None:
+            continue
         queue, priority = keys.split_list(name)
         seen.append(QueueSeen(queue, priority, depth, None if sent_at is None else max(0.0, now - sent_at)))
     return seen

@@ -10,8 +10,8 @@ import random
 
 
 class Pauses:
-    """The pauses between tries: each up to twice as long as the one before, and drawn by lot, so that not all who wait
-    for a broker come back at once.
+    """The pauses between tries: what a pause may last at most doubles each time, and how long it lasts, from half of
+    that on, is drawn by lot, so that not all who wait for a broker come back at once.
 
     Args:
         first_s: the first is at most so long, and at least half of it.

@@ -165,7 +165,7 @@ class TaskMeta(Struct, omit_defaults=False):
     date_done: str | None = None
 
 
-class Headers(Struct, forbid_unknown_fields=False):
+class Headers(Struct, forbid_unknown_fields=False, frozen=True):
     """The headers of a protocol-2 message that a lane looks at."""
 
     id: str

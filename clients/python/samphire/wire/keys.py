@@ -229,7 +229,9 @@ def known_form(name: bytes | str) -> str | None:
 
 
 def parse_queue(queue: str) -> tuple[str, str]:
-    """Return (model, tenant) of a queue name; the intake has the model ""."""
+    """Return (model, tenant) of a queue name; the intake has the model "", another queue one that no model can have."""
+    if not queue.startswith(INTAKE):
+        return f"({queue})", ""
     model, _, tenant = queue.removeprefix(INTAKE).removeprefix(".").partition("@")
     return model, tenant
 
