@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from samphire.errors import SamphireError
 from samphire_workers.intake.request import home_of
+from samphire_workers.monitoring.collectors import Changing, Count, Spread
 from samphire_workers.monitoring.observers import BatchSeen, LaneSeen, Observer, QueueSeen, TaskSeen
 
 logger = logging.getLogger(__name__)
@@ -45,38 +44,24 @@ class Metrics(Observer):
     def __init__(self, worker: str) -> None:
         self.registry = at = CollectorRegistry()
         self._models: set[str] = set()
-        self._labelled: dict[tuple[Any, ...], Any] = {}
         Gauge("samphire_worker", "This worker; always 1.", ["worker"], registry=at).labels(worker).set(1)
-        self._claims = Counter("samphire_claims", "Tasks claimed.", ["model"], registry=at)
-        self._ends = Counter(
-            "samphire_tasks", "Tasks that have ended, by their outcome.", ["model", "outcome"], registry=at
+        self._claims = Count(at, "samphire_claims", "Tasks claimed.", "model")
+        self._ends = Count(at, "samphire_tasks", "Tasks that have ended, by their outcome.", "model", "outcome")
+        self._retries = Count(at, "samphire_retries", "Attempts that another follows.", "model", "error")
+        self._released = Count(at, "samphire_released", "Started tasks that went back to their queues.", "model")
+        self._dead = Count(at, "samphire_dead_letters", "Tasks given up.", "model", "reason")
+        self._waits = Spread(
+            at, "samphire_queue_seconds", "From submit to start, if its producer says when.", WAITS, "model"
         )
-        self._retries = Counter("samphire_retries", "Attempts that another follows.", ["model", "error"], registry=at)
-        self._released = Counter(
-            "samphire_released", "Started tasks that went back to their queues.", ["model"], registry=at
-        )
-        self._dead = Counter("samphire_dead_letters", "Tasks given up.", ["model", "reason"], registry=at)
-        self._waits = Histogram(
-            "samphire_queue_seconds",
-            "From submit to start; of tasks whose producer says when it submitted them (the SDK does).",
-            ["model"],
-            buckets=WAITS,
-            registry=at,
-        )
-        self._calls = Histogram("samphire_triton_seconds", "Calls of Triton.", ["model"], buckets=SECONDS, registry=at)
-        self._failures = Counter(
-            "samphire_triton_errors", "Calls of Triton without an answer.", ["model", "error"], registry=at
-        )
-        self._batches = Histogram(
-            "samphire_batch_tasks", "Tasks of a micro-batch.", ["model"], buckets=SIZES, registry=at
-        )
-        self._settling = Histogram(
-            "samphire_settle_seconds", "Calls of the broker that end tasks.", buckets=SECONDS, registry=at
-        )
+        self._calls = Spread(at, "samphire_triton_seconds", "Calls of Triton.", SECONDS, "model")
+        self._failures = Count(at, "samphire_triton_errors", "Calls of Triton without an answer.", "model", "error")
+        self._batches = Spread(at, "samphire_batch_tasks", "Tasks of a micro-batch.", SIZES, "model")
+        self._settling = Spread(at, "samphire_settle_seconds", "Calls of the broker that end tasks.", SECONDS)
+        self._lapses = Count(at, "samphire_lease_losses", "Times that the lease of this worker had lapsed.")
         self._held = Gauge("samphire_held_tasks", "Tasks that this worker holds.", registry=at)
         self._held_bytes = Gauge("samphire_held_bytes", "Bytes of their messages.", registry=at)
-        self._lapses = Counter("samphire_lease_losses", "Times that the lease of this worker had lapsed.", registry=at)
         self._up = Gauge("samphire_endpoint_up", "Whether a Triton answers.", ["endpoint"], registry=at)
+        self._letters = Gauge("samphire_dead_letters_kept", "Dead letters that are kept.", registry=at)
         self._breakers = Changing(at, "samphire_breaker_open", "Models that are away on a Triton.", "endpoint", "model")
         self._depths = Changing(at, "samphire_queue_depth", "Tasks that wait in a queue.", "queue", "priority")
         self._oldest = Changing(
@@ -86,7 +71,6 @@ class Metrics(Observer):
             "queue",
             "priority",
         )
-        self._letters = Gauge("samphire_dead_letters_kept", "Dead letters that are kept.", registry=at)
 
     def serve(self, host: str, port: int) -> Server:
         """Answer Prometheus, in threads of their own; raises OSError where the port is taken."""
@@ -95,55 +79,57 @@ class Metrics(Observer):
 
     def claimed(self, list_key: str, tasks: int) -> None:
         """Tasks were claimed from a list."""
-        self._of(self._claims, home_of(list_key)[0]).inc(tasks)
+        self._claims.add(self._known(home_of(list_key)[0]), count=tasks)
 
     def started(self, task: TaskSeen) -> None:
         """A task goes to Triton."""
         headers = task.headers
         if headers is None or task.attempts or headers.eta or not headers.samphire_sent_at:
             return
-        self._of(self._waits, task.model).observe(max(0.0, task.at - headers.samphire_sent_at))
+        self._waits.add(max(0.0, task.at - headers.samphire_sent_at), self._known(task.model))
 
     def answered(self, batch: BatchSeen) -> None:
         """Triton has answered a micro-batch, or has not."""
-        self._of(self._calls, batch.model).observe(batch.seconds)
-        self._of(self._batches, batch.model).observe(batch.tasks)
+        model = self._known(batch.model)
+        self._calls.add(batch.seconds, model)
+        self._batches.add(batch.tasks, model)
         if batch.error:
-            self._of(self._failures, batch.model, batch.error).inc()
+            self._failures.add(model, batch.error)
 
     def succeeded(self, task: TaskSeen) -> None:
         """A task has its answer."""
-        self._of(self._ends, task.model, "succeeded").inc()
+        self._ends.add(self._known(task.model), "succeeded")
 
     def released(self, task: TaskSeen) -> None:
         """A task goes back to its queue."""
         if task.started_at is not None:
-            self._of(self._released, task.model).inc()
+            self._released.add(self._known(task.model))
 
     def failed(self, task: TaskSeen, error: SamphireError, reason: str) -> None:
         """A task ends as a dead letter."""
-        self._of(self._ends, task.model, "failed").inc()
-        self._of(self._dead, task.model, reason).inc()
+        model = self._known(task.model)
+        self._ends.add(model, "failed")
+        self._dead.add(model, reason)
 
     def retried(self, task: TaskSeen, error: SamphireError) -> None:
         """An attempt failed; the task will be tried again."""
-        self._of(self._retries, task.model, type(error).__name__).inc()
+        self._retries.add(self._known(task.model), type(error).__name__)
 
     def revoked(self, task: TaskSeen, expired: bool) -> None:
         """A task was cancelled, or has expired, and is dropped."""
-        self._of(self._ends, task.model, "expired" if expired else "cancelled").inc()
+        self._ends.add(self._known(task.model), "expired" if expired else "cancelled")
 
     def cancelled(self, task_id: str) -> None:
         """A task is cancelled whose message lies in a queue."""
-        self._of(self._ends, OTHER, "cancelled").inc()
+        self._ends.add(OTHER, "cancelled")
 
     def settled(self, tasks: int, seconds: float) -> None:
         """The broker has taken so many ends with one call."""
-        self._settling.observe(seconds)
+        self._settling.add(seconds)
 
     def lease_lost(self) -> None:
         """The lease of this worker had lapsed."""
-        self._lapses.inc()
+        self._lapses.add()
 
     def looked(self, lane: LaneSeen) -> None:
         """What the lane holds, every second."""
@@ -179,39 +165,9 @@ class Metrics(Observer):
         """How many dead letters there are."""
         self._letters.set(count)
 
-    def _of(self, metric: Any, model: str, *labels: str) -> Any:
-        """A metric with its labels; looked up once."""
-        key = (metric, self._known(model), *labels)
-        found = self._labelled.get(key)
-        if found is None:
-            found = self._labelled[key] = metric.labels(*key[1:])
-        return found
-
     def _known(self, model: str) -> str:
         """Producers may name anything: only what is served has a label of its own."""
         return model if not model or model in self._models else OTHER
-
-
-class Changing(Collector):
-    """A gauge whose labels come and go; who reads it sees all of one moment, or all of another."""
-
-    def __init__(self, registry: CollectorRegistry, name: str, text: str, *labels: str) -> None:
-        self._name = name
-        self._text = text
-        self._labels = labels
-        self._values: Mapping[tuple[str, ...], float] = {}
-        registry.register(self)
-
-    def set(self, values: Mapping[tuple[str, ...], float]) -> None:
-        """The values now, by their labels."""
-        self._values = values
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """What Prometheus gets."""
-        family = GaugeMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, value in self._values.items():
-            family.add_metric(labels, value)
-        yield family
 
 
 class Server:

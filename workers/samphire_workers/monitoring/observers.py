@@ -158,6 +158,8 @@ class Observers:
 
     def __init__(self, *observers: Observer) -> None:
         self._all = observers
+        self._calls = {name: _those_who_take(observers, name) for name in _TOLD}
+        """By what is told: who takes it, and how."""
         self.now: Callable[[], float] = time.time
         """The broker's clock, once a lane has set it."""
 
@@ -177,7 +179,7 @@ class Observers:
 
     def started(self, request: Request) -> None:
         """See `Observer`."""
-        self._tell("started", seen(request, self.now()))
+        self._tell_of("started", request)
 
     def answered(self, batch: BatchSeen) -> None:
         """See `Observer`."""
@@ -185,27 +187,27 @@ class Observers:
 
     def succeeded(self, request: Request) -> None:
         """See `Observer`."""
-        self._tell("succeeded", seen(request, self.now()))
+        self._tell_of("succeeded", request)
 
     def released(self, request: Request) -> None:
         """See `Observer`."""
-        self._tell("released", seen(request, self.now()))
+        self._tell_of("released", request)
 
     def dropped(self, request: Request) -> None:
         """See `Observer`."""
-        self._tell("dropped", seen(request, self.now()))
+        self._tell_of("dropped", request)
 
     def failed(self, request: Request, error: SamphireError, reason: str) -> None:
         """See `Observer`."""
-        self._tell("failed", seen(request, self.now()), error, reason)
+        self._tell_of("failed", request, error, reason)
 
     def retried(self, request: Request, error: SamphireError) -> None:
         """See `Observer`."""
-        self._tell("retried", seen(request, self.now()), error)
+        self._tell_of("retried", request, error)
 
     def revoked(self, request: Request, *, expired: bool) -> None:
         """See `Observer`."""
-        self._tell("revoked", seen(request, self.now()), expired)
+        self._tell_of("revoked", request, expired)
 
     def cancelled(self, task_id: str) -> None:
         """See `Observer`."""
@@ -250,9 +252,9 @@ class Observers:
             )
 
     def _tell(self, what: str, *told: object) -> None:
-        for observer in self._all:
+        for observer, call in self._calls[what]:
             try:
-                getattr(observer, what)(*told)
+                call(*told)
             except Exception:
                 logger.exception(
                     "%s has failed in %s(): what it shows lacks that, the lane goes on",
@@ -260,6 +262,18 @@ class Observers:
                     what,
                     extra={"action": "observer_failed"},
                 )
+
+    def _tell_of(self, what: str, request: Request, *told: object) -> None:
+        if self._calls[what]:
+            self._tell(what, seen(request, self.now()), *told)
+
+
+_TOLD = [name for name, member in vars(Observer).items() if callable(member) and name not in ("run", "__init__")]
+
+
+def _those_who_take(observers: Sequence[Observer], name: str) -> list[tuple[Observer, Callable[..., None]]]:
+    base = getattr(Observer, name)
+    return [(observer, getattr(observer, name)) for observer in observers if getattr(type(observer), name) is not base]
 
 
 NOBODY = Observers()
