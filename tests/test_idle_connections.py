@@ -61,7 +61,7 @@ def test_every_call_goes_on_over_a_closed_connection(valkey: Valkey) -> None:
                 return await answer(await sdk.submit("m", {"x": np.full((1, 1), 7, np.float32)}))
 
             async def delayed() -> float:
-                sdk._session._clock._looked_at = 0.0  # it is asked again
+                sdk._session.clock._looked_at = 0.0  # it is asked again
                 return await answer(await sdk.submit("m", x(), delay_s=0.01))
 
             calls: dict[str, tuple[Callable[[], Awaitable[Any]], Any]] = {

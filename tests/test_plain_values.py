@@ -16,6 +16,9 @@ from kombu.utils import json as kombu_json
 
 from samphire.client.encoder import Encoder, Limits, request_for
 from samphire.errors import InvalidInputError
+from samphire.transport.address import Address
+from samphire.transport.clock import BrokerClock
+from samphire.transport.direct import DirectConnection
 from samphire.wire.contract import InferRequest
 from samphire.wire.tensors import array_to_bytes
 from samphire.wire.typed_json import plain_arguments
@@ -33,7 +36,9 @@ class Number(enum.IntEnum):
 
 def sent(request: InferRequest) -> dict[str, Any]:
     """As it stands in the message."""
-    encode = Encoder(request, 3, "events:c", Limits(8192, 2**20), lambda: 0.0)
+    encode = Encoder(
+        request, 3, "events:c", Limits(8192, 2**20), BrokerClock(DirectConnection(Address.parse("redis://localhost")))
+    )
     message = encode({np.str_("x"): np.ones(1, np.float32)}).message
     return dict(json.loads(json.loads(message)["body"])[1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from samphire.errors import InvalidInputError
+from samphire.wire import keys
 from samphire_workers.intake.request import Kind
 
 
@@ -20,13 +21,16 @@ class Kinds:
         """The kind of a task, by its name in Celery."""
         return self._by_task.get(task) if isinstance(task, str) else None
 
-    def of(self, task: str, queue: str) -> Kind:
-        """The kind of a task that was claimed from a queue.
+    def of(self, task: str, list_key: str) -> Kind:
+        """The kind of a task that was claimed from a list.
 
         Raises:
             InvalidInputError: there is none, or it has another queue.
         """
         found = self._by_task.get(task)
+        if found is not None and not self.queues:
+            return found
+        queue, _ = keys.split_list(list_key)
         own = queue if queue in self.queues else ""
         if found is None or found.queue != own:
             where = f"the queue {own}" if own else "an inference queue"

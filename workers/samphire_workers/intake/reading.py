@@ -11,7 +11,6 @@ import msgspec
 from msgspec import UNSET
 
 from samphire.errors import InvalidInputError, PayloadTooLargeError
-from samphire.wire import keys
 from samphire.wire.contract import (
     CONTRACT_VERSION,
     LONGEST_S,
@@ -72,7 +71,7 @@ def _read_into(request: Request, claim: Claimed, settings: Settings, kinds: Kind
     check_task_id(envelope.headers.id)
     request.task_id = envelope.headers.id
     request.stream = checked_stream(envelope.headers.samphire_stream)
-    kind = kinds.of(envelope.headers.task, keys.split_list(claim.list_key)[0])
+    kind = kinds.of(envelope.headers.task, claim.list_key)
     request.kind = kind
     kind.read(request, envelope, settings)
 

@@ -95,6 +95,8 @@ class Request:
     """Celery's request, of a task that has next steps or belongs to a chord."""
     kind: Kind | None = None
     """What kind of task it is, as far as that is understood."""
+    seen: Any = None
+    """What observers are told of it, from its start on."""
     payload: Any = None
     """What the message carries, of a kind that is no inference."""
     tensors: list[bytes] = field(default_factory=list)

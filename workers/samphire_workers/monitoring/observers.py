@@ -37,7 +37,7 @@ class TaskSeen(NamedTuple):
     started_at: float | None
     """In s since 1970, by this machine's clock."""
     at: float
-    """This moment, in s since 1970, by the broker's clock."""
+    """When this was seen, at its start if it has one, in s since 1970, by the broker's clock."""
     headers: Headers | None
     described: Callable[[], str]
     """Tells the request without its numbers."""
@@ -138,18 +138,21 @@ class Observer:
 def seen(request: Request, now: float = 0.0) -> TaskSeen:
     """A request as observers get it."""
     headers = request.envelope.headers if request.envelope is not None else None
-    return TaskSeen(
-        request.claim.field,
-        request.task_id,
-        headers.task if headers is not None else "",
-        request.claim.list_key,
-        request.model,
-        request.version,
-        request.attempts,
-        request.started_at,
-        now,
-        headers,
-        partial(describe, request.infer) if request.infer is not None else str,
+    infer = request.infer
+    return TaskSeen._make(
+        (
+            request.claim.field,
+            request.task_id,
+            headers.task if headers is not None else "",
+            request.claim.list_key,
+            request.model,
+            request.version,
+            request.attempts,
+            request.started_at,
+            now,
+            headers,
+            str if infer is None else partial(describe, infer),
+        )
     )
 
 
@@ -179,7 +182,8 @@ class Observers:
 
     def started(self, request: Request) -> None:
         """See `Observer`."""
-        self._tell_of("started", request)
+        request.seen = seen(request, self.now())
+        self._tell("started", request.seen)
 
     def answered(self, batch: BatchSeen) -> None:
         """See `Observer`."""
@@ -265,7 +269,7 @@ class Observers:
 
     def _tell_of(self, what: str, request: Request, *told: object) -> None:
         if self._calls[what]:
-            self._tell(what, seen(request, self.now()), *told)
+            self._tell(what, request.seen or seen(request, self.now()), *told)
 
 
 _TOLD = [name for name, member in vars(Observer).items() if callable(member) and name not in ("run", "__init__")]

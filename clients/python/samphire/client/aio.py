@@ -298,7 +298,7 @@ class AsyncClient:
     ) -> Encoder:
         self._session.check_usable()
         template = request_for(model, version, outputs, parameters, self.tenant, max_attempts, backoff)
-        encoder = Encoder(template, priority_step(priority), self._session.stream, self._limits, self._session.now)
+        encoder = Encoder(template, priority_step(priority), self._session.stream, self._limits, self._session.clock)
         encoder.headers(headers)
         encoder.check_against(await self._session.signature(model))
         return encoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 from msgspec import UNSET
 
 from samphire.errors import InvalidInputError
+from samphire.transport.clock import BrokerClock
 from samphire.transport.publisher import IdempotencyKey
 from samphire.wire import keys
 from samphire.wire.contract import (
@@ -246,16 +247,14 @@ class TensorEncoder:
 class Encoder:
     """Turns inputs into messages, for one model and one set of options."""
 
-    def __init__(
-        self, template: InferRequest, priority: int, stream: str, limits: Limits, now: Callable[[], float]
-    ) -> None:
+    def __init__(self, template: InferRequest, priority: int, stream: str, limits: Limits, clock: BrokerClock) -> None:
         self._template = template
         self.model = template.model_name
         self.priority = priority
         self._stream = stream
         self._headers: Mapping[str, Any] = {"samphire_stream": stream}
         self._limits = limits
-        self._now = now
+        self._clock = clock
         self.queue = keys.queue_name(template.model_name, template.tenant)
         self._signature: ModelSignature | None = None
         self._forms: set[object] = set()
@@ -296,7 +295,8 @@ class Encoder:
             self.queue,
             self.priority,
             kwargsrepr=describe(request),
-            headers={**self._headers, "samphire_sent_at": round(self._now(), 3)},
+            headers=self._headers,
+            sent_at=round(self._clock.now(), 3),
         )
         return Encoded(task_id, message, tensors.blobs)
 

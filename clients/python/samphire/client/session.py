@@ -35,7 +35,7 @@ class Session:
         self.publisher = Publisher(broker, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
         self.waiter = Waiter(broker, self.stream)
         self.catalogue = ModelCatalogue(self.publisher.connection, broker.keys)
-        self._clock = BrokerClock(self.publisher.connection)
+        self.clock = BrokerClock(self.publisher.connection)
         self._validate = validate
         self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -62,15 +62,11 @@ class Session:
                 "which threads and loops may share"
             )
 
-    def now(self) -> float:
-        """The time by the broker's clock, as far as it is known, in s since 1970."""
-        return self._clock.now()
-
     async def when(self, eta: datetime | None, delay_s: float | None, deadline_s: float | None) -> dict[str, Any]:
         """The headers that say when a task may start, and until when it is of use, by the broker's clock."""
         if eta is None and delay_s is None and deadline_s is None:
             return {}
-        return when(eta, delay_s, deadline_s, await self._clock.fresh_now()).headers()
+        return when(eta, delay_s, deadline_s, await self.clock.fresh_now()).headers()
 
     async def signature(self, model: str, *, fresh: bool = False) -> ModelSignature | None:
         """What requests are checked against before anything is queued; None where they are not."""

@@ -87,8 +87,12 @@ def encode_task(
     kwargsrepr: str = "",
     canvas: Mapping[str, Any] = _NO_CANVAS,
     headers: Mapping[str, Any] = _NO_HEADERS,
+    sent_at: float | None = None,
 ) -> bytes:
-    """One protocol-2 message, ready to be pushed to a queue's list; `headers` replace those of an ordinary task."""
+    """One protocol-2 message, ready to be pushed to a queue's list.
+
+    `headers` replace those of an ordinary task; `sent_at` is when it was submitted, in s since 1970.
+    """
     return _encode(
         {
             "body": _encode(([], kwargs, canvas)).decode(),
@@ -109,6 +113,7 @@ def encode_task(
                 "kwargsrepr": kwargsrepr,
                 "origin": _ORIGIN,
                 "ignore_result": False,
+                "samphire_sent_at": sent_at,
                 **headers,
             },
             "properties": {
