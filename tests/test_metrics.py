@@ -6,6 +6,7 @@ import asyncio
 import re
 import subprocess
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_an_observer_that_fails_slows_nobody(valkey: Valkey, caplog: pytest.LogC
     """It is logged; the others are told, and the lane goes on."""
 
     class Failing(Observer):
-        def started(self, task: TaskSeen) -> None:
+        def started(self, tasks: Sequence[TaskSeen]) -> None:
             raise RuntimeError("of the observer's own")
 
         async def run(self) -> None:
@@ -147,11 +148,11 @@ def test_records_are_frozen() -> None:
     told: list[TaskSeen] = []
 
     class Changing(Observer):
-        def succeeded(self, task: TaskSeen) -> None:
-            told.append(task)
-            task.model = "another"  # type: ignore[misc]
+        def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
+            told.extend(tasks)
+            tasks[0].model = "another"  # type: ignore[misc]
 
-    Observers(Changing(), Changing()).succeeded(Request(Claimed("1:inference.one", 0, b""), "t"))
+    Observers(Changing(), Changing()).succeeded([Request(Claimed("1:inference.one", 0, b""), "t")])
     assert [task.model for task in told] == ["one", "one"]
 
 

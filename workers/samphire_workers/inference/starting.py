@@ -96,8 +96,8 @@ class Starter:
                 self._observers.dropped(request)
                 continue
             request.started_at = request.started_at or time.time()
-            self._observers.started(request)
             started.append(request)
+        self._observers.started(started)
         self._ledger.let_go(dropped)
         return started
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,23 +50,25 @@ class CeleryEvents(Observer):
         self._sent = SentTasks(app)
         self.enabled = True
 
-    def started(self, task: TaskSeen) -> None:
-        """A task goes to Triton: shown if the cap allows."""
-        worker_state.total_count[task.name] += 1  # what `inspect stats` tells
-        if not self._may_show() and not task.attempts:  # what a lost worker had started was shown, perhaps
-            return
-        self._shown.add(task.claim)
-        self._received(task)
-        self._add("task-started", task.task_id)
+    def started(self, tasks: Sequence[TaskSeen]) -> None:
+        """These begin to run: shown if the cap allows."""
+        for task in tasks:
+            worker_state.total_count[task.name] += 1  # what `inspect stats` tells
+            if not self._may_show() and not task.attempts:  # what a lost worker had started was shown, perhaps
+                continue
+            self._shown.add(task.claim)
+            self._received(task)
+            self._add("task-started", task.task_id)
 
-    def succeeded(self, task: TaskSeen) -> None:
-        """A task has its answer."""
+    def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
+        """These have their answers."""
         now = time.time()
-        runtime = now - (task.started_at or now)
-        if self._was_shown(task):
-            self._add("task-succeeded", task.task_id, last=True, result="", runtime=runtime)
-        elif self.enabled:
-            self._sent.ended(task.task_id, now, runtime)
+        for task in tasks:
+            runtime = now - (task.started_at or now)
+            if self._was_shown(task):
+                self._add("task-succeeded", task.task_id, last=True, result="", runtime=runtime)
+            elif self.enabled:
+                self._sent.ended(task.task_id, now, runtime)
 
     def dropped(self, task: TaskSeen) -> None:
         """A task is not this worker's any more: it goes back to its queue, and whoever ends it is to tell its end."""

@@ -81,12 +81,12 @@ class Metrics(Observer):
         """Tasks were claimed from a list."""
         self._claims.add(self._known(home_of(list_key)[0]), count=tasks)
 
-    def started(self, task: TaskSeen) -> None:
-        """A task goes to Triton."""
-        headers = task.headers
-        if headers is None or task.attempts or headers.eta or not headers.samphire_sent_at:
-            return
-        self._waits.add(max(0.0, task.at - headers.samphire_sent_at), self._known(task.model))
+    def started(self, tasks: Sequence[TaskSeen]) -> None:
+        """These begin to run."""
+        for task in tasks:
+            headers = task.headers
+            if headers is not None and headers.samphire_sent_at and not task.attempts and not headers.eta:
+                self._waits.add(max(0.0, task.at - headers.samphire_sent_at), self._known(task.model))
 
     def answered(self, batch: BatchSeen) -> None:
         """Triton has answered a micro-batch, or has not."""
@@ -96,9 +96,10 @@ class Metrics(Observer):
         if batch.error:
             self._failures.add(model, batch.error)
 
-    def succeeded(self, task: TaskSeen) -> None:
-        """A task has its answer."""
-        self._ends.add(self._known(task.model), "succeeded")
+    def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
+        """These have their answers."""
+        for task in tasks:
+            self._ends.add(self._known(task.model), "succeeded")
 
     def released(self, task: TaskSeen) -> None:
         """A task goes back to its queue."""

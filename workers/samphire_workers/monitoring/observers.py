@@ -86,14 +86,14 @@ class Observer:
     def claimed(self, list_key: str, tasks: int) -> None:
         """Tasks were claimed from a list."""
 
-    def started(self, task: TaskSeen) -> None:
-        """A task goes to Triton."""
+    def started(self, tasks: Sequence[TaskSeen]) -> None:
+        """These begin to run."""
 
     def answered(self, batch: BatchSeen) -> None:
         """Triton has answered a micro-batch, or has not."""
 
-    def succeeded(self, task: TaskSeen) -> None:
-        """A task has its answer."""
+    def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
+        """These have their answers."""
 
     def released(self, task: TaskSeen) -> None:
         """A task goes back to its queue."""
@@ -180,18 +180,20 @@ class Observers:
         """See `Observer`."""
         self._tell("claimed", list_key, tasks)
 
-    def started(self, request: Request) -> None:
-        """See `Observer`."""
-        request.seen = seen(request, self.now())
-        self._tell("started", request.seen)
+    def started(self, requests: Sequence[Request]) -> None:
+        """See `Observer`; one call for many tasks, since this is done for every task there is."""
+        now = self.now()
+        for request in requests:
+            request.seen = seen(request, now)
+        self._tell("started", [request.seen for request in requests])
 
     def answered(self, batch: BatchSeen) -> None:
         """See `Observer`."""
         self._tell("answered", batch)
 
-    def succeeded(self, request: Request) -> None:
+    def succeeded(self, requests: Sequence[Request]) -> None:
         """See `Observer`."""
-        self._tell_of("succeeded", request)
+        self._tell("succeeded", [request.seen or seen(request, self.now()) for request in requests])
 
     def released(self, request: Request) -> None:
         """See `Observer`."""

@@ -55,7 +55,7 @@ class Endings:
 
     async def succeed(self, answered: Sequence[tuple[Request, list[Tensor]]]) -> None:
         """End tasks that Triton has answered."""
-        done = outcome.now_text()
+        done, ended = outcome.now_text(), []
         for request, outputs in answered:
             if request.over:
                 continue
@@ -68,7 +68,9 @@ class Endings:
                 self.fail(request, our_error(error))
                 continue
             request.tensors = []
-            self._succeed(request, settlement, passed_on)
+            if self._succeed(request, settlement, passed_on):
+                ended.append(request)
+        self._observers.succeeded(ended)
 
     def succeed_with(self, request: Request, result: object) -> None:
         """End a task of another kind, with what it has for a result; JSON can hold it."""
@@ -77,16 +79,18 @@ class Endings:
         except Exception as error:  # noqa: BLE001 - a result that cannot be written is this task's alone
             self.fail(request, our_error(error))
         else:
-            self._succeed(request, settlement, result)
+            if self._succeed(request, settlement, result):
+                self._observers.succeeded([request])
 
-    def _succeed(self, request: Request, settlement: Settlement, passed_on: object) -> None:
+    def _succeed(self, request: Request, settlement: Settlement, passed_on: object) -> bool:
+        """Whether its end is on its way; else its next steps have to be found out first."""
         request.outcome = "succeeded"
         self.shortages = 0
         if request.canvas is None:
             self.settler.add(settlement)
-            self._observers.succeeded(request)
-        else:
-            self._work.begin(self._succeed_with_steps(request, settlement, passed_on))
+            return True
+        self._work.begin(self._succeed_with_steps(request, settlement, passed_on))
+        return False
 
     def fail(self, request: Request, error: SamphireError) -> None:
         """End an attempt that failed: there will be another, or the task, or unreadable message, is a dead letter."""
@@ -232,7 +236,7 @@ class Endings:
             self.fail(request, error)
         else:
             self.settler.add(with_steps(settlement, steps))
-            self._observers.succeeded(request)
+            self._observers.succeeded([request])
 
     async def _end_with_steps(
         self, request: Request, settlement: Settlement, find_steps: Callable[[], Awaitable[NextSteps]]
