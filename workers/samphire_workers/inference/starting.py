@@ -21,6 +21,9 @@ from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
 
+# To look a member up in its class takes longer than what is done with it, and this is done for every task.
+_RUNS, _NOT_YET = Started.RUNS, Started.NOT_YET
+
 
 class Starter:
     """Writes the start of tasks, and ends those that may not be started.
@@ -74,32 +77,34 @@ class Starter:
             return []
         marks = [(request.claim.field, request.task_id) for request in batch]
         verdicts = await persist(lambda: self._store.start(marks, self._info))
-        if Started.NOT_YET in verdicts:
+        if _NOT_YET in verdicts:
             return None
         started: list[Request] = []
         dropped: list[str] = []
         for request, verdict in zip(batch, verdicts, strict=True):
-            if request.over:
-                continue
-            if verdict is Started.CANCELLED:
-                self._endings.revoke(request, "cancelled")
-                continue
-            if isinstance(verdict, Tried):
-                request.attempts, request.crashes, request.losses, _ = verdict
-                if request.attempts >= policy_for(request.infer, self._settings).max_attempts:
-                    self.exhausted(request, verdict)
-                    continue
-            elif verdict in (Started.LOST, Started.COPY):  # there is nothing to write
-                logger.info("task %s is not run here (%s)", request.task_id, verdict.name, extra={"action": "dropped"})
-                request.over = True
-                dropped.append(request.claim.field)
-                self._observers.dropped(request)
+            if request.over or (verdict is not _RUNS and not self._may_run(request, verdict, dropped)):
                 continue
             request.started_at = request.started_at or time.time()
             started.append(request)
         self._observers.started(started)
         self._ledger.let_go(dropped)
         return started
+
+    def _may_run(self, request: Request, verdict: Started | Tried, dropped: list[str]) -> bool:
+        """Whether a task runs that was tried before, or of which the broker says something else."""
+        if isinstance(verdict, Tried):
+            request.attempts, request.crashes, request.losses, _ = verdict
+            if request.attempts < policy_for(request.infer, self._settings).max_attempts:
+                return True
+            self.exhausted(request, verdict)
+        elif verdict is Started.CANCELLED:
+            self._endings.revoke(request, "cancelled")
+        else:  # it is another worker's, or a copy of a task that has ended: there is nothing to write
+            logger.info("task %s is not run here (%s)", request.task_id, verdict.name, extra={"action": "dropped"})
+            request.over = True
+            dropped.append(request.claim.field)
+            self._observers.dropped(request)
+        return False
 
     def exhausted(self, request: Request, before: Tried) -> None:
         """Fail a task that has had all its attempts; this one is not made."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,8 +99,8 @@ class Metrics(Observer):
 
     def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
         """These have their answers."""
-        for task in tasks:
-            self._ends.add(self._known(task.model), "succeeded")
+        for model, count in Counter([task.model for task in tasks]).items():
+            self._ends.add(self._known(model), "succeeded", count=count)
 
     def released(self, task: TaskSeen) -> None:
         """A task goes back to its queue."""

@@ -10,11 +10,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from samphire.errors import SamphireError
-from samphire.wire.contract import Headers
+from samphire.wire import keys
+from samphire.wire.contract import Headers, InferRequest
 from samphire.wire.envelope import describe
 from samphire_workers.intake.request import Request
 
@@ -26,11 +26,6 @@ class TaskSeen(NamedTuple):
 
     claim: str
     task_id: str
-    name: str
-    """In Celery; "" where the message is not understood."""
-    list_key: str
-    """Key of the list that it was claimed from."""
-    model: str
     version: str
     attempts: int
     """Those before this one."""
@@ -39,8 +34,28 @@ class TaskSeen(NamedTuple):
     at: float
     """When this was seen, at its start if it has one, in s since 1970, by the broker's clock."""
     headers: Headers | None
-    described: Callable[[], str]
-    """Tells the request without its numbers."""
+    infer: InferRequest | None
+
+    @property
+    def name(self) -> str:
+        """In Celery; "" where the message is not understood."""
+        return self.headers.task if self.headers is not None else ""
+
+    @property
+    def list_key(self) -> str:
+        """Name of the list that it was claimed from."""
+        return keys.claim_list(self.claim)
+
+    @property
+    def model(self) -> str:
+        """As far as it is known."""
+        if self.infer is not None:
+            return self.infer.model_name
+        return keys.parse_queue(keys.split_list(self.list_key)[0])[0]
+
+    def described(self) -> str:
+        """The request without its numbers."""
+        return describe(self.infer) if self.infer is not None else ""
 
 
 class BatchSeen(NamedTuple):
@@ -138,21 +153,9 @@ class Observer:
 def seen(request: Request, now: float = 0.0) -> TaskSeen:
     """A request as observers get it."""
     headers = request.envelope.headers if request.envelope is not None else None
-    infer = request.infer
+    attempts, started_at = request.attempts, request.started_at
     return TaskSeen._make(
-        (
-            request.claim.field,
-            request.task_id,
-            headers.task if headers is not None else "",
-            request.claim.list_key,
-            request.model,
-            request.version,
-            request.attempts,
-            request.started_at,
-            now,
-            headers,
-            str if infer is None else partial(describe, infer),
-        )
+        (request.claim.field, request.task_id, request.version, attempts, started_at, now, headers, request.infer)
     )
 
 
