@@ -129,6 +129,12 @@ def test_triton_is_one_service_in_two_profiles(services: dict[str, Any]) -> None
     assert services["worker"]["environment"]["SAMPHIRE_TRITON_URLS"] == "triton:8001"
 
 
+def test_a_workers_metrics_are_reached_inside_the_network_only(services: dict[str, Any]) -> None:
+    worker = services["worker"]
+    assert (worker["environment"]["SAMPHIRE_METRICS_HOST"], worker.get("ports")) == ("0.0.0.0", None)
+    assert int(worker["environment"]["SAMPHIRE_METRICS_PORT"]) > 0
+
+
 def test_a_worker_may_finish_what_it_holds(services: dict[str, Any]) -> None:
     assert seconds(services["worker"]["stop_grace_period"]) >= 75
 
