@@ -27,6 +27,8 @@ from tests.support.names import KEYS
 from tests.workers import running_worker
 
 TIMEOUT_S = 30
+ERROR_S = ROUND_TRIP_MAX_S
+"""What client and worker together may be wrong about the broker's clock, each by half of a round trip."""
 SKEWS = ["-60s", "+60s"]
 DELAY_S = 3.0
 GIVEN_UP = (EndpointTimeoutError, TaskExpiredError)
@@ -86,12 +88,12 @@ def test_a_worker_whose_clock_is_wrong(
         assert client.submit("identity", one, deadline_s=20).result(TIMEOUT_S).outputs
         eventually(lambda: valkey.client.zscore(KEYS.scheduled, delayed.id), TIMEOUT_S, "the schedule")
         assert delayed.result(TIMEOUT_S).outputs
-        assert DELAY_S <= broker_s(valkey.client) - began < DELAY_S + 20
+        assert DELAY_S - ERROR_S <= broker_s(valkey.client) - began < DELAY_S + 20
         began = broker_s(valkey.client)
         blocker = client.submit("slow", {"seconds": np.array([[20.0]], np.float32)}, deadline_s=2)
         with pytest.raises(GIVEN_UP):
             blocker.result(TIMEOUT_S)
-        assert broker_s(valkey.client) - began >= 1.9
+        assert broker_s(valkey.client) - began >= 2 - ERROR_S
         said = rf"this machine's clock is \{skew[0]}(59|60|61)\.\d s from the broker's"
         eventually(lambda: re.search(said, worker.log()), TIMEOUT_S, "the log")
         warned = [f.found for f in check_work(valkey.client, KEYS, look(valkey.client, KEYS)) if f.name == "clock"]
@@ -106,8 +108,8 @@ def test_a_client_whose_clock_is_wrong(stack: Up, faketime: Sequence[str], skew:
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)
     assert abs(told["clock"] - time.time()) > 30, "its clock was wrong"
-    assert told["delayed_s"] >= DELAY_S - 0.01
-    assert told["error"] in [error.__name__ for error in GIVEN_UP] and told["gave_up_s"] >= 1.9
+    assert told["delayed_s"] >= DELAY_S - ERROR_S
+    assert told["error"] in [error.__name__ for error in GIVEN_UP] and told["gave_up_s"] >= 2 - ERROR_S
 
 
 def test_the_brokers_time_is_kept(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
