@@ -52,7 +52,7 @@ def test_others_hear_of_a_started_task_that_goes_back(valkey: Valkey, app: Celer
     listener.listen()
     eventually(lambda: listens(valkey), TIMEOUT_S, "a listener")
     events = CeleryEvents(app, "a@host", 600)
-    task = seen(Request(Claimed("1:inference.one", 0, b""), "t1"))
+    task = seen(Request(Claimed("1:inference.one", 0, b""), "t1"), time.time())
     events.started([task])
     events.dropped(task)
     events._send(events._buffer)

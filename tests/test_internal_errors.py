@@ -91,7 +91,7 @@ def lane_beside(valkey: Valkey, triton_grpc: str) -> Iterator[asyncio.Runner]:
                 Canvas(app, "w1@host"),
             )
             endpoints = Endpoints((triton_grpc,))
-            lane = Lane(settings, store, endpoints, info, Observers(events), watch, canvas)
+            lane = Lane(settings, store, endpoints, info, Observers(events, now=store.clock.now), watch, canvas)
             running = asyncio.create_task(lane.run())
 
             async def stop() -> None:

@@ -247,19 +247,27 @@ def test_what_only_celery_reads_of_a_message_is_the_producers_too(junk: bytes) -
     assert isinstance(error, InvalidInputError) and request.task_id == HEADERS["id"]
 
 
-@pytest.mark.parametrize("junk", ['"\xf4x"', "1e9999"], ids=["no text", "no number"])
-def test_numbers_that_are_none_are_the_producers(junk: str) -> None:
-    """Also where the body is no text of its message, so nobody has looked at it."""
+def in_base64(junk: str) -> bytes:
+    """A message whose body, which is no text of the message, has this for its only number."""
     text = json.dumps([[], BODY, {}]).replace("[1.0]", f"[{junk}]").encode("latin-1")
-    made = json.loads(message("", {**HEADERS, "task": "samphire.infer", "group": None}))
-    made["body"], made["properties"]["body_encoding"] = base64.b64encode(text).decode(), "base64"
-    data = json.dumps(made).encode()
+    properties = {"correlation_id": "task-1", "body_encoding": "base64"}
+    return message(base64.b64encode(text).decode(), {**HEADERS, "group": None}, coded=False, properties=properties)
+
+
+def test_a_body_that_is_no_text_is_the_producers() -> None:
+    """Whatever of it is asked for."""
+    data = in_base64('"\xf4x"')
+    _, error = read(Claimed("1:inference.m", len(data), data), Settings(), KINDS)
+    assert isinstance(error, InvalidInputError)
+
+
+def test_a_number_that_is_none_is_the_producers() -> None:
+    """It is found only when it is loaded."""
+    data = in_base64("1e9999")
     request, error = read(Claimed("1:inference.m", len(data), data), Settings(), KINDS)
-    if error is None:
-        with pytest.raises(InvalidInputError, match="expected data in JSON"):
-            load(request, {})
-    else:
-        assert isinstance(error, InvalidInputError)
+    assert error is None
+    with pytest.raises(InvalidInputError, match="expected data in JSON"):
+        load(request, {})
 
 
 def test_a_client_whose_message_is_too_large_is_told(stack: Up) -> None:

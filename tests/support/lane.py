@@ -184,7 +184,7 @@ class LaneWorker:
         self.watch = QueueWatch(self.settings.broker)
         self.canvas = Canvas(app, self.info.hostname)
         self.endpoints = Endpoints(self.settings.triton_urls)
-        observers = Observers(CeleryEvents(app, self.info.hostname, 0), *self.observers)
+        observers = Observers(CeleryEvents(app, self.info.hostname, 0), *self.observers, now=self.store.clock.now)
         parts = (self.settings, self.store, self.endpoints, self.info, observers, self.watch, self.canvas)
         self.lane = Lane(*parts, self.kinds)
         self.tasks.append(asyncio.create_task(self.lane.run()))

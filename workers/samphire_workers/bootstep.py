@@ -203,7 +203,7 @@ class LaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             endpoints = Endpoints(self._settings.triton_urls)
             events = CeleryEvents(self._app, self._info.hostname, self._settings.events_per_s)
             events.enabled = send_events
-            observers = Observers(events, *self._metrics_observers)
+            observers = Observers(events, *self._metrics_observers, now=store.clock.now)
             watch = QueueWatch(self._settings.broker)
             canvas = Canvas(self._app, self._info.hostname)
             self._lane = Lane(self._settings, store, endpoints, self._info, observers, watch, canvas)

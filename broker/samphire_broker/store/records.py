@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from samphire.errors import SamphireError
 from samphire.wire import keys
@@ -70,11 +70,19 @@ class Looked(IntEnum):
 class Led(IntEnum):
     """What `lead` says of a model."""
 
-    NOT = 0
+    NOT_HERE = 0
     """Another worker leads it, or none any more."""
     ALONE = 1
     BESIDE_OTHERS = 2
     """This worker leads it, and others hold some of its tasks yet."""
+
+
+V = TypeVar("V", bound=IntEnum)
+
+
+def by_value(verdicts: type[V]) -> dict[int, V]:
+    """The verdicts by their numbers: of those that are asked for often, since an enum's own look-up is slow."""
+    return {int(verdict): verdict for verdict in verdicts}
 
 
 class LeaseLostError(SamphireError):

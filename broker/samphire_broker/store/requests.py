@@ -12,7 +12,7 @@ from samphire.wire import keys
 from samphire.wire.contract import DELETED, Ref
 from samphire_broker.settings import Settings
 from samphire_broker.store.calls import Calls
-from samphire_broker.store.records import STREAM_MAX_LENGTH, STREAM_TTL_S, LetterCounts, Looked, Scheduled
+from samphire_broker.store.records import STREAM_MAX_LENGTH, STREAM_TTL_S, LetterCounts, Looked, Scheduled, by_value
 
 CANCELLED_MAX = 100_000
 CANCELLED_TTL_S = 7 * 86_400
@@ -23,6 +23,8 @@ LETTERS_MAX = 200
 CATALOGUE_TTL_S = 60
 NAMES_A_CALL = 1000
 LISTS_A_CALL = 400
+
+_LOOKED = by_value(Looked)
 
 
 class Requests(Calls):
@@ -159,7 +161,8 @@ class Requests(Calls):
 
     async def look_at_queues(self, old: Sequence[str], others: Sequence[str]) -> list[Looked]:
         """Look which queues, the old ones and the others, hold something; of the old the names of empty ones go."""
-        return [Looked(v) for v in await self._run("forget", [self.keys.queues], [len(old), *old, *others])]
+        verdicts = await self._run("forget", [self.keys.queues], [len(old), *old, *others])
+        return [_LOOKED[verdict] for verdict in verdicts]
 
     async def depths(self, lists: Sequence[str]) -> list[tuple[int | None, float | None]]:
         """How many messages lie in each of some lists, and when the one that is next was submitted, in s since 1970.

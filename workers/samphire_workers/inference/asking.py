@@ -162,8 +162,7 @@ class Asker:
             failed = type(error).__name__
             raise
         finally:
-            rows = sum(request.rows for request in batch)
-            self._observers.answered(BatchSeen(asked.model, len(batch), rows, time.monotonic() - asked.at, failed))
+            self._observers.answered(BatchSeen(asked.model, len(batch), time.monotonic() - asked.at, failed))
 
     async def _what_to_tell(self, asked: _Asked, error: SamphireError) -> SamphireError:
         """The error that those who asked get; what is served is told first what it says of the model."""

@@ -8,12 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from samphire.errors import (
-    ModelFaultError,
-    SamphireError,
-    TaskCancelledError,
-    WorkerCrashError,
-)
+from samphire.errors import ModelFaultError, SamphireError, TaskCancelledError, WorkerCrashError
 from samphire_broker.retry import policy_for
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store, Tried

@@ -120,10 +120,10 @@ class Sequences:
         """Note what `Store.lead` has said; whether there is a model more to claim from."""
         if verdict is not Led.ALONE:
             self._led.discard(model)
-        if verdict is Led.NOT and model in self._own:
+        if verdict is Led.NOT_HERE and model in self._own:
             self._own.discard(model)
             await self._forget_model(model)
-        if verdict is not Led.NOT:
+        if verdict is not Led.NOT_HERE:
             self._own.add(model)
         if verdict is not Led.ALONE or model in self._led:
             return False

@@ -1,4 +1,4 @@
-"""The table of the kinds of task that a lane runs."""
+"""Which kind a message is of: by its name in Celery, and by the queue that it came from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from samphire_workers.intake.request import Kind
 
 
 class Kinds:
-    """The table of the kinds that a lane runs."""
+    """The kinds that a lane runs."""
 
     def __init__(self, kinds: Iterable[Kind]) -> None:
         self._by_task = {kind.task: kind for kind in kinds}

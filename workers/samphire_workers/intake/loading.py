@@ -72,7 +72,7 @@ def _values(tensor: InputTensor, fetched: Mapping[str, bytes]) -> bytes:
     elif isinstance(tensor.ref, Ref):
         data = fetched[tensor.ref.key]
     else:
-        values = parse(_decode_json, bytes(tensor.data), f"input {tensor.name!r}: expected data in JSON")  # type: ignore[arg-type]
+        values = parse(_decode_json, tensor.data, f"input {tensor.name!r}: expected data in JSON")  # type: ignore[arg-type]
         data = values_to_bytes(tensor.name, tensor.datatype, tensor.shape, values)
     check_bytes(tensor.name, tensor.datatype, tensor.shape, data)
     return data

@@ -78,7 +78,7 @@ def _parent(infer: InferRequest, args: Sequence[Raw]) -> ParentResult | list[Par
         f"input {tensor.name!r}: from {tensor.from_!r} expects the result of an inference as first argument, an object "
         "with outputs or a list of such"
     )
-    parent: ParentResult | list[ParentResult] = parse(_decode, bytes(args[0]), expected)
+    parent: ParentResult | list[ParentResult] = parse(_decode, args[0], expected)
     return parent
 
 

@@ -79,8 +79,7 @@ def _read_into(request: Request, claim: Claimed, settings: Settings, kinds: Kind
 def read_inference(request: Request, envelope: Envelope, settings: Settings) -> None:
     """Read a `samphire.infer`; raises as `Kind.read` does."""
     args, infer, canvas = decode_body(envelope, settings.max_message_bytes)
-    request.canvas = _canvas_request(request.claim, canvas)
-    request.times = times_of(envelope.headers)
+    _note(request, envelope, canvas)
     if infer.contract != CONTRACT_VERSION:
         raise InvalidInputError(f"expected contract version {CONTRACT_VERSION}, given {infer.contract}")
     request.infer = infer
@@ -99,9 +98,13 @@ def read_arguments(request: Request, envelope: Envelope, settings: Settings) -> 
         InvalidInputError: another serializer than JSON, or a body or header that is not understood.
     """
     args, kwargs, canvas = decode_arguments(envelope, settings.max_message_bytes)
+    _note(request, envelope, canvas)
+    return args, kwargs
+
+
+def _note(request: Request, envelope: Envelope, canvas: CanvasFields) -> None:
     request.canvas = _canvas_request(request.claim, canvas)
     request.times = times_of(envelope.headers)
-    return args, kwargs
 
 
 def read_chord_part(request: Request, envelope: Envelope, settings: Settings) -> None:

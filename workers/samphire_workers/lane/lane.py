@@ -18,11 +18,7 @@ from typing import NamedTuple
 from samphire.errors import SamphireError
 from samphire.wire.envelope import describe
 from samphire_broker.settings import Settings
-from samphire_broker.store import (
-    Claimed,
-    Store,
-    WorkerInfo,
-)
+from samphire_broker.store import Claimed, Store, WorkerInfo
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.claims.limits import AdaptiveLimits
 from samphire_workers.inference.dispatcher import Dispatcher
@@ -86,7 +82,6 @@ class Lane:
         self._store = store
         self._endpoints = endpoints
         self._observers = observers
-        observers.now = store.clock.now
         self._watch = watch
         self._work = work = Work()
         self._round_robin = RoundRobin(settings.queue_weights)

@@ -1,7 +1,6 @@
 """Figures for prometheus-client that cost a lane next to nothing: it adds to plain numbers, and who reads them formats.
 
-The library's own counters take a lock and build a child for each addition, which is a tenth of what a busy lane has for
-a task.
+The library's own counters take a lock for each addition. Here one thread adds, and another reads what it finds.
 """
 
 from __future__ import annotations

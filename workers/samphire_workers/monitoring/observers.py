@@ -63,7 +63,6 @@ class BatchSeen(NamedTuple):
 
     model: str
     tasks: int
-    rows: int
     seconds: float
     error: str
     """Name of the error's class; "" for an answer."""
@@ -150,8 +149,8 @@ class Observer:
         """What it does beside the lane, for ever or until it is done."""
 
 
-def seen(request: Request, now: float = 0.0) -> TaskSeen:
-    """A request as observers get it."""
+def seen(request: Request, now: float) -> TaskSeen:
+    """A request as observers get it; `now` is the broker's time, in s since 1970."""
     headers = request.envelope.headers if request.envelope is not None else None
     attempts, started_at = request.attempts, request.started_at
     return TaskSeen._make(
@@ -160,14 +159,18 @@ def seen(request: Request, now: float = 0.0) -> TaskSeen:
 
 
 class Observers:
-    """All observers of a lane, told one after the other."""
+    """All observers of a lane, told one after the other.
 
-    def __init__(self, *observers: Observer) -> None:
+    Args:
+        observers: who is told.
+        now: the broker's clock, in s since 1970.
+    """
+
+    def __init__(self, *observers: Observer, now: Callable[[], float] = time.time) -> None:
         self._all = observers
+        self._now = now
         self._calls = {name: _those_who_take(observers, name) for name in _TOLD}
         """By what is told: who takes it, and how."""
-        self.now: Callable[[], float] = time.time
-        """The broker's clock, once a lane has set it."""
 
     @property
     def want_states(self) -> bool:
@@ -185,7 +188,7 @@ class Observers:
 
     def started(self, requests: Sequence[Request]) -> None:
         """See `Observer`; one call for many tasks, since this is done for every task there is."""
-        now = self.now()
+        now = self._now()
         for request in requests:
             request.seen = seen(request, now)
         self._tell("started", [request.seen for request in requests])
@@ -196,7 +199,7 @@ class Observers:
 
     def succeeded(self, requests: Sequence[Request]) -> None:
         """See `Observer`."""
-        self._tell("succeeded", [request.seen or seen(request, self.now()) for request in requests])
+        self._tell("succeeded", [request.seen or seen(request, self._now()) for request in requests])
 
     def released(self, request: Request) -> None:
         """See `Observer`."""
@@ -274,7 +277,7 @@ class Observers:
 
     def _tell_of(self, what: str, request: Request, *told: object) -> None:
         if self._calls[what]:
-            self._tell(what, request.seen or seen(request, self.now()), *told)
+            self._tell(what, request.seen or seen(request, self._now()), *told)
 
 
 _TOLD = [name for name, member in vars(Observer).items() if callable(member) and name not in ("run", "__init__")]

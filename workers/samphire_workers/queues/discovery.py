@@ -33,6 +33,9 @@ SCANS_A_LOOK = 20
 
 LOOKUPS_AT_ONCE = 8
 
+# To look a member up in its class takes longer than what is done with it, and this is done for every queue.
+_HOLDS_SOMETHING, _FORGOTTEN = Looked.HOLDS_SOMETHING, Looked.FORGOTTEN
+
 FORGET_S = 60.0
 """A queue that is empty and was not used for so long is forgotten, until its next message."""
 COLD_S = 2.0
@@ -223,19 +226,19 @@ class QueueDiscovery:
             del self._forgotten[queue]
             self._forgotten[queue] = None
         verdicts = await self._store.look_at_queues([], queues)
-        full = [queue for queue, verdict in zip(queues, verdicts, strict=True) if verdict is Looked.HOLDS_SOMETHING]
+        full = [queue for queue, verdict in zip(queues, verdicts, strict=True) if verdict is _HOLDS_SOMETHING]
         if full:
             self.serve(full)
             self._watch.wake()
 
     def _note(self, answered: Collection[tuple[str, Looked]], now: float) -> None:
-        full = [queue for queue, verdict in answered if verdict is Looked.HOLDS_SOMETHING]
+        full = [queue for queue, verdict in answered if verdict is _HOLDS_SOMETHING]
         for queue in full:
             self._since[queue] = now - COLD_S
         self._take_up(full)
         if self._round_robin.are_many:
-            self._round_robin.set_aside([queue for queue, verdict in answered if verdict is not Looked.HOLDS_SOMETHING])
-        if gone := {queue for queue, verdict in answered if verdict is Looked.FORGOTTEN}:
+            self._round_robin.set_aside([queue for queue, verdict in answered if verdict is not _HOLDS_SOMETHING])
+        if gone := {queue for queue, verdict in answered if verdict is _FORGOTTEN}:
             self._round_robin.forget(gone)
             self._watch.forget(gone)
             for queue in gone:

@@ -132,9 +132,8 @@ class Endings:
         if request.canvas is None:
             self.settler.add(settlement)
         else:
-            self._work.begin(
-                self._end_with_steps(request, settlement, lambda: self._canvas.after_failure(request, error))
-            )
+            after = partial(self._canvas.after_failure, request, error)
+            self._work.begin(self._end_with_steps(request, settlement, after))
         self._observers.failed(request, error, decision.reason)
 
     def revoke(self, request: Request, state: Literal["cancelled", "expired"]) -> None:

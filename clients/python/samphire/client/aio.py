@@ -24,10 +24,7 @@ from samphire.client.pipeline import Stage, StepOptions, encode_chain, stages_of
 from samphire.client.results import InferResult
 from samphire.client.session import Session
 from samphire.client.task import AsyncTask
-from samphire.errors import (
-    InvalidInputError,
-    SamphireError,
-)
+from samphire.errors import InvalidInputError, SamphireError
 from samphire.transport.address import Broker, broker_of
 from samphire.wire import keys
 from samphire.wire.contract import Backoff, check_task_id, check_tenant

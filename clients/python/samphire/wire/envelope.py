@@ -128,12 +128,12 @@ def encode_task(
     )
 
 
-def parse(decode: Any, data: bytes | str, what: str) -> Any:
+def parse(decode: Any, data: bytes | str | msgspec.Raw, what: str) -> Any:
     """JSON read by a decoder of msgspec's.
 
     Args:
         decode: reads it, and raises as msgspec does.
-        data: the JSON.
+        data: the JSON; a part of what was read before (`Raw`) is known to be text.
         what: begins the error.
 
     Raises:
@@ -145,7 +145,7 @@ def parse(decode: Any, data: bytes | str, what: str) -> Any:
         return decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         hint = ""
-        sample = data if isinstance(data, bytes) else data.encode(errors="replace")
+        sample = data.encode(errors="replace") if isinstance(data, str) else bytes(data)
         if b"NaN" in sample or b"Infinity" in sample:
             hint = " (JSON has no NaN or Infinity: send such tensors as raw)"
         raise InvalidInputError(f"{what}: {error or type(error).__name__}{hint}") from error
