@@ -296,7 +296,7 @@ class Encoder:
             self.priority,
             kwargsrepr=describe(request),
             headers=self._headers,
-            sent_at=round(self._clock.now(), 3),
+            sent_at=int(self._clock.now() * 1000) / 1000,  # `round` takes ten times as long
         )
         return Encoded(task_id, message, tensors.blobs)
 
