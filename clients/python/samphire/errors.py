@@ -19,6 +19,7 @@
     │   ├── TaskCancelledError     somebody cancelled it
     │   ├── ResultDeletedError     its result was read, and deleted as asked for
     │   └── ResultExpiredError     it has ended, and its result's lifetime is over
+    ├── StreamDiffersError         a stream that was to be resumed began anew with other outputs
     ├── UnknownTaskError           no such task is queued, scheduled, running or ended
     ├── LetterGoneError            there is no such dead letter
     ├── LetterRefusedError         the dead letter cannot be redriven; it stays
@@ -156,6 +157,12 @@ class ResultExpiredError(TaskGoneError):
     """The task has ended, and its result's lifetime is over."""
 
     default_message: ClassVar[str] = "The task has ended, and its result's lifetime is over."
+
+
+class StreamDiffersError(SamphireError):
+    """The stream began anew with other outputs."""
+
+    default_message: ClassVar[str] = "The stream began anew with other outputs."
 
 
 class UnknownTaskError(SamphireError):

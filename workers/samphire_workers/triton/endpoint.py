@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -25,7 +25,8 @@ from samphire.errors import (
     UnknownModelError,
 )
 from samphire.wire.signature import ModelSignature, TensorSpec
-from samphire_workers.triton.errors import UnclearUnavailableError, translate
+from samphire_workers.triton.errors import StalledError, UnclearUnavailableError, translate
+from samphire_workers.triton.messages import StreamedResponse, Tensor, flag, infer_request, parameters_of, tensors_of
 
 CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
@@ -73,53 +74,22 @@ class Running:
             if self._call is not None:
                 self._call.cancel()
 
-    async def wait(self, call: Any) -> Any:
-        """The answer of a call."""
+    def attach(self, call: Any) -> None:
+        """This is the call; raises `why` where it was stopped before."""
         if self.why is not None:
             call.cancel()
             raise self.why
         self._call = call
+
+    async def wait(self, call: Any) -> Any:
+        """The answer of a call."""
+        self.attach(call)
         try:
             return await call
         except asyncio.CancelledError:
             if self.why is None:
                 raise
             raise self.why from None
-
-
-class Tensor(NamedTuple):
-    """A tensor's bytes: row-major little-endian, BYTES with length prefixes."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-    data: bytes
-
-
-def set_parameters(target: Any, parameters: Mapping[str, object]) -> None:
-    """Put OIP parameters (bool, int, float, str) into a protobuf map of InferParameter.
-
-    Raises:
-        InvalidInputError: a value of another type, or an integer over 64 bits.
-    """
-    for name, value in parameters.items():
-        try:
-            if isinstance(value, bool):
-                target[name].bool_param = value
-            elif isinstance(value, int):
-                target[name].int64_param = value
-            elif isinstance(value, float):
-                target[name].double_param = value
-            elif isinstance(value, str):
-                target[name].string_param = value
-            else:
-                raise InvalidInputError(
-                    f"parameter {name!r}: expected a boolean, number or string, given {type(value).__name__}"
-                )
-        except ValueError as error:
-            if isinstance(error, InvalidInputError):
-                raise
-            raise InvalidInputError(f"parameter {name!r}: {error}") from error
 
 
 class Endpoint:
@@ -236,17 +206,8 @@ class Endpoint:
         Raises:
             SamphireError: what `running` was stopped with.
         """
-        request = service_pb2.ModelInferRequest(model_name=model, model_version=version)
-        for tensor in tensors:
-            request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-            request.raw_input_contents.append(tensor.data)
+        request = infer_request(model, version, tensors, outputs, parameters, timeout_s)
         del tensors  # the request has copies: large ones need not be held twice
-        for name in outputs:
-            request.outputs.add(name=name)
-        if parameters:
-            set_parameters(request.parameters, parameters)
-        if "timeout" not in request.parameters:
-            request.parameters["timeout"].int64_param = math.ceil(timeout_s * 1e6)
         self._running.add(running)
         try:
             answer = await self._call("ModelInfer", request, timeout_s, running)
@@ -256,15 +217,99 @@ class Endpoint:
             raise
         finally:
             self._running.discard(running)
-        if len(answer.raw_output_contents) != len(answer.outputs):
-            raise ModelFaultError(
-                f"model {model!r} answered {len(answer.outputs)} outputs with the bytes of "
-                f"{len(answer.raw_output_contents)}"
-            )
-        return [
-            Tensor(output.name, output.datatype, list(output.shape), data)
-            for output, data in zip(answer.outputs, answer.raw_output_contents, strict=True)
-        ]
+        return tensors_of(model, answer)
+
+    async def stream(
+        self,
+        model: str,
+        version: str,
+        tensors: Sequence[Tensor],
+        outputs: Iterable[str],
+        parameters: Mapping[str, object],
+        timeout_s: float,
+        stall_s: float,
+        running: Running,
+    ) -> AsyncGenerator[StreamedResponse, None]:
+        """Run one request of a decoupled model, and yield its responses as they come, on a call of its own.
+
+        Source: Triton's decoupled transaction policy; `triton_final_response` marks the last response, which is asked
+        for also where it is empty, and `triton_grpc_error` has errors end the call with their status.
+
+        Args:
+            model, version, tensors, outputs, parameters, running: as for `infer`.
+            timeout_s: how long it may take in all; `inf` for any time.
+            stall_s: how long the model may give out nothing.
+
+        Raises:
+            ModelFaultError: the call ended, and no response was marked as the last: what came may not be all.
+            SamphireError: what `running` was stopped with.
+        """
+        request = infer_request(model, version, tensors, outputs, parameters, timeout_s)
+        del tensors
+        request.parameters["triton_enable_empty_final_response"].bool_param = True
+        call = self._stub.ModelStreamInfer(
+            timeout=None if timeout_s == math.inf else timeout_s, metadata=(("triton_grpc_error", "true"),)
+        )
+        self._running.add(running)
+        watch = _Stall(running, stall_s, model)
+        try:
+            running.attach(call)
+            await call.write(request)
+            await call.done_writing()
+            is_complete = False
+            while (message := await call.read()) is not grpc.aio.EOF:
+                watch.seen()
+                if message.error_message:
+                    raise translate(grpc.StatusCode.UNKNOWN, message.error_message)
+                answer = message.infer_response
+                is_complete = is_complete or flag(answer.parameters, "triton_final_response")
+                if answer.outputs or len(answer.parameters) > 1:
+                    yield StreamedResponse(tensors_of(model, answer), parameters_of(answer.parameters))
+            if (code := await call.code()) is not grpc.StatusCode.OK:
+                raise translate(code, await call.details() or "", None)
+            if not is_complete:
+                raise ModelFaultError(f"the stream of model {model!r} ended without a final response: it is not whole")
+        except grpc.aio.AioRpcError as error:
+            raise await self._stream_error(model, version, error) from error
+        except asyncio.CancelledError:
+            if running.why is None:
+                raise
+            raise running.why from None
+        finally:
+            watch.end()
+            call.cancel()
+            self._running.discard(running)
+
+    async def _stream_error(self, model: str, version: str, error: grpc.aio.AioRpcError) -> SamphireError:
+        found = translate(error.code(), error.details() or "", _pushback_s(error))
+        if isinstance(found, UnclearUnavailableError) and await self.is_model_ready(model, version):
+            return ModelFaultError(f"model {model!r} answered: {found}")
+        return found
+
+
+class _Stall:
+    """Stops a call whose model gives out nothing for too long."""
+
+    def __init__(self, running: Running, stall_s: float, model: str) -> None:
+        self._running, self._stall_s, self._model = running, stall_s, model
+        self._loop = asyncio.get_running_loop()
+        self._seen_at = self._loop.time()
+        self._timer = self._loop.call_later(stall_s, self._look)
+
+    def seen(self) -> None:
+        """It has given out something."""
+        self._seen_at = self._loop.time()
+
+    def end(self) -> None:
+        """It is over."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        left_s = self._seen_at + self._stall_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+        else:
+            self._running.stop(StalledError(f"model {self._model!r} has given out nothing for {self._stall_s:g} s"))
 
 
 def _spec(tensor: Any, *, optional: bool = False) -> TensorSpec:

@@ -57,6 +57,10 @@ class StubDiedError(EndpointUnavailableError):
     """The process of a Python model has died; the model says that it is ready, and never answers again."""
 
 
+class StalledError(EndpointTimeoutError):
+    """A model that streams has given out nothing for too long."""
+
+
 class UnclearUnavailableError(EndpointUnavailableError):
     """The status says that the endpoint is away, the text is not gRPC's or Triton's: a proxy's, or the model's own.
 

@@ -1,5 +1,5 @@
 -- release: hand claimed messages back to the head of their lists, as if they had not been claimed.
--- With: attempts
+-- With: attempts, log
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 tried
 -- ARGV  1 prefix of result keys   2 prefix of task hashes   3 lifetime of task hashes in s
 --       4 if what had started may be to blame, what to write of the attempt (JSON), else ""
@@ -41,6 +41,7 @@ for i = #ARGV, 6, -1 do -- the last claimed goes back first, so the order is kep
         try('DEL', meta_prefix .. id)
       end
       call('HDEL', started_key, field)
+      log_event(id, 'queued')
     end
     call('HDEL', inflight_key, field)
     moved = moved + 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import hiredis
@@ -31,6 +31,9 @@ COMMAND_TIMEOUT_S = 15.0
 
 Argument = str | bytes | int | float
 
+Exchange = Callable[..., Awaitable[Any]]
+"""Sends a command on a connection that has just been opened, and returns its reply."""
+
 
 class Script:
     """A Lua script, called by its SHA-1 and loaded where the server does not know it."""
@@ -43,7 +46,15 @@ class Script:
 class DirectConnection:
     """One connection; opened with the first command, and again after an error."""
 
-    def __init__(self, address: Address, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        address: Address,
+        *,
+        name: str | None = None,
+        on_open: Callable[[Exchange], Awaitable[None]] | None = None,
+    ) -> None:
+        self._on_open = on_open
+        """What is done on each connection before anything else."""
         self._pool = connection_pool(address, name)
         self._connection: AbstractConnection | None = None
         self._transport: asyncio.WriteTransport | None = None
@@ -118,9 +129,32 @@ class DirectConnection:
                 self._connection = connection
                 self._transport = connection._writer.transport if connection._writer is not None else None
                 self.opened += 1
-            packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # any number of arguments
-            await self._connection.send_packed_command(packed, check_health=False)
-            return await self._connection.read_response()
+                if self._on_open is not None:
+                    await self._on_open(self._exchange)
+            return await self._exchange(*command)
+
+    async def _exchange(self, *command: Argument) -> Any:
+        await self._send(command)
+        assert self._connection is not None
+        return await self._connection.read_response()
+
+    async def _send(self, command: tuple[Argument, ...]) -> None:
+        if self._connection is None:
+            raise BrokerUnavailableError("the broker is away: not connected")
+        packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # any number of arguments
+        await self._connection.send_packed_command(packed, check_health=False)
+
+    async def send(self, *command: Argument) -> None:
+        """Send a command whose reply `read` gets, on a connection that has subscribed.
+
+        Raises:
+            BrokerUnavailableError: it is not connected any more.
+        """
+        try:
+            await self._send(command)
+        except (RedisError, OSError) as error:
+            await self.close()
+            raise translate(error) from error
 
     async def read(self, timeout_s: float) -> Any:
         """Return the next reply of a connection that has subscribed; None after `timeout_s` without one."""

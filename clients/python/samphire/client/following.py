@@ -1,0 +1,238 @@
+"""Following one task: its log from a position on, with a word on what is not there any more, until its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from typing import get_args
+
+from samphire.client.events import STATUS_AFTER, EventKind, TaskEvent
+from samphire.client.log_reader import Entry
+from samphire.client.results import TERMINAL, InferResult, Status, streamed_array
+from samphire.client.session import Session
+from samphire.client.waiter import Look
+from samphire.errors import (
+    BrokerRightError,
+    ProtocolError,
+    ResultExpiredError,
+    SamphireError,
+    UnknownTaskError,
+)
+from samphire.wire.outputs import decode_outputs
+from samphire.wire.positions import ATTEMPTS, BEGINNING, Place, parse_position
+
+LOOK_S = 5.0
+"""A reader that hears nothing looks after this long."""
+
+
+class Following:
+    """One reader of one task's log.
+
+    Args:
+        session: of the client.
+        task_id: whose log.
+        after: position to begin after; None: the beginning.
+        look: how its end is looked for.
+
+    Raises:
+        InvalidInputError: `after` is no position of this task's.
+    """
+
+    def __init__(self, session: Session, task_id: str, after: str | None, look: Look) -> None:
+        self._session = session
+        self._logs = session.logs
+        self._task_id = task_id
+        self._look = look
+        self._epoch = ""
+        self._after = after
+        self._place = BEGINNING
+        """Of the last event that was given out."""
+        self._has_ended = False
+        """The last entry that was read is an end."""
+        if after is not None:
+            self._epoch, self._place = parse_position(task_id, after)
+
+    async def events(self) -> AsyncGenerator[TaskEvent, None]:
+        """The events, as `AsyncTask.events` says."""
+        heard = self._logs.follow(self._task_id)
+        ending = self._session.waiter.expect(self._task_id, self._look)
+        wake: Callable[[object], None] = lambda _: heard.set()  # noqa: E731 - it has to be taken away again
+        ending.add_done_callback(wake)
+        try:
+            async for event in self._opened():
+                yield event
+            while True:
+                heard.clear()
+                is_over = ending.done()
+                entries = await self._logs.read(self._task_id, self._place)
+                for entry in entries:
+                    async for event in self._events_in(entry):
+                        yield event
+                if entries:
+                    self._has_ended = entries[-1].event in TERMINAL
+                    continue  # where it has ended, another run may have begun
+                if self._has_ended:
+                    return
+                if is_over:
+                    async for event in self._end_elsewhere(ending):
+                        yield event
+                    return
+                async for event in self._waited(heard):
+                    yield event
+        finally:
+            ending.remove_done_callback(wake)
+            self._logs.forget(self._task_id, heard)
+            self._session.waiter.forget([self._task_id])
+
+    # -- where the log begins -----------------------------------------------------------------------
+
+    async def _opened(self) -> AsyncGenerator[TaskEvent, None]:
+        """What a reader has to know before the first event."""
+        epoch, bounds = await self._logs.epoch(), await self._logs.bounds(self._task_id)
+        known, self._epoch = self._epoch, epoch
+        if self._after is None:
+            if bounds is None:
+                yield await self._snapshot()
+            return
+        if bounds is None:
+            yield await self._gone(self._after)
+        elif known != epoch or self._place > bounds[1].place:
+            self._place = BEGINNING
+            yield await self._gap(self._after, *bounds, begins_anew=True)
+            self._place = bounds[0].before  # it is told already
+
+    async def _gone(self, requested: str) -> TaskEvent:
+        """The log is not there: a gap, and from there on what is written yet."""
+        status = await self._status()
+        if status == "queued" and self._place != BEGINNING:
+            raise UnknownTaskError(f"no task {self._task_id} is queued, scheduled, running or ended, and it has no log")
+        before, self._place = self._place, BEGINNING
+        if status not in TERMINAL:
+            await self._ask_for_log()
+        return self._made("gap", before, status, requested=requested, begins_anew=True)
+
+    async def _snapshot(self) -> TaskEvent:
+        status = await self._status()
+        if status not in TERMINAL:
+            await self._ask_for_log()
+        return self._made("snapshot", Place(ATTEMPTS, 0), status)
+
+    async def _ask_for_log(self) -> None:
+        with contextlib.suppress(BrokerRightError):  # its end is seen all the same
+            await self._logs.request_follow(self._task_id)
+
+    async def _looked(self) -> AsyncGenerator[TaskEvent, None]:
+        """A log may be gone, or rolled back, while its reader waits for what comes."""
+        epoch, bounds = await self._logs.epoch(), await self._logs.bounds(self._task_id)
+        if self._place == BEGINNING:
+            self._epoch = epoch
+            return
+        requested = self._place.position(self._task_id, self._epoch)
+        if bounds is None:
+            yield await self._gone(requested)
+        elif epoch != self._epoch or self._place > bounds[1].place:
+            self._epoch, self._place = epoch, BEGINNING
+            yield await self._gap(requested, *bounds, begins_anew=True)
+            self._place = bounds[0].before
+
+    async def _gap(self, requested: str | None, first: Entry, last: Entry, *, begins_anew: bool) -> TaskEvent:
+        begin = Place(first.place.major, first.place.seq - first.events + 1)
+        return self._made(
+            "gap",
+            self._place,
+            await self._status(),
+            requested=requested,
+            earliest=begin.position(self._task_id, self._epoch),
+            latest=last.place.position(self._task_id, self._epoch),
+            begins_anew=begins_anew,
+        )
+
+    async def _waited(self, heard: asyncio.Event) -> AsyncGenerator[TaskEvent, None]:
+        """Wait until there may be something to read; what is found where nothing is heard for long."""
+        try:
+            async with asyncio.timeout(LOOK_S):
+                await heard.wait()
+        except TimeoutError:
+            async for event in self._looked():
+                yield event
+
+    # -- from entries to events ---------------------------------------------------------------------
+
+    async def _events_in(self, entry: Entry) -> AsyncGenerator[TaskEvent, None]:
+        if entry.before > self._place:  # what stood between is not there any more
+            requested = None if self._place == BEGINNING else self._place.position(self._task_id, self._epoch)
+            bounds = await self._logs.bounds(self._task_id)
+            yield await self._gap(requested, entry, bounds[1] if bounds else entry, begins_anew=False)
+        if entry.event == "output":
+            async for event in self._outputs_in(entry):
+                yield event
+        else:
+            self._place = entry.place
+            yield self._event_of(entry)
+
+    async def _outputs_in(self, entry: Entry) -> AsyncGenerator[TaskEvent, None]:
+        outputs = decode_outputs(entry.fields[b"d"])
+        first_index = int(entry.fields[b"o"]) - len(outputs)
+        for number, tensors in enumerate(outputs):
+            place = Place(entry.place.major, entry.place.seq - len(outputs) + number + 1)
+            if place <= self._place:
+                continue
+            arrays = {tensor.name: await streamed_array(tensor, self._logs.blob) for tensor in tensors}
+            self._place = place
+            yield replace(
+                self._made("output", place, "running", outputs=arrays, index=first_index + number), at=entry.at
+            )
+
+    def told(self, entry: Entry, epoch: str) -> TaskEvent:
+        """The event of an entry that is no output."""
+        self._epoch = epoch
+        return self._event_of(entry)
+
+    def _event_of(self, entry: Entry) -> TaskEvent:
+        fields, kind = entry.fields, entry.event
+        if kind not in get_args(EventKind):
+            raise ProtocolError(f"an entry of the log of task {self._task_id} is of an unknown kind: {kind[:50]!r}")
+        event = self._made(kind, entry.place, STATUS_AFTER.get(kind, "running"))  # type: ignore[arg-type]
+        event = replace(event, at=entry.at)
+        if kind == "snapshot":
+            return replace(event, status=fields.get(b"s", b"running").decode())  # type: ignore[arg-type]
+        if kind == "progress":
+            told = json.loads(fields[b"d"])
+            return replace(event, fraction=told.get("fraction"), message=str(told.get("message", "")))
+        if b"w" in fields:
+            return replace(event, message=str(json.loads(fields[b"w"]).get("error", "")))
+        if kind in TERMINAL:
+            return replace(event, output_count=int(fields.get(b"o", 0)), output_bytes=int(fields.get(b"b", 0)))
+        return event
+
+    async def _end_elsewhere(self, ending: asyncio.Future[InferResult]) -> AsyncGenerator[TaskEvent, None]:
+        """The end of a task whose log does not tell it: it had none, or it is gone."""
+        error = ending.exception()
+        if error is not None and not isinstance(error, SamphireError):
+            raise error
+        status = await self._status()
+        if status not in TERMINAL:
+            raise error or ResultExpiredError(f"task {self._task_id} has ended, and how is not known any more")
+        if self._place != BEGINNING and await self._logs.bounds(self._task_id) is None:
+            yield await self._gone(self._place.position(self._task_id, self._epoch))
+        major = self._place.major or ATTEMPTS
+        yield self._made(status, Place(major, self._place.seq + 1), status)  # type: ignore[arg-type]
+
+    async def _status(self) -> Status:
+        return await self._session.waiter.status(self._task_id)
+
+    def _made(self, kind: EventKind, place: Place, status: Status, **more: object) -> TaskEvent:
+        return TaskEvent(
+            self._task_id,
+            kind,
+            status,
+            self._session.clock.now(),
+            place.position(self._task_id, self._epoch),
+            place.run,
+            place.attempt,
+            place.seq,
+            **more,  # type: ignore[arg-type]
+        )
