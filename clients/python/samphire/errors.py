@@ -12,6 +12,7 @@
     │   ├── QueueFullError             the model's queue has reached its limit
     │   └── BrokerMemoryFullError      the broker has reached 80 % of its memory
     ├── ModelFaultError            the model raised, or answered what it must not
+    │   └── StreamLimitError       it gave out more than a stream may have
     ├── InternalError              a bug of Samphire's, and not of the caller's
     ├── WorkerCrashError           the task took down every worker that tried it
     ├── TaskGoneError              the task ended without a result
@@ -113,6 +114,12 @@ class ModelFaultError(SamphireError):
     """The model failed."""
 
     default_message: ClassVar[str] = "The model failed."
+
+
+class StreamLimitError(ModelFaultError):
+    """The model gave out more than a stream may have."""
+
+    default_message: ClassVar[str] = "The model gave out more than a stream may have."
 
 
 class InternalError(SamphireError):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import struct
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
-from samphire.errors import InvalidInputError, ModelFaultError, SamphireError
+from samphire.errors import InvalidInputError, SamphireError, StreamLimitError
 from samphire.wire.contract import Streamed
 from samphire.wire.outputs import StreamedTensor
 from samphire_broker.settings import Settings
@@ -21,20 +22,13 @@ from samphire_workers.repeat import persist
 from samphire_workers.settlement.log_writer import ClaimLostError, LogWriter, TaskLog
 from samphire_workers.triton.answers import check_answer
 from samphire_workers.triton.endpoint import Endpoint, Running
-from samphire_workers.triton.messages import StreamedResponse, Tensor
+from samphire_workers.triton.messages import Tensor
 
 PROGRESS, MESSAGE = "samphire_progress", "samphire_message"
-"""Parameters of a response by which a model tells how far it is: a number from 0 to 1, and a text."""
+"""Outputs by which a model tells how far it is, FP32 [1] from 0 to 1 and BYTES [1]; they are no outputs of the task."""
 
 Starting = asyncio.Task[list[Request]]
 """The start of requests that is being written; its result are those that may run."""
-
-
-class LimitError(ModelFaultError):
-    """A model gave out more than is allowed: it would do so again."""
-
-    default_message = "The model gave out more than is allowed."
-    retryable = False
 
 
 class Streaming:
@@ -73,11 +67,18 @@ class Streaming:
         log = TaskLog(self._writer, request, running.stop)
         collected = Collected(self._settings.collect_max_bytes) if request.collects else None
         infer, taken = request.request, _Taken(self._settings)
+        asked = [output.name for output in infer.outputs]
+        assert request.signature is not None
+        told = [name for name in (PROGRESS, MESSAGE) if name in request.signature.outputs]
+        expected = replace(
+            request.signature,
+            outputs={name: spec for name, spec in request.signature.outputs.items() if name not in told},
+        )
         responses = endpoint.stream(
             request.model,
             request.version,
             batching.merge([request]),
-            [output.name for output in infer.outputs],
+            [*asked, *told] if asked else [],
             {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH},
             timeout_s,
             self._settings.triton_timeout_s,
@@ -85,11 +86,16 @@ class Streaming:
         )
         try:
             async with aclosing(responses):
-                async for response in responses:
+                async for tensors in responses:
                     if starting is not None and request not in await starting:
                         raise ClaimLostError
                     starting = None
-                    await self._take(request, response, log, taken, collected)
+                    if outputs := self._without_progress(request, tensors, log, told):
+                        check_answer(expected, asked, request.rows, outputs, even=False)
+                        nbytes = taken.add(outputs)
+                        if collected is not None:
+                            collected.add(outputs, nbytes)
+                        await log.output(await self._streamed(request, outputs, nbytes, taken.outputs), nbytes)
             await log.flush()
         except SamphireError:
             if not request.over and log.error is None:
@@ -101,34 +107,28 @@ class Streaming:
         request.streamed = Streamed(log.outputs, log.nbytes)
         return [] if collected is None else collected.joined()
 
-    async def _take(
-        self, request: Request, response: StreamedResponse, log: TaskLog, taken: _Taken, collected: Collected | None
-    ) -> None:
-        tensors = response.tensors
-        if PROGRESS in response.parameters or MESSAGE in response.parameters:
-            self._progress(request, response, log)
-        if not tensors:
-            return
-        signature, infer = request.signature, request.request
-        assert signature is not None
-        check_answer(signature, [output.name for output in infer.outputs], request.rows, tensors, even=False)
-        nbytes = sum(len(tensor.data) for tensor in tensors)
-        taken.add(nbytes)
-        if collected is not None:
-            collected.add(tensors, nbytes)
+    def _without_progress(
+        self, request: Request, tensors: list[Tensor], log: TaskLog, told: Sequence[str]
+    ) -> list[Tensor]:
+        """The tensors that are an output; of the others it is told how far the task is."""
+        if not told:
+            return tensors
+        found = {tensor.name: tensor for tensor in tensors if tensor.name in told}
+        if found:
+            fraction = _fraction(found.get(PROGRESS))
+            message = _text(found.get(MESSAGE))
+            log.progress(fraction, message)
+            self._observers.progress(request, fraction, message)
+        return [tensor for tensor in tensors if tensor.name not in found]
+
+    async def _streamed(
+        self, request: Request, tensors: Sequence[Tensor], nbytes: int, number: int
+    ) -> list[StreamedTensor]:
+        """An output as its log has it: large tensors as claim checks."""
         above = self._settings.inline_output_bytes
         if nbytes > above and any(len(tensor.data) > above for tensor in tensors):
-            streamed = await self._with_claim_checks(request, tensors, above, taken.outputs)
-        else:
-            streamed = [StreamedTensor(*tensor) for tensor in tensors]
-        await log.output(streamed, nbytes)
-
-    def _progress(self, request: Request, response: StreamedResponse, log: TaskLog) -> None:
-        fraction, message = response.parameters.get(PROGRESS), str(response.parameters.get(MESSAGE, ""))
-        is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool) and math.isfinite(fraction)
-        known = min(1.0, max(0.0, float(fraction))) if is_number else None  # type: ignore[arg-type]
-        log.progress(known, message)
-        self._observers.progress(request, known, message)
+            return await self._with_claim_checks(request, tensors, above, number)
+        return [StreamedTensor(*tensor) for tensor in tensors]
 
     async def _with_claim_checks(
         self, request: Request, tensors: Sequence[Tensor], above: int, number: int
@@ -153,24 +153,26 @@ class _Taken:
         self._most, self._most_bytes = settings.stream_max_outputs, settings.stream_max_bytes
         self.outputs = self._nbytes = 0
 
-    def add(self, nbytes: int) -> None:
-        """One output more.
+    def add(self, tensors: Sequence[Tensor]) -> int:
+        """One output more; returns its bytes.
 
         Raises:
-            LimitError: it is one too many.
+            StreamLimitError: it is one too many.
         """
+        nbytes = sum([len(tensor.data) for tensor in tensors])
         self.outputs += 1
         self._nbytes += nbytes
         if self.outputs > self._most:
-            raise LimitError(
+            raise StreamLimitError(
                 f"the stream was stopped after {self._most} outputs: a task may give out so many "
                 "(SAMPHIRE_STREAM_MAX_OUTPUTS)"
             )
         if self._nbytes > self._most_bytes:
-            raise LimitError(
+            raise StreamLimitError(
                 f"the stream was stopped at output {self.outputs}: expected at most {self._most_bytes} bytes of "
                 f"outputs, given {self._nbytes} (SAMPHIRE_STREAM_MAX_BYTES)"
             )
+        return nbytes
 
 
 class Collected:
@@ -185,12 +187,12 @@ class Collected:
         """Keep one output.
 
         Raises:
-            LimitError: together they are too large.
+            StreamLimitError: together they are too large.
             InvalidInputError: its shape does not fit to those before it.
         """
         self._nbytes += nbytes
         if self._nbytes > self._most_bytes:
-            raise LimitError(
+            raise StreamLimitError(
                 f"expected at most {self._most_bytes} bytes of outputs where a result collects them, given more: "
                 "read them as a stream (SAMPHIRE_COLLECT_MAX_BYTES)"
             )
@@ -211,3 +213,15 @@ class Collected:
             shape = [rows, *parts[0].shape[1:]]
             joined.append(Tensor(name, parts[0].datatype, shape, b"".join([part.data for part in parts])))
         return joined
+
+
+def _fraction(tensor: Tensor | None) -> float | None:
+    """What a progress says; None for what is no number from 0 to 1."""
+    if tensor is None or tensor.datatype != "FP32" or len(tensor.data) != 4:
+        return None
+    (value,) = struct.unpack("<f", tensor.data)
+    return float(value) if 0 <= value <= 1 else None
+
+
+def _text(tensor: Tensor | None) -> str:
+    return "" if tensor is None else tensor.data[4:].decode(errors="replace")

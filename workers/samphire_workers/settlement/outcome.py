@@ -159,8 +159,13 @@ def _told(error: SamphireError, characters: int) -> str:
     return f"{type(error).__name__}: {str(error)[:characters]}"
 
 
+def _public_name(error: SamphireError) -> str:
+    """The class that a client knows: a worker's own classes are more exact than it needs."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == SamphireError.__module__)
+
+
 def _failure_info(error: SamphireError) -> FailureInfo:
-    return error.info if isinstance(error, TimeLimitError) else FailureInfo(type(error).__name__, str(error)[:4000])
+    return error.info if isinstance(error, TimeLimitError) else FailureInfo(_public_name(error), str(error)[:4000])
 
 
 def failure(request: Request, error: SamphireError, reason: str, worker: str) -> Settlement:

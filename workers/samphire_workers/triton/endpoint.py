@@ -26,7 +26,7 @@ from samphire.errors import (
 )
 from samphire.wire.signature import ModelSignature, TensorSpec
 from samphire_workers.triton.errors import StalledError, UnclearUnavailableError, translate
-from samphire_workers.triton.messages import StreamedResponse, Tensor, flag, infer_request, parameters_of, tensors_of
+from samphire_workers.triton.messages import Tensor, flag, infer_request, tensors_of
 
 CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
@@ -229,8 +229,8 @@ class Endpoint:
         timeout_s: float,
         stall_s: float,
         running: Running,
-    ) -> AsyncGenerator[StreamedResponse, None]:
-        """Run one request of a decoupled model, and yield its responses as they come, on a call of its own.
+    ) -> AsyncGenerator[list[Tensor], None]:
+        """Run one request of a decoupled model, and yield its outputs as they come, on a call of its own.
 
         Source: Triton's decoupled transaction policy; `triton_final_response` marks the last response, which is asked
         for also where it is empty, and `triton_grpc_error` has errors end the call with their status.
@@ -263,8 +263,8 @@ class Endpoint:
                     raise translate(grpc.StatusCode.UNKNOWN, message.error_message)
                 answer = message.infer_response
                 is_complete = is_complete or flag(answer.parameters, "triton_final_response")
-                if answer.outputs or len(answer.parameters) > 1:
-                    yield StreamedResponse(tensors_of(model, answer), parameters_of(answer.parameters))
+                if answer.outputs:
+                    yield tensors_of(model, answer)
             if (code := await call.code()) is not grpc.StatusCode.OK:
                 raise translate(code, await call.details() or "", None)
             if not is_complete:

@@ -20,14 +20,6 @@ class Tensor(NamedTuple):
     data: bytes
 
 
-class StreamedResponse(NamedTuple):
-    """One response of a model that streams."""
-
-    tensors: list[Tensor]
-    """An output; empty where the response only tells something."""
-    parameters: dict[str, object]
-
-
 def set_parameters(target: Any, parameters: Mapping[str, object]) -> None:
     """Put OIP parameters (bool, int, float, str) into a protobuf map of InferParameter.
 
@@ -96,8 +88,3 @@ def tensors_of(model: str, answer: Any) -> list[Tensor]:
 def flag(parameters: Any, name: str) -> bool:
     """Whether a response says so in its parameters."""
     return name in parameters and bool(parameters[name].bool_param)
-
-
-def parameters_of(parameters: Any) -> dict[str, object]:
-    """The parameters of a response, in Python's types."""
-    return {name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in parameters.items()}

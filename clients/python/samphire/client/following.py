@@ -97,12 +97,19 @@ class Following:
             if bounds is None:
                 yield await self._snapshot()
             return
-        if bounds is None:
+        if bounds is None and self._place.attempt == 0 and self._place.seq <= 1:  # of a task that had no log
+            self._has_ended = self._place.seq == 1 and await self._status() in TERMINAL
+            self._place = BEGINNING
+            if not self._has_ended:
+                await self._ask_for_log()
+        elif bounds is None:
             yield await self._gone(self._after)
         elif known != epoch or self._place > bounds[1].place:
             self._place = BEGINNING
             yield await self._gap(self._after, *bounds, begins_anew=True)
             self._place = bounds[0].before  # it is told already
+        else:
+            self._has_ended = self._place == bounds[1].place and bounds[1].event in TERMINAL
 
     async def _gone(self, requested: str) -> TaskEvent:
         """The log is not there: a gap, and from there on what is written yet."""

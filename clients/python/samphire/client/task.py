@@ -49,9 +49,7 @@ class AsyncTask:
                 a stream any more, and it was submitted without `collect`.
             SamphireError: what the task ended with.
         """
-        look = self._look
-        if isinstance(look, int):
-            self._look = "now"  # its end may have been told to the first who asked
+        look = self._take_look()
         result = await self._session.result(self.id, timeout_s, look)
         if result.output_count and not result.outputs:
             result = await with_outputs(self._session, result)
@@ -60,6 +58,12 @@ class AsyncTask:
             with contextlib.suppress(BrokerUnavailableError, BrokerMemoryFullError):
                 await self._session.publisher.request(self._session.broker.keys.deletes, self.id)
         return result
+
+    def _take_look(self) -> Look:
+        look = self._look
+        if isinstance(look, int):
+            self._look = "now"  # its end may have been told to the first who asked
+        return look
 
     async def cancel(self, timeout_s: float = 5.0) -> bool:
         """End the task, whether it is queued, scheduled or running; whether it has ended so.
@@ -118,7 +122,7 @@ class AsyncTask:
             BrokerUnavailableError: the broker is away for long; go on after the last position.
         """
         self._session.check_usable()
-        async for event in Following(self._session, self.id, after, self._look).events():
+        async for event in Following(self._session, self.id, after, self._take_look()).events():
             yield event
 
     async def stream(self, after: str | None = None, *, resume: Resume = "restart") -> AsyncGenerator[TaskEvent, None]:
@@ -137,5 +141,5 @@ class AsyncTask:
             SamphireError: what the task has ended with, or as `events`.
         """
         self._session.check_usable()
-        async for event in Outputs(self._session, self.id, after, self._look, resume).events():
+        async for event in Outputs(self._session, self.id, after, self._take_look(), resume).events():
             yield event
