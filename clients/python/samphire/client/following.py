@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import get_args
 
 from samphire.client.events import STATUS_AFTER, EventKind, TaskEvent
-from samphire.client.log_reader import Entry
+from samphire.client.log_reader import Bounds, Entry
 from samphire.client.results import TERMINAL, InferResult, Status, streamed_array
 from samphire.client.session import Session
 from samphire.client.waiter import Look
@@ -47,11 +47,14 @@ class Following:
         self._task_id = task_id
         self._look = look
         self._epoch = ""
-        self._after = after
+        """That positions are of now."""
         self._place = BEGINNING
-        """Of the last event that was given out."""
+        """Of the last event that was given out, or from which on the next one is looked for."""
+        self._told = after
+        """Position of the last event that was given out, or that the caller knows; None after a gap that voids it."""
         self._has_ended = False
         """The last entry that was read is an end."""
+        self._is_over = False
         if after is not None:
             self._epoch, self._place = parse_position(task_id, after)
 
@@ -64,59 +67,87 @@ class Following:
         try:
             async for event in self._opened():
                 yield event
-            while True:
-                heard.clear()
-                is_over = ending.done()
-                entries = await self._logs.read(self._task_id, self._place)
-                for entry in entries:
-                    async for event in self._events_in(entry):
-                        yield event
-                if entries:
-                    self._has_ended = entries[-1].event in TERMINAL
-                    continue  # where it has ended, another run may have begun
-                if self._has_ended:
-                    return
-                if is_over:
-                    async for event in self._end_elsewhere(ending):
-                        yield event
-                    return
-                async for event in self._waited(heard):
+            while not self._is_over:
+                async for event in self._page(heard, ending):
                     yield event
         finally:
             ending.remove_done_callback(wake)
             self._logs.forget(self._task_id, heard)
             self._session.waiter.forget([self._task_id])
 
+    async def _page(self, heard: asyncio.Event, ending: asyncio.Future[InferResult]) -> AsyncGenerator[TaskEvent, None]:
+        """What is there to read; where there is nothing, wait until there may be, or see that it is over."""
+        heard.clear()
+        has_result = ending.done()  # before the log is read: what has ended it is in the log then
+        epoch, entries = await self._logs.read(self._task_id, self._place)
+        if epoch != self._epoch:
+            async for event in self._in_another_epoch(epoch):
+                yield event
+            return
+        for entry in entries:
+            async for event in self._events_in(entry):
+                yield event
+        if entries:
+            self._has_ended = entries[-1].event in TERMINAL  # another run may have begun: it is read again
+        elif self._has_ended:
+            self._is_over = True
+        elif has_result:
+            async for event in self._end_elsewhere(ending):
+                yield event
+            self._is_over = True
+        else:
+            async for event in self._waited(heard):
+                yield event
+
     # -- where the log begins -----------------------------------------------------------------------
 
     async def _opened(self) -> AsyncGenerator[TaskEvent, None]:
         """What a reader has to know before the first event."""
-        epoch, bounds = await self._logs.epoch(), await self._logs.bounds(self._task_id)
-        known, self._epoch = self._epoch, epoch
-        if self._after is None:
+        epoch, bounds = await self._logs.bounds(self._task_id)
+        if self._told is None:
+            self._epoch = epoch
             if bounds is None:
                 yield await self._snapshot()
-            return
-        if bounds is None and self._place.attempt == 0 and self._place.seq <= 1:  # of a task that had no log
+        elif bounds is None and self._place.attempt == 0 and self._place.seq <= 1:  # of a task that had no log
             self._has_ended = self._place.seq == 1 and await self._status() in TERMINAL
-            self._place = BEGINNING
+            self._epoch, self._place, self._told = epoch, BEGINNING, None
             if not self._has_ended:
                 await self._ask_for_log()
-        elif bounds is None:
-            yield await self._gone(self._after)
-        elif known != epoch or self._place > bounds[1].place:
-            self._place = BEGINNING
-            yield await self._gap(self._after, *bounds, begins_anew=True)
-            self._place = bounds[0].before  # it is told already
         else:
-            self._has_ended = self._place == bounds[1].place and bounds[1].event in TERMINAL
+            async for event in self._seen_to_be_there(bounds):
+                yield event
+            is_last = bounds is not None and epoch == self._epoch and self._place == bounds[1].place
+            self._has_ended = is_last and bounds is not None and bounds[1].event in TERMINAL
+
+    async def _seen_to_be_there(self, bounds: Bounds) -> AsyncGenerator[TaskEvent, None]:
+        """A gap where the log is gone, or was rolled back behind what was read of it."""
+        if self._told is None:
+            return
+        if bounds is None:
+            yield await self._gone(self._told)
+        elif self._place > bounds[1].place:
+            yield await self._begun_anew(self._told, *bounds)
+
+    async def _in_another_epoch(self, epoch: str) -> AsyncGenerator[TaskEvent, None]:
+        """The broker was restarted, and may have lost what was read: it may stand for something else by now."""
+        self._epoch, told = epoch, self._told
+        if told is None:
+            return
+        _, bounds = await self._logs.bounds(self._task_id)
+        yield await (self._gone(told) if bounds is None else self._begun_anew(told, *bounds))
+
+    async def _begun_anew(self, requested: str, first: Entry, last: Entry) -> TaskEvent:
+        self._place, self._told = BEGINNING, None
+        event = await self._gap(requested, first, last, begins_anew=True)
+        self._place = first.before  # what is missing before the first is told already
+        return event
 
     async def _gone(self, requested: str) -> TaskEvent:
         """The log is not there: a gap, and from there on what is written yet."""
         status = await self._status()
-        if status == "queued" and self._place != BEGINNING:
+        if status == "queued":
             raise UnknownTaskError(f"no task {self._task_id} is queued, scheduled, running or ended, and it has no log")
-        before, self._place = self._place, BEGINNING
+        before, self._place, self._told = self._place, BEGINNING, None
         if status not in TERMINAL:
             await self._ask_for_log()
         return self._made("gap", before, status, requested=requested, begins_anew=True)
@@ -130,20 +161,6 @@ class Following:
     async def _ask_for_log(self) -> None:
         with contextlib.suppress(BrokerRightError):  # its end is seen all the same
             await self._logs.request_follow(self._task_id)
-
-    async def _looked(self) -> AsyncGenerator[TaskEvent, None]:
-        """A log may be gone, or rolled back, while its reader waits for what comes."""
-        epoch, bounds = await self._logs.epoch(), await self._logs.bounds(self._task_id)
-        if self._place == BEGINNING:
-            self._epoch = epoch
-            return
-        requested = self._place.position(self._task_id, self._epoch)
-        if bounds is None:
-            yield await self._gone(requested)
-        elif epoch != self._epoch or self._place > bounds[1].place:
-            self._epoch, self._place = epoch, BEGINNING
-            yield await self._gap(requested, *bounds, begins_anew=True)
-            self._place = bounds[0].before
 
     async def _gap(self, requested: str | None, first: Entry, last: Entry, *, begins_anew: bool) -> TaskEvent:
         begin = Place(first.place.major, first.place.seq - first.events + 1)
@@ -163,22 +180,24 @@ class Following:
             async with asyncio.timeout(LOOK_S):
                 await heard.wait()
         except TimeoutError:
-            async for event in self._looked():
+            _, bounds = await self._logs.bounds(self._task_id)
+            async for event in self._seen_to_be_there(bounds):
                 yield event
 
     # -- from entries to events ---------------------------------------------------------------------
 
     async def _events_in(self, entry: Entry) -> AsyncGenerator[TaskEvent, None]:
         if entry.before > self._place:  # what stood between is not there any more
-            requested = None if self._place == BEGINNING else self._place.position(self._task_id, self._epoch)
-            bounds = await self._logs.bounds(self._task_id)
-            yield await self._gap(requested, entry, bounds[1] if bounds else entry, begins_anew=False)
+            _, bounds = await self._logs.bounds(self._task_id)
+            yield await self._gap(self._told, entry, bounds[1] if bounds else entry, begins_anew=False)
         if entry.event == "output":
             async for event in self._outputs_in(entry):
                 yield event
         else:
             self._place = entry.place
-            yield self._event_of(entry)
+            event = self._event_of(entry)
+            self._told = event.position
+            yield event
 
     async def _outputs_in(self, entry: Entry) -> AsyncGenerator[TaskEvent, None]:
         outputs = decode_outputs(entry.fields[b"d"])
@@ -189,11 +208,11 @@ class Following:
                 continue
             arrays = {tensor.name: await streamed_array(tensor, self._logs.blob) for tensor in tensors}
             self._place = place
-            yield replace(
-                self._made("output", place, "running", outputs=arrays, index=first_index + number), at=entry.at
-            )
+            event = self._made("output", place, "running", outputs=arrays, index=first_index + number)
+            self._told = event.position
+            yield replace(event, at=entry.at)
 
-    def told(self, entry: Entry, epoch: str) -> TaskEvent:
+    def told(self, epoch: str, entry: Entry) -> TaskEvent:
         """The event of an entry that is no output."""
         self._epoch = epoch
         return self._event_of(entry)
@@ -223,8 +242,9 @@ class Following:
         status = await self._status()
         if status not in TERMINAL:
             raise error or ResultExpiredError(f"task {self._task_id} has ended, and how is not known any more")
-        if self._place != BEGINNING and await self._logs.bounds(self._task_id) is None:
-            yield await self._gone(self._place.position(self._task_id, self._epoch))
+        _, bounds = await self._logs.bounds(self._task_id)
+        async for event in self._seen_to_be_there(bounds):
+            yield event
         major = self._place.major or ATTEMPTS
         yield self._made(status, Place(major, self._place.seq + 1), status)  # type: ignore[arg-type]
 

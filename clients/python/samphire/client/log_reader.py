@@ -43,6 +43,13 @@ class Entry(NamedTuple):
     fields: Mapping[bytes, bytes]
 
 
+Bounds = tuple[Entry, Entry] | None
+"""The first and the last entry of a log."""
+Page = tuple[str, list[Entry]]
+"""The epoch, and entries. It is asked for after them on the same connection, so it is at least as new as they are: a
+broker that was restarted has it set before anything else is written, and a restart breaks the connection."""
+
+
 class LogReader:
     """Reads the logs of a client's followers."""
 
@@ -52,10 +59,11 @@ class LogReader:
         self._hints = DirectConnection(broker.address)
         self._channel_prefix = f"{self._keys.channel_prefix}log:"
         self._followers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
-        self._wanted: list[tuple[str, Place, asyncio.Future[list[Entry]]]] = []
+        self._wanted: list[tuple[str, Place, asyncio.Future[Page]]] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._hears = False
         """Whether the channels of all followers are subscribed to."""
+        self._ask_epoch = ("GET", self._keys.epoch)
         self._closed = False
 
     async def close(self) -> None:
@@ -95,31 +103,29 @@ class LogReader:
             if self._hears and not self._closed:
                 self._begin(f"unsubscribe {task_id}", lambda: self._send("UNSUBSCRIBE", task_id))
 
-    async def epoch(self) -> str:
-        """The epoch of positions that holds now."""
-        stored = await self._ask("GET", self._keys.epoch)
-        return key_text(stored).split(" ")[0] if stored else NO_EPOCH
-
-    async def bounds(self, task_id: str) -> tuple[Entry, Entry] | None:
-        """The first and the last entry of a log; None where there is none."""
+    async def bounds(self, task_id: str) -> tuple[str, Bounds]:
+        """The epoch, and the first and the last entry of a log, where there is one."""
         key = self._keys.log_prefix + task_id
-        first = await self._ask("XRANGE", key, "-", "+", "COUNT", 1)
-        last = await self._ask("XREVRANGE", key, "+", "-", "COUNT", 1)
-        return (_entry(*first[0]), _entry(*last[0])) if first and last else None
+        first, last, epoch = await self._ask(
+            ("XRANGE", key, "-", "+", "COUNT", 1), ("XREVRANGE", key, "+", "-", "COUNT", 1), self._ask_epoch
+        )
+        return _epoch_in(epoch), (_entry(*first[0]), _entry(*last[0])) if first and last else None
 
-    async def last_of(self, task_id: str, event: str, most: int = 100) -> Entry | None:
-        """The last entry of a kind among the last of a log."""
-        for entry in await self._ask("XREVRANGE", self._keys.log_prefix + task_id, "+", "-", "COUNT", most):
+    async def last_of(self, task_id: str, event: str, most: int = 100) -> tuple[str, Entry] | None:
+        """The epoch, and the last entry of a kind among the last of a log."""
+        key = self._keys.log_prefix + task_id
+        entries, epoch = await self._ask(("XREVRANGE", key, "+", "-", "COUNT", most), self._ask_epoch)
+        for entry in entries:
             found = _entry(*entry)
             if found.event == event:
-                return found
+                return _epoch_in(epoch), found
         return None
 
-    async def read(self, task_id: str, after: Place) -> list[Entry]:
-        """The next entries of a log after a place, at most `PAGE`; of the first a part may be before it."""
+    async def read(self, task_id: str, after: Place) -> Page:
+        """The epoch, and the next entries of a log after a place, at most `PAGE`; a part of the first may be before it."""
         if self._closed:
             raise ClientClosedError
-        future: asyncio.Future[list[Entry]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Page] = asyncio.get_running_loop().create_future()
         self._wanted.append((task_id, after, future))
         self._begin("read", self._read_wanted)
         return await future
@@ -154,13 +160,13 @@ class LogReader:
         if name == "listen" and self._followers:
             self._begin("listen", self._listen)
 
-    async def _ask(self, *command: str | int) -> Any:
-        """Run a command that changes nothing, again and again while the broker is away."""
+    async def _ask(self, *commands: tuple[str | int, ...]) -> list[Any]:
+        """Run commands that change nothing, one after the other, again and again while the broker is away."""
         pauses = Pauses(RETRY_S, RETRY_CAP_S)
         give_up = asyncio.get_running_loop().time() + RETRIES_S
         while True:
             try:
-                return await self._reads.ask(*command)
+                return await self._reads.ask_all(commands)
             except BrokerUnavailableError:
                 if self._closed:
                     raise ClientClosedError from None
@@ -170,8 +176,8 @@ class LogReader:
 
     async def _read_wanted(self) -> None:
         while self._wanted:
-            together: dict[tuple[str, Place], list[asyncio.Future[list[Entry]]]] = {}
-            left: list[tuple[str, Place, asyncio.Future[list[Entry]]]] = []
+            together: dict[tuple[str, Place], list[asyncio.Future[Page]]] = {}
+            left: list[tuple[str, Place, asyncio.Future[Page]]] = []
             keys_of: set[str] = set()
             for task_id, after, future in self._wanted:
                 if (task_id, after) in together:
@@ -184,11 +190,12 @@ class LogReader:
             self._wanted = left
             await self._read_together(together)
 
-    async def _read_together(self, together: Mapping[tuple[str, Place], Sequence[asyncio.Future[list[Entry]]]]) -> None:
+    async def _read_together(self, together: Mapping[tuple[str, Place], Sequence[asyncio.Future[Page]]]) -> None:
         names = [self._keys.log_prefix + task_id for task_id, _ in together]
         ids = [after.entry_id for _, after in together]
         try:
-            reply = await self._ask("XREAD", "COUNT", PAGE, "STREAMS", *names, *ids)
+            reply, told = await self._ask(("XREAD", "COUNT", PAGE, "STREAMS", *names, *ids), self._ask_epoch)
+            epoch = _epoch_in(told)
             found = {key_text(name): [_entry(*entry) for entry in entries] for name, entries in reply or ()}
         except SamphireError as error:
             for futures in together.values():
@@ -199,7 +206,7 @@ class LogReader:
         for (task_id, _), futures in together.items():
             for future in futures:
                 if not future.done():
-                    future.set_result(found.get(self._keys.log_prefix + task_id, []))
+                    future.set_result((epoch, found.get(self._keys.log_prefix + task_id, [])))
 
     async def _listen(self) -> None:
         """Hear of what is written to the logs of followers, as long as there are any."""
@@ -250,3 +257,7 @@ def _entry(entry_id: bytes, fields: Sequence[bytes]) -> Entry:
         )
     except (KeyError, ValueError) as error:
         raise ProtocolError(f"an entry of a task's log is not understood: {key_text(entry_id)}: {error!r}") from error
+
+
+def _epoch_in(stored: bytes | None) -> str:
+    return key_text(stored).split(" ")[0] if stored else NO_EPOCH

@@ -81,7 +81,10 @@ class Outputs:
     async def _read_digests(self, after: Place) -> None:
         """What the attempt has given out before the position, to know it again."""
         at = Place(after.major, 0)
-        while at < after and (entries := await self._session.logs.read(self._task_id, at)):
+        while at < after:
+            _, entries = await self._session.logs.read(self._task_id, at)
+            if not entries:
+                return
             for entry in entries:
                 if entry.event == "output" and entry.place.major == after.major:
                     outputs = decode_outputs(entry.fields[b"d"])
@@ -115,11 +118,8 @@ def _digest_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 async def last_progress(session: Session, task_id: str) -> TaskEvent | None:
     """The last progress in a task's log, as far as that is looked at."""
-    entry = await session.logs.last_of(task_id, "progress")
-    if entry is None:
-        return None
-    following = Following(session, task_id, None, "often")
-    return following.told(entry, await session.logs.epoch())
+    found = await session.logs.last_of(task_id, "progress")
+    return None if found is None else Following(session, task_id, None, "often").told(*found)
 
 
 async def with_outputs(session: Session, result: InferResult) -> InferResult:
@@ -128,10 +128,13 @@ async def with_outputs(session: Session, result: InferResult) -> InferResult:
     Raises:
         ResultExpiredError: the log has not all of them any more.
     """
-    bounds = await session.logs.bounds(result.task_id)
+    _, bounds = await session.logs.bounds(result.task_id)
     outputs: list[list[StreamedTensor]] = []
     at = Place(bounds[1].place.major, 0) if bounds else BEGINNING
-    while bounds and (entries := await session.logs.read(result.task_id, at)):
+    while bounds and at < bounds[1].place:
+        _, entries = await session.logs.read(result.task_id, at)
+        if not entries:
+            break
         for entry in entries:
             at = entry.place
             if entry.event == "output":
