@@ -170,7 +170,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
                 self.asked.append(request.model_name)
                 async for response in self.streams[request.model_name](context):
                     yield response
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # in its own wait, or while a response was sent
             self.cancelled.append(request.model_name)
             raise
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import get_args
 
 from samphire.client.events import STATUS_AFTER, EventKind, TaskEvent
-from samphire.client.log_reader import Bounds, Entry
+from samphire.client.log_reader import Bounds, Entry, Follower
 from samphire.client.results import TERMINAL, InferResult, Status, streamed_array
 from samphire.client.session import Session
 from samphire.client.waiter import Look
@@ -36,13 +36,17 @@ class Following:
         task_id: whose log.
         after: position to begin after; None: the beginning.
         look: how its end is looked for.
+        all_events: a task without a log is to get one; else it has one only once it streams.
 
     Raises:
         InvalidInputError: `after` is no position of this task's.
     """
 
-    def __init__(self, session: Session, task_id: str, after: str | None, look: Look) -> None:
+    def __init__(
+        self, session: Session, task_id: str, after: str | None, look: Look, *, all_events: bool = True
+    ) -> None:
         self._session = session
+        self._all_events = all_events
         self._logs = session.logs
         self._task_id = task_id
         self._look = look
@@ -60,43 +64,40 @@ class Following:
 
     async def events(self) -> AsyncGenerator[TaskEvent, None]:
         """The events, as `AsyncTask.events` says."""
-        heard = self._logs.follow(self._task_id)
+        follower = self._logs.follow(self._task_id)
         ending = self._session.waiter.expect(self._task_id, self._look)
-        wake: Callable[[object], None] = lambda _: heard.set()  # noqa: E731 - it has to be taken away again
+        wake: Callable[[object], None] = lambda _: follower.heard.set()  # noqa: E731 - it has to be taken away again
         ending.add_done_callback(wake)
         try:
             async for event in self._opened():
                 yield event
             while not self._is_over:
-                async for event in self._page(heard, ending):
+                async for event in self._page(follower, ending):
                     yield event
         finally:
             ending.remove_done_callback(wake)
-            self._logs.forget(self._task_id, heard)
+            self._logs.forget(self._task_id, follower)
             self._session.waiter.forget([self._task_id])
 
-    async def _page(self, heard: asyncio.Event, ending: asyncio.Future[InferResult]) -> AsyncGenerator[TaskEvent, None]:
+    async def _page(self, follower: Follower, ending: asyncio.Future[InferResult]) -> AsyncGenerator[TaskEvent, None]:
         """What is there to read; where there is nothing, wait until there may be, or see that it is over."""
-        heard.clear()
+        follower.heard.clear()
         has_result = ending.done()  # before the log is read: what has ended it is in the log then
-        epoch, entries = await self._logs.read(self._task_id, self._place)
+        epoch, entries = self._epoch, follower.take(self._epoch, self._place)
+        if not entries:
+            epoch, entries = await self._logs.read(self._task_id, self._place)
         if epoch != self._epoch:
             async for event in self._in_another_epoch(epoch):
                 yield event
-            return
-        for entry in entries:
-            async for event in self._events_in(entry):
-                yield event
-        if entries:
+        elif entries:
+            for entry in entries:
+                async for event in self._events_in(entry):
+                    yield event
             self._has_ended = entries[-1].event in TERMINAL  # another run may have begun: it is read again
-        elif self._has_ended:
-            self._is_over = True
-        elif has_result:
-            async for event in self._end_elsewhere(ending):
-                yield event
-            self._is_over = True
         else:
-            async for event in self._waited(heard):
+            self._is_over = self._has_ended or has_result
+            nothing = self._waited(follower.heard) if not self._is_over else self._end_elsewhere(ending)
+            async for event in nothing:
                 yield event
 
     # -- where the log begins -----------------------------------------------------------------------
@@ -106,7 +107,7 @@ class Following:
         epoch, bounds = await self._logs.bounds(self._task_id)
         if self._told is None:
             self._epoch = epoch
-            if bounds is None:
+            if bounds is None and self._all_events:
                 yield await self._snapshot()
         elif bounds is None and self._place.attempt == 0 and self._place.seq <= 1:  # of a task that had no log
             self._has_ended = self._place.seq == 1 and await self._status() in TERMINAL
@@ -159,6 +160,8 @@ class Following:
         return self._made("snapshot", Place(ATTEMPTS, 0), status)
 
     async def _ask_for_log(self) -> None:
+        if not self._all_events:
+            return
         with contextlib.suppress(BrokerRightError):  # its end is seen all the same
             await self._logs.request_follow(self._task_id)
 
@@ -236,6 +239,8 @@ class Following:
 
     async def _end_elsewhere(self, ending: asyncio.Future[InferResult]) -> AsyncGenerator[TaskEvent, None]:
         """The end of a task whose log does not tell it: it had none, or it is gone."""
+        if self._has_ended:
+            return
         error = ending.exception()
         if error is not None and not isinstance(error, SamphireError):
             raise error

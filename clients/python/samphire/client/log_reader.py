@@ -1,14 +1,15 @@
 """Reading the event logs of tasks: two connections, however many tasks are followed.
 
-A channel tells that something was written to a task's log; the log itself is read after the reader's own position, in
-pages and for many readers with one command. So what a slow reader has not asked for is nowhere but in the log. What a
-channel does not tell (a message may be lost, or the right to hear it missing) is found by looking now and then.
+A channel tells what was written to a task's log. A reader that has all before it takes it from there; any other reads
+the log after its own position, in pages and for many readers with one command. Of what a slow reader has not asked for
+little is kept, the rest is in the log. What a channel does not tell (a message may be lost, or the right to hear it
+missing) is found by looking now and then.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from samphire.wire.positions import NO_EPOCH, Place, place_of
 
 PAGE = 32
 """Entries that are read at once: each has at most about 64 KB."""
+TOLD_MAX = 32
+"""Entries that are kept as they are told, of at most 16 KB each."""
 KEYS_A_CALL = 256
 LISTEN_S = 15.0
 RETRY_S = 0.05
@@ -43,6 +46,35 @@ class Entry(NamedTuple):
     fields: Mapping[bytes, bytes]
 
 
+class Follower:
+    """What a reader has heard of a task's log, and not taken yet."""
+
+    def __init__(self) -> None:
+        self.heard = asyncio.Event()
+        """Set whenever something may have been written."""
+        self._told: deque[tuple[str, Entry]] = deque()
+
+    def tell(self, epoch: str, entry: Entry | None) -> None:
+        """Something was written; what is told beyond a few entries is read from the log."""
+        if entry is not None and len(self._told) < TOLD_MAX:
+            self._told.append((epoch, entry))
+        self.heard.set()
+
+    def take(self, epoch: str, after: Place) -> list[Entry]:
+        """The entries that follow after a place without a gap, as far as they were told."""
+        taken: list[Entry] = []
+        while self._told:
+            told_in, entry = self._told.popleft()
+            if entry.place <= after:
+                continue
+            if told_in != epoch or entry.before != after:
+                self._told.clear()
+                break
+            taken.append(entry)
+            after = entry.place
+        return taken
+
+
 Bounds = tuple[Entry, Entry] | None
 """The first and the last entry of a log."""
 Page = tuple[str, list[Entry]]
@@ -58,7 +90,7 @@ class LogReader:
         self._reads = DirectConnection(broker.address)
         self._hints = DirectConnection(broker.address)
         self._channel_prefix = f"{self._keys.channel_prefix}log:"
-        self._followers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._followers: defaultdict[str, set[Follower]] = defaultdict(set)
         self._wanted: list[tuple[str, Place, asyncio.Future[Page]]] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._hears = False
@@ -78,26 +110,24 @@ class LogReader:
         for _, _, future in wanted:
             if not future.done():
                 future.set_exception(ClientClosedError())
-        for events in self._followers.values():
-            for event in events:
-                event.set()
+        self._tell_all()
 
-    def follow(self, task_id: str) -> asyncio.Event:
-        """An event that is set whenever something may have been written to a task's log, until `forget`."""
+    def follow(self, task_id: str) -> Follower:
+        """Hear what is written to a task's log, until `forget`."""
         if self._closed:
             raise ClientClosedError
-        heard = asyncio.Event()
+        follower = Follower()
         is_new = task_id not in self._followers
-        self._followers[task_id].add(heard)
+        self._followers[task_id].add(follower)
         if is_new:
             self._begin("listen", self._listen)
             if self._hears:
                 self._begin(f"subscribe {task_id}", lambda: self._send("SUBSCRIBE", task_id))
-        return heard
+        return follower
 
-    def forget(self, task_id: str, heard: asyncio.Event) -> None:
+    def forget(self, task_id: str, follower: Follower) -> None:
         """One who called `follow` reads no longer."""
-        self._followers[task_id].discard(heard)
+        self._followers[task_id].discard(follower)
         if not self._followers[task_id]:
             del self._followers[task_id]
             if self._hears and not self._closed:
@@ -122,7 +152,7 @@ class LogReader:
         return None
 
     async def read(self, task_id: str, after: Place) -> Page:
-        """The epoch, and the next entries of a log after a place, at most `PAGE`; a part of the first may be before it."""
+        """The epoch, and the next entries of a log after a place, at most `PAGE`; of the first a part may be before."""
         if self._closed:
             raise ClientClosedError
         future: asyncio.Future[Page] = asyncio.get_running_loop().create_future()
@@ -223,8 +253,9 @@ class LogReader:
                     pauses.reset()
                     if message is not None and message[0] == b"message":
                         task_id = key_text(message[1]).removeprefix(self._channel_prefix)
-                        for event in self._followers.get(task_id, ()):
-                            event.set()
+                        epoch, entry = _told(message[2])
+                        for follower in self._followers.get(task_id, ()):
+                            follower.tell(epoch, entry)
             except SamphireError:  # away, or without the right to listen: who follows looks now and then
                 self._tell_all()
                 await asyncio.sleep(pauses.next_s())
@@ -239,9 +270,23 @@ class LogReader:
             self._tell_all()  # the connection is opened again by who listens
 
     def _tell_all(self) -> None:
-        for events in self._followers.values():
-            for event in events:
-                event.set()
+        for followers in self._followers.values():
+            for follower in followers:
+                follower.heard.set()
+
+
+def _told(message: bytes) -> tuple[str, Entry | None]:
+    """The epoch, and an entry as a channel tells it; None: it is only told that there is one."""
+    parts, at = [], 0
+    try:
+        while at < len(message):
+            colon = message.index(b":", at)
+            end = colon + 1 + int(message[at:colon])
+            parts.append(message[colon + 1 : end])
+            at = end
+        return key_text(parts[0]), _entry(parts[1], parts[2:]) if len(parts) > 2 else None
+    except (ValueError, IndexError, ProtocolError):  # whoever may publish may write anything; the log tells
+        return NO_EPOCH, None
 
 
 def _entry(entry_id: bytes, fields: Sequence[bytes]) -> Entry:

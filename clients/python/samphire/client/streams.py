@@ -36,7 +36,7 @@ class Outputs:
             raise InvalidInputError(f"expected resume as 'restart' or 'skip', given {resume!r}")
         self._session = session
         self._task_id = task_id
-        self._following = Following(session, task_id, after, look)
+        self._following = Following(session, task_id, after, look, all_events=False)
         self._skips = resume == "skip"
         self._after = None if after is None else parse_position(task_id, after)[1]
         self._attempt = None if self._after is None else self._after.major

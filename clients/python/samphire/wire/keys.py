@@ -85,7 +85,7 @@ names).
 Channels and the names of connections belong to the whole server, so they carry the number of the database too:
 
     <namespace><database>:wake   CHANNEL a queue was empty and no longer is: its name
-    <namespace><database>:log:<id>  CHANNEL something was written to a task's log: the id of the entry
+    <namespace><database>:log:<id>  CHANNEL something was written to a task's log: the entry, or its id
     <namespace><database>:<wid>  a worker's connection, which others look for in CLIENT LIST
 
 What stands in keys and messages (streams, claim checks, queues) is named without namespace and prefix: a message can

@@ -4,10 +4,12 @@
 -- is what comes before the first. Fields of an entry: e (event), t (time in s), p (id of the entry before it); of outputs
 -- also d (MessagePack), n (how many), o and b (outputs and their bytes in this attempt so far); of an end o and b.
 -- `logs` holds, of each task with a log whose run has not ended, where it stands: "<run * 2^20 + attempt> <number>
--- <outputs> <bytes> <bytes held, roughly> <claim that writes it>". What is written here is told on the task's channel.
+-- <outputs> <bytes> <bytes held, roughly> <claim that writes it>". What is written is told on the task's channel, as
+-- "<length>:<text>" each: the epoch, the id, the fields.
 local LOGS, LOG = NAMESPACE .. 'logs', NAMESPACE .. 'log:'
 local ATTEMPTS = 2 ^ 20 -- more than a run can have
 local LOG_ENTRIES, LOG_BYTES = 10000, 16 * 2 ^ 20 -- about as much is kept of a log
+local TOLD_BYTES = 16384 -- a larger entry is told of, and not told
 local LIVE_S = 30 * 86400 -- a log of a task that has not ended goes this long after its last event
 
 local some_logged = call('TYPE', LOGS).ok == 'hash'
@@ -18,6 +20,22 @@ local function now_text()
 end
 local function log_position(log)
   return string.format('%.0f-%.0f', log.major, log.seq)
+end
+local function tell_readers(id, place, ...)
+  local size, fields = 0, {...}
+  for n = 1, #fields do
+    fields[n] = tostring(fields[n])
+    size = size + #fields[n]
+  end
+  local epoch = try('GET', NAMESPACE .. 'epoch')
+  local parts = {type(epoch) == 'string' and match(epoch, '^%w+') or '0', place}
+  for n = 1, size <= TOLD_BYTES and #fields or 0 do
+    parts[n + 2] = fields[n]
+  end
+  for n, part in ipairs(parts) do
+    parts[n] = #part .. ':' .. part
+  end
+  try('PUBLISH', CHANNEL .. 'log:' .. id, table.concat(parts))
 end
 local function run_of(log)
   return math.floor(log.major / ATTEMPTS)
@@ -55,7 +73,7 @@ local function log_entry(id, log, event, count, time, ...)
   some_logged = true
   try('EXPIRE', LOG .. id, LIVE_S)
   try('EXPIRE', LOGS, LIVE_S)
-  try('PUBLISH', CHANNEL .. 'log:' .. id, place)
+  tell_readers(id, place, 'e', event, 't', time, 'p', before, ...)
 end
 -- Tell of what happens to a task, where it has a log.
 local function log_event(id, event, ...)
