@@ -25,12 +25,14 @@ from samphire.errors import (
     UnknownModelError,
 )
 from samphire.wire.signature import ModelSignature, TensorSpec
-from samphire_workers.triton.errors import StalledError, UnclearUnavailableError, translate
+from samphire_workers.triton.errors import StalledError, UnclearUnavailableError, translate, translate_text
 from samphire_workers.triton.messages import Tensor, flag, infer_request, tensors_of
 
 CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
 RELOAD_S = 60.0
+END_S = 0.25
+"""A stream that has failed may come to its end for so long before it is cancelled."""
 PUSHBACK_MAX_S = 3600.0
 """Longest time that a server or proxy is left alone because it asks for it."""
 ERROR_TEXT_MAX_BYTES = 8 * 2**20
@@ -233,7 +235,8 @@ class Endpoint:
         """Run one request of a decoupled model, and yield its outputs as they come, on a call of its own.
 
         Source: Triton's decoupled transaction policy; `triton_final_response` marks the last response, which is asked
-        for also where it is empty, and `triton_grpc_error` has errors end the call with their status.
+        for also where it is empty. An error is a text in a response. With the header `triton_grpc_error` it would end
+        the call with a status, but Triton 24.10 dies if the model sends its final response after that.
 
         Args:
             model, version, tensors, outputs, parameters, running: as for `infer`.
@@ -247,9 +250,7 @@ class Endpoint:
         request = infer_request(model, version, tensors, outputs, parameters, timeout_s)
         del tensors
         request.parameters["triton_enable_empty_final_response"].bool_param = True
-        call = self._stub.ModelStreamInfer(
-            timeout=None if timeout_s == math.inf else timeout_s, metadata=(("triton_grpc_error", "true"),)
-        )
+        call = self._stub.ModelStreamInfer(timeout=None if timeout_s == math.inf else timeout_s)
         self._running.add(running)
         watch = _Stall(running, stall_s, model)
         try:
@@ -260,7 +261,7 @@ class Endpoint:
             while (message := await call.read()) is not grpc.aio.EOF:
                 watch.seen()
                 if message.error_message:
-                    raise translate(grpc.StatusCode.UNKNOWN, message.error_message)
+                    raise translate_text(message.error_message)
                 answer = message.infer_response
                 is_complete = is_complete or flag(answer.parameters, "triton_final_response")
                 if answer.outputs:
@@ -277,14 +278,34 @@ class Endpoint:
             raise running.why from None
         finally:
             watch.end()
-            call.cancel()
-            self._running.discard(running)
+            try:
+                if running.why is None:
+                    await _read_to_end(call, running)
+            finally:
+                call.cancel()
+                self._running.discard(running)
 
     async def _stream_error(self, model: str, version: str, error: grpc.aio.AioRpcError) -> SamphireError:
         found = translate(error.code(), error.details() or "", _pushback_s(error))
         if isinstance(found, UnclearUnavailableError) and await self.is_model_ready(model, version):
             return ModelFaultError(f"model {model!r} answered: {found}")
         return found
+
+
+async def _read_to_end(call: Any, running: Running) -> None:
+    """Let a call that is not needed any more come to its end, if that is near.
+
+    Triton 24.10 may die where a stream is cancelled in the moment in which its model ends it.
+    """
+    try:
+        async with asyncio.timeout(END_S):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+    except (grpc.aio.AioRpcError, TimeoutError):
+        pass
+    except asyncio.CancelledError:
+        if running.why is None:
+            raise
 
 
 class _Stall:

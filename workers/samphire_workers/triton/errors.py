@@ -101,5 +101,13 @@ def translate(code: grpc.StatusCode, details: str, retry_after_s: float | None =
     for codes, text, known in _FORMS:
         if code in codes and text.fullmatch(details):
             return known(details or code.name, retry_after_s=retry_after_s)
-    kind = UnclearUnavailableError if code in _UNCLEAR and details else _ERRORS[code]
+    kind: type[SamphireError] = UnclearUnavailableError if code in _UNCLEAR and details else _ERRORS[code]
     return kind(details or code.name, retry_after_s=retry_after_s)
+
+
+def translate_text(text: str) -> SamphireError:
+    """Return the Samphire error for the text of an error that stands in a stream, where no status goes with it."""
+    for _, form, known in _FORMS:
+        if form.fullmatch(text):
+            return known(text)
+    return ModelFaultError(text)
