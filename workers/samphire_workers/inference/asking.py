@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 BUSY_S = 1.0
 """Longest rest of a model whose queue at Triton is full, where Triton does not say how long."""
 
+CLOCKS_S = 0.1
+"""gRPC's clock may be so far ahead of what is known of the broker's, by which deadlines go."""
+
 
 @dataclass(eq=False, slots=True)
 class _Asked:
@@ -236,11 +239,11 @@ class Asker:
         times = request.times
         if isinstance(error, StalledError):
             return error
-        if timeout_s == times.soft_limit:
+        if timeout_s == times.soft_limit != inf:
             return TimeLimitError(times.soft_limit, soft=True)
-        if timeout_s == times.limit:
+        if timeout_s == times.limit != inf:
             return TimeLimitError(times.limit, soft=False)
-        if times.deadline <= self._store.clock.now():
+        if times.deadline <= self._store.clock.now() + CLOCKS_S:
             return EndpointTimeoutError(f"the deadline has passed while the model worked: {error}")
         return error
 

@@ -8,6 +8,8 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
+from msgspec import UNSET
+
 from samphire.client.dead_letters import AsyncDeadLetters
 from samphire.client.encoder import (
     Encoder,
@@ -301,11 +303,10 @@ class AsyncClient:
         collect: bool,
     ) -> Encoder:
         self._session.check_usable()
+        template = request_for(model, version, outputs, parameters, self.tenant, max_attempts, backoff, collect=collect)
         signature = await self._session.signature(model)
-        collects = collect and (signature is None or signature.decoupled)
-        template = request_for(
-            model, version, outputs, parameters, self.tenant, max_attempts, backoff, collect=collects
-        )
+        if signature is not None and not signature.decoupled:
+            template.collect = UNSET  # it means nothing there
         encoder = Encoder(template, priority_step(priority), self._session.stream, self._limits, self._session.clock)
         encoder.headers(headers)
         encoder.check_against(signature)
