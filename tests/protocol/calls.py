@@ -126,7 +126,7 @@ async def _start(store: Store, _keys: list[str], args: list[bytes]) -> None:
 
 
 async def _release(store: Store, _keys: list[str], args: list[bytes]) -> None:
-    await store.release(_texts(args[5:]), attempt=args[3].decode(), endpoint_died=args[4] == b"1")
+    await store.release(_texts(args[6:]), attempt=args[3].decode(), endpoint_died=args[4] == b"1")
 
 
 async def _cancel(store: Store, _keys: list[str], args: list[bytes]) -> None:
@@ -139,7 +139,7 @@ async def _reap(store: Store, keys: list[str], args: list[bytes]) -> None:
 
 
 async def _append(store: Store, _keys: list[str], args: list[bytes]) -> None:
-    field, task_id, started_at, first, count, event, at, outputs, nbytes, data = args[2:]
+    field, task_id, started_at, first, count, event, at, outputs, nbytes, data = args[3:]
     numbers = float(started_at), int(first), int(count)
     entry = (field.decode(), task_id.decode(), *numbers, event.decode(), float(at), int(outputs), int(nbytes), data)
     await store.append([LogEntry(*entry)])

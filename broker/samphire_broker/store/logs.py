@@ -23,10 +23,12 @@ class Logs(Calls):
             For each, run * 2^20 + attempt as the log counts them; 0: the claim is lost; -1: what must stand before it
             is not there, since the broker has lost it; -2: the log cannot be written.
         """
-        args: list[Argument] = [self.worker_id, self.keys.task_prefix]
+        args: list[Argument] = [self.worker_id, self.keys.task_prefix, self.keys.meta_prefix]
         for entry in entries:
             args += entry
-        replies: list[int] = await self._run("append", [self._inflight], args, self._logs)
+        replies: list[int] = await self._run(
+            "append", [self._inflight, self.keys.ended, self.keys.ended_before], args, self._logs
+        )
         return replies
 
     async def serve_follows(self) -> int:

@@ -124,7 +124,7 @@ inline Call call_settle(int worker, int incarnation, const vector<string>& settl
   return {"settle",
           {key + ":inflight", key + ":started", "dead", "cancelled", "scheduled", "scheduled:messages", "tried",
            "ended", "ended:before", "ended:turn", "cancelled:running"},
-          {META, "3600", "1000", "3600", "0", "dead:", "1209600", "W", "0:wake", "task:", "7200",
+          {META, "3600", "1000", "3600", "0", "dead:", "1209600", worker_id(worker, incarnation), "0:wake", "task:", "7200",
            packed_array(settlements)}};
 }
 
@@ -133,7 +133,7 @@ inline Call call_release(int worker, int incarnation, const Held& held) {
   return {"release",
           {key + ":inflight", key + ":started", "tried"},
           {META, "task:", "1209600", held.flags & BLAMED ? "y" : "", held.flags & ENDPOINT_DIED ? "1" : "0",
-           field_of(held)}};
+           worker_id(worker, incarnation), field_of(held)}};
 }
 
 inline Call call_schedule(int worker, int incarnation, const Held& held, bool is_past) {
@@ -148,8 +148,8 @@ inline Call call_schedule(int worker, int incarnation, const Held& held, bool is
 inline Call call_append(int worker, int incarnation, const Held& held) {
   string count = std::to_string(held.outputs + 1);
   return {"append",
-          {worker_key(worker, incarnation) + ":inflight"},
-          {worker_id(worker, incarnation), "task:", field_of(held), TASK_NAMES[held.task], "1.0",
+          {worker_key(worker, incarnation) + ":inflight", "ended", "ended:before"},
+          {worker_id(worker, incarnation), "task:", META, field_of(held), TASK_NAMES[held.task], "1.0",
            std::to_string(held.outputs + 2), "1", "output", "2.0", count, count, "x"}};
 }
 

@@ -1,14 +1,17 @@
 -- append: write what running tasks give out into their logs, in the order of each.
--- With: log
--- KEYS  1 worker:<wid>:inflight
--- ARGV  1 worker id   2 prefix of task hashes   3.. of each entry: claim, task id, when it was started (s since 1970),
---       number of its first event in the attempt, how many events, event, time, outputs so far, their bytes so far, data
+-- With: ended, log
+-- KEYS  1 worker:<wid>:inflight   2 ended   3 ended:before
+-- ARGV  1 worker id   2 prefix of task hashes   3 prefix of result keys   4.. of each entry: claim, task id, when it was
+--       started (s since 1970), number of its first event in the attempt, how many events, event, time, outputs so far,
+--       their bytes so far, data
 -- The log begins with the first entry, or a new attempt in it: number 1 is its start, so the first entry has number 2.
+-- Of a copy of the message that runs beside an attempt nothing is written, and nothing of a task that has ended: a
+-- message that is sent again after a failure begins its run with its start.
 -- Returns for each entry run * 2^20 + attempt; 0 where the claim was lost; -1 where something else stands there, or
 -- what must stand before it does not (the broker has lost it): this attempt cannot go on; -2 where the log cannot be
 -- written. An entry that is repeated is found, and not written again.
-local inflight_key = KEYS[1]
-local worker_id, task_prefix = ARGV[1], ARGV[2]
+local inflight_key, ended_key, ended_before_key = KEYS[1], KEYS[2], KEYS[3]
+local worker_id, task_prefix, meta_prefix = ARGV[1], ARGV[2], ARGV[3]
 local refusal = denied({{'XADD', LOG .. 'id', '*', 'field', ''}, {'HSET', LOGS, 'field', ''}})
 if refusal then
   return refusal
@@ -33,16 +36,26 @@ local function is_there(id, log, last, data)
   end
   return false
 end
+local function has_ended(id)
+  local state = state_in(try('GET', meta_prefix .. id))
+  if state then
+    return state == 'SUCCESS' or state == 'FAILURE' or state == 'REVOKED'
+  end
+  return recall(ended_key, ended_before_key, {id})[1] ~= nil
+end
 local function append(n)
   local field, id, started_at, first, count = ARGV[n], ARGV[n + 1], ARGV[n + 2], tonumber(ARGV[n + 3]), tonumber(ARGV[n + 4])
   local event, time, outputs, bytes, data = ARGV[n + 5], ARGV[n + 6], ARGV[n + 7], ARGV[n + 8], ARGV[n + 9]
   if call('HEXISTS', inflight_key, field) == 0 then
     return 0
   end
-  local claim = worker_id .. ':' .. match(field, '^%d+')
+  local claim = claim_of(worker_id, field)
   local log = read_log(id)
+  if log and log.claim ~= claim and is_live(log) then
+    return log.major
+  end
   if not log or log.claim ~= claim then
-    if first ~= 2 then
+    if first ~= 2 or has_ended(id) then
       return -1
     end
     log = log or new_log(id, tonumber(try('HGET', task_prefix .. id, 'run') or nil) or 1)
@@ -63,7 +76,7 @@ local function append(n)
   return failed and verdict_of(failed) or log.major
 end
 local reply = {}
-for n = 3, #ARGV, 10 do
+for n = 4, #ARGV, 10 do
   reply[#reply + 1] = append(n)
 end
 return full or reply

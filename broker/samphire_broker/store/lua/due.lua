@@ -37,7 +37,7 @@ for n = count, 1, -1 do -- the earliest goes back last, so it stands at the head
   end
   if where then
     try('PUBLISH', wake_channel, where)
-    log_event(ids[n], 'queued')
+    log_event(ids[n], '', 'queued')
   end
 end
 return done

@@ -52,7 +52,7 @@ while looked < math.min(#fields, 1000) and bytes_left > 0 do
         try('DEL', meta_prefix .. id)
       end
       call('HDEL', started_key, field)
-      log_event(id, 'queued', 'w', lost_attempt)
+      log_event(id, claim_of(worker_id, field), 'queued', 'w', lost_attempt)
       started = started + 1
     end
     call('HDEL', inflight_key, field)

@@ -45,7 +45,7 @@ for i = 2, #ARGV, 3 do
     call('ZADD', scheduled_key, due, id)
     call('HDEL', started_key, field)
     call('HDEL', inflight_key, field)
-    log_event(id, 'scheduled')
+    log_event(id, '', 'scheduled')
   end
   reply[#reply + 1] = verdict
 end

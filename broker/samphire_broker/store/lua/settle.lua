@@ -163,7 +163,7 @@ local function try_again(n)
     call('SET', metas[n], task[META])
     try('PUBLISH', metas[n], task[META])
   end
-  log_event(id, 'retrying', 'w', attempt)
+  log_event(id, claim_of(worker_id, fields[n]), 'retrying', 'w', attempt)
   single_events[#single_events + 1] = {stream_for(id, task[STREAM]), 'retrying', id}
 end
 -- Whether what a task owes can be pushed.
@@ -212,9 +212,6 @@ local function settle(n)
   if not can_push(n) then
     return 3
   end
-  if state == 'succeeded' and not states[id] and lacks_outputs(n) then
-    return 4
-  end
   if is_late_copy(n) then
     return 1
   end
@@ -223,6 +220,9 @@ local function settle(n)
     states[id], values[id] = 'REVOKED', 'c'
   end
   local opened, earlier = new_run(n), nil
+  if state == 'succeeded' and (opened or not states[id]) and lacks_outputs(n) then
+    return 4
+  end
   if opened then
     states[id], earlier = nil, failed_in(values[id])
   end
@@ -237,6 +237,7 @@ local function settle(n)
     if opened then
       forget(ended_key, ended_before_key, id)
       open_run(task_prefix .. id, tried_key, id, opened, earlier, letter_ttl_s)
+      log_redriven(id, opened)
     end
     if not states[id] then
       try_again(n)
@@ -246,6 +247,9 @@ local function settle(n)
   local is_fresh, is_owing = not states[id] and id ~= '', owes(id)
   local run, history, failed = close_run(id)
   run = opened or run
+  if is_fresh and opened then
+    log_redriven(id, opened)
+  end
   if is_fresh then
     failed = state == 'failed' and with_failed(failed or earlier or '', call('HGET', inflight_key, fields[n]))
     end_task(id, state, tasks[n][META], tasks[n][STREAM], run, failed)

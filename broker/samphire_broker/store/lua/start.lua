@@ -94,8 +94,8 @@ if #written > 0 then
   call('HSET', started_key, unpack(started))
 end
 for _, n in ipairs(some_logged and begun or {}) do
-  local log, claim = read_log(ids[n]), worker_id .. ':' .. match(fields[n], '^%d+')
-  if log and log.claim ~= claim then
+  local log, claim = read_log(ids[n]), claim_of(worker_id, fields[n])
+  if log and log.claim ~= claim and not is_live(log) then -- a copy that runs beside it writes nothing
     log_attempt(ids[n], log, claim, '')
   end
 end

@@ -37,6 +37,14 @@ local function tell_readers(id, place, ...)
   end
   try('PUBLISH', CHANNEL .. 'log:' .. id, table.concat(parts))
 end
+-- Claims are named with their worker, so that it can be seen whether one is still in flight.
+local function claim_of(worker, field)
+  return worker .. '|' .. field
+end
+local function is_live(log) -- whether an attempt is under way that writes it
+  local worker, field = match(log.claim, '^([^|]+)|(.*)$')
+  return worker ~= nil and try('HEXISTS', NAMESPACE .. 'worker:' .. worker .. ':inflight', field) == 1
+end
 local function run_of(log)
   return math.floor(log.major / ATTEMPTS)
 end
@@ -75,10 +83,12 @@ local function log_entry(id, log, event, count, time, ...)
   try('EXPIRE', LOGS, LIVE_S)
   tell_readers(id, place, 'e', event, 't', time, 'p', before, ...)
 end
--- Tell of what happens to a task, where it has a log.
-local function log_event(id, event, ...)
+-- Tell of what has become of a claim of a task ('' where it was none), if the task has a log: nobody writes it then. A
+-- copy that runs beside the attempt which writes it is not told of.
+local function log_event(id, claim, event, ...)
   local log = read_log(id)
-  if log then
+  if log and (log.claim == claim or not is_live(log)) then
+    log.claim = ''
     log_entry(id, log, event, 1, now_text(), ...)
   end
 end
