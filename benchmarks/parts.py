@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks import idle, measure, rivals, stall
+from benchmarks import idle, measure, rivals, stall, streams
 from benchmarks.stack import BenchStack, Figures, bench_stack
 
 Note = Callable[[str, float], None]
@@ -32,6 +32,9 @@ PARTS: dict[str, Part] = {
     "drain": Part("everysec", measure.drain),
     "claims": Part("everysec", measure.claim_cost),
     "read-one-by-one": Part("everysec", measure.read_one_by_one),
+    "stream": Part("everysec", streams.stream),
+    "streams": Part("everysec", streams.many_streams),
+    "resume": Part("everysec", streams.resume),
     "stall": Part("everysec", stall.stall),
     "idle": Part("everysec", idle.idle),
     "drain-always": Part("always", measure.drain, "_always"),
@@ -100,6 +103,13 @@ RATIOS: dict[str, Ratio] = {
     "claim_cost_100k_vs_1k": Ratio(("claims",), over("claim_us_100k", "claim_us_1k")),
     "stall_claim_vs_push": Ratio(("stall",), over("stall_claim_ms", "stall_push_ms"), "<=", 3),
     "idle_share": Ratio(("idle",), figure("idle_share"), "<=", 0.05),
+    "first_output_over_direct_ms": Ratio(
+        ("stream",), beyond("samphire_first_output_p50_ms", "direct_first_output_p50_ms"), "<=", 3
+    ),
+    "stream_vs_direct": Ratio(("stream",), over("samphire_stream_per_s", "direct_stream_per_s"), ">=", 0.5),
+    "streams_200_lag_p99_ms": Ratio(("streams",), figure("streams_200_lag_p99_ms"), "<=", 100),
+    "streams_200_slowest_per_s": Ratio(("streams",), figure("streams_200_slowest_per_s"), ">=", 9.9),
+    "resume_p50_ms": Ratio(("resume",), figure("resume_p50_ms"), "<=", 100),
     "read_one_by_one_p50_ms": Ratio(("read-one-by-one",), figure("read_one_by_one_p50_ms")),
     "read_one_by_one_round_trips": Ratio(("read-one-by-one",), figure("read_one_by_one_round_trips")),
 }

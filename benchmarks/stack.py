@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,14 @@ from typing import Self
 import psutil
 import redis
 
+from samphire_broker.settings import shipped_model_repository
+
 START_TIMEOUT_S = 120
 SAMPHIRE = str(Path(sys.executable).parent / "samphire")
 PORT_FLAGS = ("--broker-port", "--triton-grpc-port", "--triton-http-port", "--triton-metrics-port", "--flower-port")
+
+TICKER = Path(__file__).parent / "models" / "ticker"
+"""A model that ships with the benchmarks only."""
 
 Figures = dict[str, float]
 
@@ -58,6 +64,10 @@ def bench_stack(fsync: str) -> Iterator[BenchStack]:
         ready_file = Path(folder) / "ready.json"
         command = ["setpriv", "--pdeathsig", "TERM", SAMPHIRE, "up", "--data-dir", f"{folder}/data"]
         command += ["--ready-file", str(ready_file), "--broker-fsync", fsync, "--broker-memory", "8gb"]
+        models = Path(folder) / "models"
+        shutil.copytree(shipped_model_repository(), models)
+        shutil.copytree(TICKER, models / TICKER.name)
+        command += ["--model-repository", str(models)]
         for flag in PORT_FLAGS:
             if flag in known.stdout:  # a version that is compared with may have no Flower
                 command += [flag, "0"]

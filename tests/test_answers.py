@@ -12,7 +12,7 @@ from samphire import Backoff, Client, ModelFaultError, ModelSignature, TensorSpe
 from samphire_broker.settings import Settings
 from samphire_workers.intake.checking import Checker
 from samphire_workers.triton.answers import UnevenRowsError, check_answer
-from samphire_workers.triton.endpoint import Tensor
+from samphire_workers.triton.messages import Tensor
 from tests.stacks import Up
 
 TIMEOUT_S = 30

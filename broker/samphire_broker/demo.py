@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import time
 from typing import Any
 
@@ -25,6 +26,7 @@ LATENCY_TASKS = 200
 DRAWN = 4
 SHADES = " .:-=+*#%@"
 TIMEOUT_S = 60.0
+STREAMED = "Partial results come from the queue as they are made – and a stream says truthfully how it ends."
 
 
 async def show(stack: Stack, *, keep: bool) -> None:
@@ -42,6 +44,7 @@ async def show(stack: Stack, *, keep: bool) -> None:
         await _draw(client, images, labels)
         await asyncio.to_thread(_plain_celery, stack.broker_url, images[0], int(labels[0]))
         await _chain(client, images, labels)
+        await _stream(client)
         await _bad_request(client)
         await _dead_letter(client)
     hint = "" if keep else "; --keep leaves it running"
@@ -104,6 +107,24 @@ async def _chain(client: AsyncClient, images: NDArray[np.float32], labels: NDArr
     probabilities = (await task.result(timeout_s=TIMEOUT_S)).outputs["output_fp32"]
     said = ", ".join(f"version {n} says {p.argmax()} ({p.max():.0%})" for n, p in enumerate(probabilities, 1))
     click.echo(f"a chain, digits 1 + digits 2 -> identity: {said}, is {labels[1]}")
+
+
+async def _stream(client: AsyncClient) -> None:
+    """A text that comes word by word, as of a language model."""
+    inputs = {"text": np.array([STREAMED.encode()], dtype=object), "delay_ms": np.array([60], np.int32)}
+    task = await client.submit("token_stream", inputs)
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    click.echo("\na stream: ", nl=False)
+    count = 0
+    async for event in task.stream():
+        if event.kind != "output":
+            raise SamphireError(f"the stream had a {event.kind} although nothing went wrong")
+        click.echo(decoder.decode(event.outputs["token"][0]), nl=False)
+        count += 1
+    end = [event async for event in client.task(task.id).events()][-1]
+    click.echo(f" ({count} outputs of {end.output_count})")
+    if count != end.output_count:
+        raise SamphireError("the stream is not whole")
 
 
 async def _bad_request(client: AsyncClient) -> None:

@@ -18,6 +18,7 @@ from samphire.errors import (
     InvalidInputError,
     ModelFaultError,
     SamphireError,
+    StreamLimitError,
     TransientError,
     WorkerCrashError,
 )
@@ -83,6 +84,7 @@ def decide(
     may_pass = isinstance(error, ModelFaultError | InternalError) or (
         isinstance(error, TransientError) and error.retryable
     )
+    may_pass = may_pass and not isinstance(error, StreamLimitError)  # it would give out as much again
     if not may_pass or attempt >= policy.max_attempts:
         return GiveUp(reason_of(error))
     at = (time.time() if now is None else now) + wait_s(

@@ -113,6 +113,18 @@ class Settings(BaseSettings):
     inline_output_bytes: int = Field(default=8 * 2**10, ge=0)
     """Outputs over this size go to SDK clients as claim checks."""
 
+    streams_per_model: int = Field(default=256, ge=1)
+    """Most requests of a model that streams its outputs which a worker has under way at once."""
+
+    stream_max_outputs: int = Field(default=1_000_000, ge=1)
+    """Most outputs of one task that streams; a model that gives out more is stopped, and the task fails."""
+
+    stream_max_bytes: int = Field(default=256 * 2**20, ge=1024)
+    """Most bytes of these outputs together."""
+
+    collect_max_bytes: int = Field(default=16 * 2**20, ge=1024)
+    """Most bytes of them that are kept for a result which collects them: worker and result hold all at once."""
+
     micro_batch: dict[str, bool] = Field(default_factory=dict)
     """JSON object of model name to whether its requests are joined into micro-batches; without an entry they are where
     the model's config has `dynamic_batching`."""

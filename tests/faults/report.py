@@ -23,6 +23,8 @@ COUNTS = (
     "within_bound",
     "wrong",
     "unheard",
+    "streams",
+    "stream_restarts",
     "left_behind",
     "burned",
     "re_executed",
@@ -117,6 +119,10 @@ def _remarks(found: dict[str, Any]) -> str:
         f"behind {found['left_behind']}, attempts counted while a server was away {found['burned']}, trials that did "
         f"not recover {len(found['failures'])}.",
     ]
+    said.append(
+        f"Streams that were read to a true end meanwhile: {found['streams']}; their readers were told "
+        f"{found['stream_restarts']} times that outputs begin anew."
+    )
     letters = ", ".join(f"{name} {count}" for name, count in found["dead_lettered"].items())
     said.append(f"Dead letters: {letters or 'none'}.")
     refused = ", ".join(f"{name} {count:,}" for name, count in found["refused"].items())

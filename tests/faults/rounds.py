@@ -18,6 +18,7 @@ from samphire_broker.embedded.process import PartError
 from tests.faults.client import answer
 from tests.faults.matrix import FAULTS
 from tests.faults.stand import NothingUnderWayError, Stand, until_async
+from tests.faults.streams import StreamReaders
 
 CLIENTS = 2
 QUIET_TIMEOUT_S = 15.0
@@ -57,8 +58,12 @@ class Round:
     recovery_s: list[float] = field(default_factory=list)
     times: dict[str, list[float]] = field(default_factory=dict)
     held: list[int] = field(default_factory=list)
+    streams: int = 0
+    """Streams that were read to their end meanwhile."""
+    stream_restarts: int = 0
+    """Times that a reader was told that outputs begin anew."""
     failures: list[str] = field(default_factory=list)
-    """Trials that did not end as they must."""
+    """Trials, and streams, that did not end as they must."""
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -91,8 +96,14 @@ async def run_round(
     if fault.startswith("worker"):
         await stand.may_reap()
     await stand.load(clients)
+    readers = StreamReaders(stand)
+    readers.start()
     while result.trials + len(result.failures) < trials and result.met_nobody <= trials and may_go_on():
         await one_trial(stand, fault, result)
+    await stand.all_ready()
+    await readers.rest()
+    result.streams, result.stream_restarts = readers.ended, readers.restarts
+    result.failures += readers.untrue
     await account(stand, result)
     result.seconds = time.monotonic() - began
     return result

@@ -176,7 +176,8 @@ class Stand:
     async def start(self) -> None:
         """Start the servers and the workers."""
         repository = self.folder / "model_repository"
-        shutil.copytree(shipped_model_repository() / "identity", repository / "identity")
+        for model in ("identity", "token_stream"):
+            shutil.copytree(shipped_model_repository() / model, repository / model)
         shutil.copytree(MODELS, repository, dirs_exist_ok=True)
         await asyncio.gather(self.broker.start(), self.triton.start())
         if not self.workers:
@@ -320,8 +321,9 @@ class Stand:
         return f"{KEYS.worker_prefix}{await self.worker_id(worker)}:inflight"
 
     async def held(self, worker: Part) -> set[str]:
-        """Ids of the tasks that the worker has claimed and not settled."""
-        messages = await self.ask("HVALS", await self.inflight_key(worker))
+        """Ids of the clients' tasks that the worker has claimed and not settled; streams have readers of their own."""
+        fields = await self.ask("HGETALL", await self.inflight_key(worker))
+        messages = [message for field, message in fields.items() if b".token_stream" not in field]
         return {json.loads(message)["headers"]["id"] for message in messages}
 
     async def started(self, worker: Part) -> int:

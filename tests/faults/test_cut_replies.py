@@ -21,7 +21,7 @@ from samphire import (
     BrokerUnavailableError,
 )
 from samphire.transport.direct import Script
-from samphire_broker.store import Claimed, Looked, OtherEnd, Settlement, Started, Store, Tried
+from samphire_broker.store import Claimed, LogEntry, Looked, OtherEnd, Settlement, Started, Store, Tried
 from samphire_broker.store.calls import VERBS, script_text
 from tests.proxy import Proxy, Where, cutting_proxy
 from tests.stacks import Valkey, running_valkey
@@ -69,6 +69,7 @@ class Setting:
     other: Worker
     arm: Callable[[], None]
     """From here on commands are cut."""
+    proxy_url: str
 
     async def claims(self, *names: str) -> list[Claimed]:
         """Messages that the worker has claimed."""
@@ -131,6 +132,27 @@ async def settle(s: Setting) -> None:
     assert (status(s.valkey, "a"), status(s.valkey, "b")) == ("SUCCESS", "FAILURE")
     assert sorted(s.ended()) == [("failed", "b"), ("succeeded", "a")]
     assert everywhere(s.valkey) == ["b", "next"]
+
+
+async def append(s: Setting) -> None:
+    (claim,) = await s.claims("a")
+    await s.worker.start([claim])
+    entries = [LogEntry(claim.field, "a", 1.0, 2, 3, "output", 2.0, 3, 3, b"abc")]
+    entries.append(LogEntry(claim.field, "a", 1.0, 5, 1, "output", 2.0, 4, 4, b"d"))
+    s.arm()
+    for entry in entries:
+        assert (await again(lambda entry=entry: s.worker.store.append([entry])))[0] > 0  # type: ignore[misc]
+    log = [fields[b"e"] for _, fields in s.valkey.client.xrange(KEYS.log_prefix + "a")]
+    assert log == [b"started", b"output", b"output"]
+
+
+async def serve_follows(s: Setting) -> None:
+    push(s.valkey, "a")
+    s.valkey.client.rpush(KEYS.follows, "a")
+    s.arm()
+    await again(s.worker.store.serve_follows)
+    assert not s.valkey.client.exists(KEYS.follows)
+    assert s.valkey.client.xlen(KEYS.log_prefix + "a") == 1
 
 
 async def release(s: Setting) -> None:
@@ -354,8 +376,15 @@ async def find_queues(s: Setting) -> None:
 
 
 async def enter(s: Setting) -> None:
+    fresh = Worker(s.proxy_url, "w1")  # what is done when its connection is opened is cut as well
+    s.valkey.client.set(KEYS.epoch, "old another")
     s.arm()
-    await again(s.worker.store.enter)
+    try:
+        await again(fresh.store.enter)
+    finally:
+        await fresh.named.close()
+        await fresh.store.close()
+    assert s.valkey.client.get(KEYS.epoch) != b"old another"
     assert s.valkey.client.get(KEYS.schema) == b"1"
     assert s.valkey.client.get(KEYS.namespace_mark) == KEYS.namespace.encode()
 
@@ -399,7 +428,7 @@ STORE_CASES: dict[str, Callable[[Setting], Awaitable[None]]] = {
         *(delete_results, serve_letters, publish_catalogue, others, connected, hostname, reap, leave),
         *(known_queues, name_queues, find_queues, read_blob, write_blob, tried, trim_letters, alone),
         *(lead, give_back, scheduled, broker_run, missing_rights, is_another_alone, end_others, enter, look_at_queues),
-        depths,
+        *(depths, append, serve_follows),
     )
 }
 
@@ -446,7 +475,7 @@ def test_every_command_of_the_store_is_cut(server: Valkey, where: Where) -> None
                         arm()
 
                     try:
-                        await case(Setting(server, worker, other, arm_anew))
+                        await case(Setting(server, worker, other, arm_anew, proxy.url))
                     finally:
                         for made in (worker, other):
                             await made.named.close()
@@ -457,6 +486,8 @@ def test_every_command_of_the_store_is_cut(server: Valkey, where: Where) -> None
 
     cut = asyncio.run(test())
     names = scripts()
+    cut = {"epoch" if command == "EVAL" else command for command in cut}
+    names["epoch"] = "epoch"
     missed = set(names.values()) - {names.get(command, "") for command in cut} - {"submit"}
     assert not missed, f"the {where} of these scripts was never cut: {missed}"
     assert "SCRIPT LOAD" in cut

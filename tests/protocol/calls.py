@@ -15,7 +15,7 @@ from samphire.transport.address import broker_of
 from samphire.transport.publisher import IdempotencyKey, Publisher
 from samphire.wire.keys import DEFAULT_NAMESPACE, Keys
 from samphire_broker.settings import Settings
-from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store, Turn, WorkerInfo
+from samphire_broker.store import Later, Letter, LogEntry, OtherEnd, Settlement, Store, Turn, WorkerInfo
 from samphire_broker.store.calls import script_text as store_script_text
 
 Form = tuple[str, list[str], list[bytes]]
@@ -28,7 +28,9 @@ def script_text(verb: str) -> str:
     """The text of a script, as it is loaded."""
     if verb == "submit":
         return (resources.files("samphire.transport") / "submit.lua").read_text()
-    return store_script_text(verb, Keys()).replace("'samphire:'", "''", 1)  # the model's keys have bare names
+    return store_script_text(verb, Keys()).replace(
+        "'samphire:', '', 'samphire:0:'", "'', '', ''", 1
+    )  # the model's keys have bare names
 
 
 def forms_of(dumps: Iterable[Path]) -> list[Form]:
@@ -52,7 +54,7 @@ async def built_by_us(form: Form) -> Form:
 
     async def catch(name: str, key_names: Sequence[str], given: Sequence[Any], _connection: Any = None) -> Any:
         caught.append((name, list(key_names), [arg if isinstance(arg, bytes) else str(arg).encode() for arg in given]))
-        return _EMPTY_REPLIES.get(name, [] if name in ("start", "settle", "schedule") else 0)
+        return _EMPTY_REPLIES.get(name, [] if name in ("append", "start", "settle", "schedule") else 0)
 
     store = Store(Settings(), _worker_of(form))
     store._run = catch  # type: ignore[method-assign]
@@ -92,7 +94,7 @@ def _texts(args: Iterable[bytes]) -> list[str]:
 def _settlements(packed: bytes) -> list[Settlement]:
     found = []
     for task in msgspec.msgpack.decode(packed):
-        blobs, pushes, others, letter, retry = task[5] if len(task) > 5 else ((), (), (), (), ())
+        blobs, pushes, others, letter, retry, streamed = task[5] if len(task) > 5 else ((), (), (), (), (), ())
         found.append(
             Settlement(
                 *task[:5],
@@ -101,6 +103,7 @@ def _settlements(packed: bytes) -> list[Settlement]:
                 others=tuple(OtherEnd(*other) for other in others),
                 letter=Letter(*letter) if letter else (),
                 retry=Later(*retry) if retry else (),
+                streamed=tuple(streamed),
             )
         )
     return found
@@ -123,7 +126,7 @@ async def _start(store: Store, _keys: list[str], args: list[bytes]) -> None:
 
 
 async def _release(store: Store, _keys: list[str], args: list[bytes]) -> None:
-    await store.release(_texts(args[5:]), attempt=args[3].decode(), endpoint_died=args[4] == b"1")
+    await store.release(_texts(args[6:]), attempt=args[3].decode(), endpoint_died=args[4] == b"1")
 
 
 async def _cancel(store: Store, _keys: list[str], args: list[bytes]) -> None:
@@ -135,11 +138,20 @@ async def _reap(store: Store, keys: list[str], args: list[bytes]) -> None:
     await store.reap(args[0].decode(), int(args[1]) if args[1] else None, args[5].decode())
 
 
+async def _append(store: Store, _keys: list[str], args: list[bytes]) -> None:
+    field, task_id, started_at, first, count, event, at, outputs, nbytes, data = args[3:]
+    numbers = float(started_at), int(first), int(count)
+    entry = (field.decode(), task_id.decode(), *numbers, event.decode(), float(at), int(outputs), int(nbytes), data)
+    await store.append([LogEntry(*entry)])
+
+
 _CALLS: dict[str, Callable[[Store, list[str], list[bytes]], Awaitable[object]]] = {
     "alone": lambda store, _keys, args: store.alone(args[1].decode(), int(args[2]) / 1000, int(args[4])),
+    "append": _append,
     "beat": _beat,
     "cancel": _cancel,
     "claim": _claim,
+    "follow": lambda store, _keys, _args: store.serve_follows(),
     "due": lambda store, _keys, _args: store.return_due(),
     "leave": lambda store, _keys, _args: store.leave(),
     "letters": lambda store, _keys, _args: store.serve_letters(),

@@ -50,8 +50,9 @@ def _build(client: redis.Redis, keyspace: dict[str, Any]) -> None:
             case "z":
                 pipe.zadd(key, {_bytes(member): score for member, score in value.items()})
             case "x":
-                for entry in value:
-                    pipe.execute_command("XADD", key, "*", *map(_bytes, entry))
+                for entry in value:  # one of a log begins with its id
+                    first = [] if name.startswith("log:") else ["*"]
+                    pipe.execute_command("XADD", key, *first, *map(_bytes, entry))
     pipe.execute()
 
 
@@ -72,12 +73,16 @@ def _read(client: redis.Redis) -> dict[str, Any]:
                 members = client.zrange(key, 0, -1, withscores=True)
                 found[name] = ("z", {_text(member): round(score, 3) for member, score in members})
             case _:
-                entries = [fields for _, fields in client.xrange(key)]
-                found[name] = (
-                    "x",
-                    sorted([_text(part) for pair in fields.items() for part in pair] for fields in entries),
-                )
+                entries = [
+                    [*([_text(entry_id)] if name.startswith("log:") else []), *_pairs(fields)]
+                    for entry_id, fields in client.xrange(key)
+                ]
+                found[name] = ("x", sorted(entries))
     return {name: _comparable(name, *value) for name, value in found.items()}
+
+
+def _pairs(fields: dict[bytes, bytes]) -> list[str]:
+    return [_text(part) for pair in fields.items() for part in pair]
 
 
 def _comparable(name: str, kind: str, value: Any) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -45,6 +46,38 @@ def body(model: str, value: float = 1.0) -> dict[str, Any]:
     return {"model_name": model, "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [value]}]}
 
 
+Streams = Callable[[Any], AsyncIterator[Any]]
+"""What a model that streams gives out: responses, for the context of the call."""
+
+
+def given(value: float, *, final: bool = False, size: int = 1) -> Any:
+    """A response with one output."""
+    answer = service_pb2.ModelInferResponse(model_name="m", model_version="1")
+    answer.outputs.add(name="y", datatype="FP32", shape=[1, size])
+    answer.raw_output_contents.append(np.full((1, size), value, np.float32).tobytes())
+    answer.parameters["triton_final_response"].bool_param = final
+    return service_pb2.ModelStreamInferResponse(infer_response=answer)
+
+
+def last() -> Any:
+    """The empty response that ends a stream."""
+    answer = service_pb2.ModelInferResponse(model_name="m", model_version="1")
+    answer.parameters["triton_final_response"].bool_param = True
+    return service_pb2.ModelStreamInferResponse(infer_response=answer)
+
+
+def counting(outputs: int, *, end: bool = True) -> Streams:
+    """A model that gives out 0, 1, 2, …"""
+
+    async def streams(context: Any) -> AsyncIterator[Any]:
+        for number in range(outputs):
+            yield given(number)
+        if end:
+            yield last()
+
+    return streams
+
+
 async def broken(context: Any) -> None:
     """A model that raises."""
     await context.abort(grpc.StatusCode.INTERNAL, "the model raised")
@@ -76,6 +109,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.is_up = True
         """Else it says of itself and of all models that they are away."""
         self.behave: dict[str, Behaviour] = {}
+        self.streams: dict[str, Streams] = {}
+        """Models that stream, and what they give out."""
+        self.widths: dict[str, int] = {}
+        """Size of a model's output beside its rows; by default 1."""
+        self.cancelled: list[str] = []
+        """Streaming models, as often as their call was cancelled."""
         self.asked: list[str] = []
         """Models, as often as they were asked."""
         self.values: list[float] = []
@@ -102,12 +141,14 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         if request.name not in self.models:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
         config = model_config_pb2.ModelConfig(name=request.name, max_batch_size=8)
-        if request.name in self.stateful:
+        if request.name in self.streams:
+            config.model_transaction_policy.decoupled = True
+        elif request.name in self.stateful:
             config.sequence_batching.SetInParent()
         else:
             config.dynamic_batching.SetInParent()
         config.input.add(name="x", data_type=model_config_pb2.TYPE_FP32, dims=[1])
-        config.output.add(name="y", data_type=model_config_pb2.TYPE_FP32, dims=[1])
+        config.output.add(name="y", data_type=model_config_pb2.TYPE_FP32, dims=[self.widths.get(request.name, 1)])
         return service_pb2.ModelConfigResponse(config=config)
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -122,6 +163,16 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         answer.outputs.add(name="y", datatype="FP32", shape=values.shape)
         answer.raw_output_contents.append((values + 1).tobytes())
         return answer
+
+    async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        try:
+            async for request in requests:
+                self.asked.append(request.model_name)
+                async for response in self.streams[request.model_name](context):
+                    yield response
+        except (asyncio.CancelledError, GeneratorExit):  # in its own wait, or while a response was sent
+            self.cancelled.append(request.model_name)
+            raise
 
     async def start(self) -> None:
         """Serve on a free port."""
@@ -253,3 +304,13 @@ def remember(client: redis.Redis, task_id: str, **counts: int) -> None:
     mapping: Mapping[str, Any] = {"history": "{}", **counts}
     client.hset(KEYS.task_prefix + task_id, mapping=dict(mapping))
     client.sadd(KEYS.tried, task_id)
+
+
+def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that runs on an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import IO, Any
 import click
 import numpy as np
 
-from samphire import Client, InvalidInputError, SamphireError, Task
+from samphire import Client, InvalidInputError, SamphireError, Task, TaskEvent
 from samphire.transport.address import broker_of
 from samphire.wire.signature import ModelSignature
 from samphire.wire.tensors import DTYPES, values_to_bytes
@@ -25,7 +26,7 @@ from samphire_broker.commands.output import (
     with_client,
 )
 from samphire_broker.inspection.overview import overview
-from samphire_broker.shown import shown
+from samphire_broker.shown import shown, shown_lines
 
 
 def _parse_pairs(pairs: tuple[str, ...], what: str) -> dict[str, str]:
@@ -149,18 +150,62 @@ def submit(
 
 @click.command()
 @click.argument("task_id")
+@click.option("--stream", is_flag=True, help="Print the outputs of a model that streams, as they come.")
+@click.option("--after", metavar="POSITION", help="Go on after this position, as --json prints it.")
 @with_client
-def watch(client: Client, *, task_id: str, as_json: bool) -> None:
-    """Print each state of a task as it is reached, until it has ended; fails unless it succeeded."""
-    status = ""
-    for event in client.task(task_id).events():
-        status = event.status
+def watch(client: Client, *, task_id: str, stream: bool, after: str | None, as_json: bool) -> None:
+    """Print what happens to a task, until it has ended; fails unless it succeeded.
+
+    Without --stream each state is printed as it is reached, and how far the task is, if its model tells that.
+    """
+    task, told = client.task(task_id), ""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for event in task.events(after):
+        told = event.status
         if as_json:
-            print_json({"id": event.task_id, "status": event.status, "at": event.at})
-        else:
-            click.echo(shown(event.status))
-    if status != "succeeded":
-        fail(_why(client.task(task_id)))
+            print_json(_event_as_dict(event))
+        elif stream and event.kind == "output":
+            _print_output(event, decoder)
+        elif event.kind == "gap":
+            say(shown(f"(events are missing before {event.earliest or 'now'})"))
+        elif not stream and event.kind != "output":
+            click.echo(shown(_described(event)))
+    if stream and not as_json:
+        click.echo()
+    if told != "succeeded":
+        fail(_why(task))
+
+
+def _described(event: TaskEvent) -> str:
+    if event.kind == "progress":
+        parts = [f"{event.fraction:.0%}"] if event.fraction is not None else []
+        return " ".join(["running", *parts, event.message])
+    return f"{event.status} ({event.message})" if event.message else event.status
+
+
+def _event_as_dict(event: TaskEvent) -> dict[str, Any]:
+    """What is known of an event; byte strings as text."""
+    known = {name: value for name, value in vars(event).items() if value not in (None, "", False) and name != "outputs"}
+    known["id"] = known.pop("task_id")
+    if event.outputs:
+        known["outputs"] = {name: _values(array) for name, array in event.outputs.items()}
+    return known
+
+
+def _values(array: Any) -> Any:
+    if array.dtype != object:
+        return array.tolist()
+    return [element.decode(errors="replace") for element in array.ravel()]
+
+
+def _print_output(event: TaskEvent, decoder: codecs.IncrementalDecoder) -> None:
+    """An output in the terminal: the text of one that is a text, and else its numbers."""
+    texts = [array for array in event.outputs.values() if array.dtype == object]
+    if texts:
+        text = "".join(decoder.decode(piece) for array in texts for piece in array.ravel())
+        click.echo(shown_lines(text), nl=False)  # a character may be in two pieces
+    else:
+        click.echo(shown(" ".join(f"{name}={array.tolist()}" for name, array in event.outputs.items())))
 
 
 def _why(task: Task) -> str:
@@ -181,7 +226,9 @@ def result(client: Client, *, task_id: str, timeout_s: float, delete: bool, save
     """Print the result of a task."""
     task = client.task(task_id)
     if timeout_s <= 0 and (status := task.status()) in ("queued", "scheduled", "running", "retrying"):
-        fail(f"task {task_id} is {status}, or unknown: --timeout-s waits for it", NO_ANSWER)
+        progress = task.progress() if status == "running" else None
+        far = f", {_described(progress).removeprefix('running ')}" if progress is not None else ""
+        fail(shown(f"task {task_id} is {status}{far}, or unknown: --timeout-s waits for it"), NO_ANSWER)
     answer = task.result(max(timeout_s, 5.0), delete=delete)
     if save is not None:
         arrays = {name: _for_npz(name, array) for name, array in answer.outputs.items()}

@@ -192,7 +192,7 @@ class Claims(Calls):
         `endpoint_died` with them that is noted, and is no attempt.
         """
         args: list[Argument] = [self.keys.meta_prefix, self.keys.task_prefix, self._settings.dead_letter_ttl_s, attempt]
-        args.append(int(endpoint_died))
+        args += (int(endpoint_died), self.worker_id)
         key_names = [self._inflight, self._started, self.keys.tried]
         return int(await self._run("release", key_names, [*args, *fields]))
 

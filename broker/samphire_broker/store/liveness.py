@@ -10,11 +10,10 @@ import msgspec
 from samphire.transport.connection import key_text
 from samphire.transport.direct import Argument, DirectConnection
 from samphire.wire.keys import SCHEMA_VERSION
-from samphire_broker.store.calls import Calls
+from samphire_broker.store.calls import RUN_ID, Calls
 from samphire_broker.store.records import OtherDeploymentError, Reaped, WorkerInfo
 
 _CONNECTION_NAME = re.compile(rb" name=(\S+)")
-_RUN_ID = re.compile(rb"run_id:(\w+)")
 _UPTIME = re.compile(rb"uptime_in_seconds:(-?\d+)")
 
 
@@ -77,7 +76,7 @@ class Liveness(Calls):
             BrokerRightError: this user may not ask (INFO).
         """
         told = await self._rest.execute("INFO", "server")
-        run_id, uptime_s = _RUN_ID.search(told), _UPTIME.search(told)
+        run_id, uptime_s = RUN_ID.search(told), _UPTIME.search(told)
         return run_id[1].decode() if run_id else "", int(uptime_s[1]) if uptime_s else 0
 
     async def hostname(self, worker_id: str) -> str:

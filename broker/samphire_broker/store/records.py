@@ -56,6 +56,8 @@ class Settled(IntEnum):
     """The task was cancelled meanwhile: it stays claimed, and is to be settled as cancelled."""
     NOT_PUSHED = 3
     """Its next steps cannot be pushed: it stays claimed."""
+    OUTPUTS_LOST = 4
+    """The broker has lost outputs that it had given out: it stays claimed."""
 
 
 class Looked(IntEnum):
@@ -152,6 +154,26 @@ class Tried(NamedTuple):
     """Those of the crashes that took down what all workers share: a model's process, or an endpoint."""
 
 
+class LogEntry(NamedTuple):
+    """Events of one kind that a running task gives out, which stand in its log as one entry."""
+
+    field: str
+    task_id: str
+    started_at: float
+    """In s since 1970."""
+    first: int
+    """Number of the first of them in the attempt; 1 is the attempt's start, so the first entry has 2."""
+    events: int
+    event: str
+    at: float
+    """In s since 1970."""
+    outputs: int
+    """Of the attempt, these included."""
+    nbytes: int
+    """Their bytes."""
+    data: bytes
+
+
 class OtherEnd(NamedTuple):
     """The end of another task that this one's end brings about: the steps after a failed one."""
 
@@ -179,6 +201,8 @@ class Settlement(NamedTuple):
     letter: Letter | tuple[()] = ()
     retry: Later | tuple[()] = ()
     """Of a task whose state is "retrying": it waits with the scheduled ones."""
+    streamed: tuple[int] | tuple[()] = ()
+    """Of one that has succeeded and has given out outputs: how many, as its log must have them."""
 
 
 class LetterCounts(NamedTuple):

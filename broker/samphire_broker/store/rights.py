@@ -71,6 +71,11 @@ def rights(keys: Keys) -> Sequence[Right]:
         *_all("results", f"UNLINK {keys.own(BLOB_PREFIX)}x", f"UNLINK {keys.own(RESULT_BLOB_PREFIX)}x"),
         *_all("events", f"XADD {keys.own(STREAM_PREFIX)}c * x x", f"EXPIRE {keys.own(STREAM_PREFIX)}c 1"),
         *_all("events", f"PUBLISH {keys.wake_channel} x"),
+        *_all("event logs", f"XADD {keys.log_prefix}x * x x", f"EXPIRE {keys.log_prefix}x 1", f"HSET {keys.logs} x x"),
+        *_all("event logs", f"HGET {keys.logs} x", f"HDEL {keys.logs} x", f"XREVRANGE {keys.log_prefix}x + -"),
+        *_all("event logs", f"XTRIM {keys.log_prefix}x MAXLEN 1", f"XRANGE {keys.log_prefix}x - +"),
+        *_all("event logs", f"GET {keys.epoch}", f"SET {keys.epoch} x", f"LTRIM {keys.follows} 0 0"),
+        *_all("event logs", f"PUBLISH {keys.channel_prefix}log:x x"),
         *_all("attempts", f"HSET {task} x x", f"HINCRBY {task} x 1", f"HMGET {task} x", f"UNLINK {task}"),
         *_all("attempts", f"SADD {keys.tried} x", f"SREM {keys.tried} x", f"SMISMEMBER {keys.tried} x"),
         *_all("sequences", f"HGET {keys.leaders} x", f"HSET {keys.leaders} x x", f"HDEL {keys.leaders} x"),
@@ -97,7 +102,7 @@ def rights(keys: Keys) -> Sequence[Right]:
             "finding lost workers within seconds, and not only once their lease has lapsed", "CLIENT LIST", vital=False
         ),
         *_all(
-            "telling a broker that has just started, within whose first seconds nobody is taken for lost",
+            "telling a broker that has just started: nobody is taken for lost then, and positions get a new epoch",
             "INFO",
             vital=False,
         ),

@@ -8,10 +8,11 @@
 
 from samphire.client.aio import AsyncClient
 from samphire.client.dead_letters import Attempt, DeadLetter, LetterFilter
+from samphire.client.events import TaskEvent
 from samphire.client.pipeline import Output, Step
 from samphire.client.results import InferResult
 from samphire.client.sync import Client, Task
-from samphire.client.task import AsyncTask, TaskEvent
+from samphire.client.task import AsyncTask
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerRightError,
@@ -32,6 +33,8 @@ from samphire.errors import (
     ResultExpiredError,
     ResultTimeoutError,
     SamphireError,
+    StreamDiffersError,
+    StreamLimitError,
     TaskCancelledError,
     TaskExpiredError,
     TaskGoneError,
@@ -74,6 +77,8 @@ __all__ = [
     "ResultTimeoutError",
     "SamphireError",
     "Step",
+    "StreamDiffersError",
+    "StreamLimitError",
     "Task",
     "TaskCancelledError",
     "TaskEvent",

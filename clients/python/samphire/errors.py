@@ -12,6 +12,7 @@
     │   ├── QueueFullError             the model's queue has reached its limit
     │   └── BrokerMemoryFullError      the broker has reached 80 % of its memory
     ├── ModelFaultError            the model raised, or answered what it must not
+    │   └── StreamLimitError       it gave out more than a stream may have
     ├── InternalError              a bug of Samphire's, and not of the caller's
     ├── WorkerCrashError           the task took down every worker that tried it
     ├── TaskGoneError              the task ended without a result
@@ -19,6 +20,7 @@
     │   ├── TaskCancelledError     somebody cancelled it
     │   ├── ResultDeletedError     its result was read, and deleted as asked for
     │   └── ResultExpiredError     it has ended, and its result's lifetime is over
+    ├── StreamDiffersError         a stream that was to be resumed began anew with other outputs
     ├── UnknownTaskError           no such task is queued, scheduled, running or ended
     ├── LetterGoneError            there is no such dead letter
     ├── LetterRefusedError         the dead letter cannot be redriven; it stays
@@ -114,6 +116,12 @@ class ModelFaultError(SamphireError):
     default_message: ClassVar[str] = "The model failed."
 
 
+class StreamLimitError(ModelFaultError):
+    """The model gave out more than a stream may have."""
+
+    default_message: ClassVar[str] = "The model gave out more than a stream may have."
+
+
 class InternalError(SamphireError):
     """Samphire has a bug."""
 
@@ -156,6 +164,12 @@ class ResultExpiredError(TaskGoneError):
     """The task has ended, and its result's lifetime is over."""
 
     default_message: ClassVar[str] = "The task has ended, and its result's lifetime is over."
+
+
+class StreamDiffersError(SamphireError):
+    """The stream began anew with other outputs."""
+
+    default_message: ClassVar[str] = "The stream began anew with other outputs."
 
 
 class UnknownTaskError(SamphireError):

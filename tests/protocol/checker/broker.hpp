@@ -55,7 +55,8 @@ struct View {
   uint8_t attempts[TASKS] = {}, crashes[TASKS] = {}, losses[TASKS] = {}, shared[TASKS] = {}, is_tried[TASKS] = {};
   uint8_t stray_start = 0, lately = 0, alone = 0, alone_incarnation = 0;  // alone: 1 + the worker
   uint8_t lease[WORKERS] = {}, member[WORKERS] = {};                      // a bit for each incarnation
-  uint8_t cancel_requests = 0, letter_requests = 0, events = 0, parts = 0;
+  uint8_t cancel_requests = 0, letter_requests = 0, events = 0, parts = 0, follow_requests = 0;
+  string log_fault;  // what is wrong with a log
   vector<Claim> claims;
 
   bool has_lease(int worker, int incarnation) const { return lease[worker] >> incarnation & 1; }
@@ -128,6 +129,46 @@ inline void look_at_task(const Reader& read, int task, View& view) {
     if (read.in_hash(hash, id)) view.remembered[task] = read.at(hash)->hash.at(id)[0];
 }
 
+inline string field_in(const vector<string>& entry, const string& name) {  // of a log; it begins with its id
+  for (size_t n = 1; n + 1 < entry.size(); n += 2)
+    if (entry[n] == name) return entry[n + 1];
+  return "";
+}
+
+// What is wrong with a task's log: each entry follows on the one before it, an attempt begins with its start, and the
+// end of a run is its last entry and knows how many outputs the attempt has given out.
+inline string fault_of_log(const vector<vector<string>>& log) {
+  string before = "0-0";
+  long long ended_run = 0, outputs = 0, major = 0;
+  for (const auto& entry : log) {
+    auto [at, seq] = place_of(entry[0]);
+    string event = field_in(entry, "e");
+    bool is_end = event == "succeeded" || event == "failed" || event == "cancelled" || event == "expired";
+    if (field_in(entry, "p") != before) return "an entry does not follow on the one before it";
+    if (at >> 20 == ended_run) return "an event comes after the end of its run";
+    if (at != major && at % (1 << 20) && event != "started") return "an attempt begins without its start";
+    if (at != major) outputs = 0;
+    if (event == "output" && atoll(field_in(entry, "o").c_str()) != ++outputs) return "an output is counted wrongly";
+    if (is_end && atoll(field_in(entry, "o").c_str()) != outputs) return "an end counts other outputs than there are";
+    if (is_end) ended_run = at >> 20;
+    major = at, before = entry[0];
+  }
+  return "";
+}
+
+inline void look_at_log(const Reader& read, int task, View& view) {
+  string id = TASK_NAMES[task];
+  const Value* log = read.at("log:" + id);
+  if (!log) return;
+  string fault = fault_of_log(log->stream);
+  bool is_open = read.in_hash("logs", id);
+  string last = field_in(log->stream.back(), "e");
+  static const char* const LAST[] = {"", "", "", "succeeded", "failed", "cancelled", "expired"};
+  if (is_end(view.meta[task]) && is_open) fault = "the log of an ended task is open";
+  if (is_end(view.meta[task]) && last != LAST[view.meta[task]]) fault = "the last entry is not how the task has ended";
+  if (!fault.empty()) view.log_fault = fault + " (" + id + ")";
+}
+
 inline void look_at_worker(const Reader& read, int worker, int incarnation, View& view) {
   string id = worker_id(worker, incarnation), key = "worker:" + id;
   if (read.has(key)) view.lease[worker] |= 1 << incarnation;
@@ -158,6 +199,7 @@ inline View look(const Keyspace& keys) {
   read.count("inference", view.in_intake, view.sent_again);
   view.parts = read.length("inference.parts");
   for (int task = 0; task < TASKS; task++) look_at_task(read, task, view);
+  for (int task = 0; task < TASKS; task++) look_at_log(read, task, view);
   view.lately = read.has("cancelled:lately");
   if (const Value* alone = read.at("alone")) {
     view.alone = 1 + alone->text[0] - 'A';
@@ -168,6 +210,7 @@ inline View look(const Keyspace& keys) {
   view.cancel_requests = read.length("sub:cancels");
   view.letter_requests = read.length("sub:letters");
   view.events = read.length("events:c");
+  view.follow_requests = read.length("sub:follows");
   return view;
 }
 
@@ -225,7 +268,7 @@ class Broker {
  public:
   Broker(const string& root, int dump, const string& dump_path) : scripts_(commands_), dump_(dump) {
     const string folder = root + "/broker/samphire_broker/store/lua/";
-    for (const char* verb : {"alone", "beat", "cancel", "claim", "due", "leave", "letters", "reap", "release", "route",
+    for (const char* verb : {"alone", "append", "beat", "cancel", "claim", "due", "follow", "leave", "letters", "reap", "release", "route",
                              "schedule", "settle", "start"})
       scripts_.load(verb, with_what_stands_before(folder, verb));
     scripts_.load("submit", {root + "/clients/python/samphire/transport/submit.lua"});

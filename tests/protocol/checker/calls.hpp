@@ -99,13 +99,16 @@ inline string settlement(const Held& held, int ending) {
   vector<string> parts = {packed(field_of(held)), packed(TASK_NAMES[task]), packed(ENDING_NAMES[ending]),
                           packed(meta_text(STATUS[ending], task, why)), packed(CLIENT_STREAM)};
   auto [pushes, others] = owed(task, ending);
-  string letter = packed_array({}), retry = packed_array({});
+  string letter = packed_array({}), retry = packed_array({}), streamed = packed_array({});
+  if (ending == SUCCEEDED && held.outputs) streamed = packed_array({packed(held.outputs)});
   if (ending == FAILED)
     letter = packed_array(
         {packed(TASK_NAMES[task]), packed("m"), packed("r"), packed("e"), packed(held.attempts + 1), packed("y")});
   if (ending == RETRYING) retry = packed_array({packed(1000000), packed("y")});
-  if (!pushes.empty() || !others.empty() || ending == FAILED || ending == RETRYING)
-    parts.push_back(packed_array({packed_array({}), packed_array(pushes), packed_array(others), letter, retry}));
+  bool has_streamed = ending == SUCCEEDED && held.outputs;
+  if (!pushes.empty() || !others.empty() || ending == FAILED || ending == RETRYING || has_streamed)
+    parts.push_back(
+        packed_array({packed_array({}), packed_array(pushes), packed_array(others), letter, retry, streamed}));
   return packed_array(parts);
 }
 
@@ -113,7 +116,7 @@ inline string settlement(const Held& held, int ending) {
 inline string errand_settlement(const Held& held) {
   string push = packed_array({packed(LISTS[0]), packed(message_of(0))}), none = packed_array({});
   return packed_array({packed(field_of(held)), packed(""), packed("succeeded"), packed(""), packed(""),
-                       packed_array({none, packed_array({push}), none, none, none})});
+                       packed_array({none, packed_array({push}), none, none, none, none})});
 }
 
 inline Call call_settle(int worker, int incarnation, const vector<string>& settlements) {
@@ -121,7 +124,7 @@ inline Call call_settle(int worker, int incarnation, const vector<string>& settl
   return {"settle",
           {key + ":inflight", key + ":started", "dead", "cancelled", "scheduled", "scheduled:messages", "tried",
            "ended", "ended:before", "ended:turn", "cancelled:running"},
-          {META, "3600", "1000", "3600", "0", "dead:", "1209600", "W", "0:wake", "task:", "7200",
+          {META, "3600", "1000", "3600", "0", "dead:", "1209600", worker_id(worker, incarnation), "0:wake", "task:", "7200",
            packed_array(settlements)}};
 }
 
@@ -130,7 +133,7 @@ inline Call call_release(int worker, int incarnation, const Held& held) {
   return {"release",
           {key + ":inflight", key + ":started", "tried"},
           {META, "task:", "1209600", held.flags & BLAMED ? "y" : "", held.flags & ENDPOINT_DIED ? "1" : "0",
-           field_of(held)}};
+           worker_id(worker, incarnation), field_of(held)}};
 }
 
 inline Call call_schedule(int worker, int incarnation, const Held& held, bool is_past) {
@@ -139,6 +142,21 @@ inline Call call_schedule(int worker, int incarnation, const Held& held, bool is
       "schedule",
       {key + ":inflight", key + ":started", "scheduled", "scheduled:messages", "cancelled", "ended", "ended:before"},
       {META, field_of(held), TASK_NAMES[held.task], is_past ? "1" : "5000000"}};
+}
+
+// The next output of a task; number 1 of an attempt is its start.
+inline Call call_append(int worker, int incarnation, const Held& held) {
+  string count = std::to_string(held.outputs + 1);
+  return {"append",
+          {worker_key(worker, incarnation) + ":inflight", "ended", "ended:before"},
+          {worker_id(worker, incarnation), "task:", META, field_of(held), TASK_NAMES[held.task], "1.0",
+           std::to_string(held.outputs + 2), "1", "output", "2.0", count, count, "x"}};
+}
+
+inline Call call_follow() {
+  return {"follow",
+          {"sub:follows", "ended", "ended:before", "scheduled:messages"},
+          {META, "task:", "500", "100000"}};
 }
 
 inline Call call_route(int worker, int incarnation, const Held& held) {

@@ -10,6 +10,11 @@
 
 using Words = vector<string>;
 
+// The two numbers of a log entry's id.
+inline std::pair<long long, long long> place_of(const string& id) {
+  return {atoll(id.c_str()), atoll(id.c_str() + id.find('-') + 1)};
+}
+
 // A key of another type: what a command raises in a script.
 struct WrongType {};
 
@@ -314,11 +319,36 @@ class Commands {
   }
   Reply zremrangebyrank(const Words&) { return Reply::number(0); }  // there are never that many here
   // streams
-  Reply xadd(const Words& words) {  // only: key MAXLEN ~ <count> * <field> <value> …
-    vector<string> entry(words.begin() + 6, words.end());
-    make(words[1], Type::stream).stream.push_back(entry);
-    effects.push_back({'X', entry[0], entry[1]});
-    return Reply::bulk("1-1");
+  Reply xadd(const Words& words) {  // only: key MAXLEN ~ <count> <* or id> <field> <value> …
+    bool has_id = words[5] != "*";  // an entry of a log begins with its id
+    vector<string> entry(words.begin() + (has_id ? 5 : 6), words.end());
+    auto& stream = make(words[1], Type::stream).stream;
+    if (has_id && !stream.empty() && place_of(words[5]) <= place_of(stream.back()[0])) {
+      effects.push_back({'!', words[1], words[5]});
+      return Reply::error("ERR The ID specified in XADD is equal or smaller than the target stream top item");
+    }
+    stream.push_back(entry);
+    if (!has_id) effects.push_back({'X', entry[0], entry[1]});
+    return Reply::bulk(has_id ? words[5] : "1-1");
+  }
+  static Reply entry_of(const vector<string>& entry) {
+    Reply fields = Reply::array(), both = Reply::array();
+    for (size_t n = 1; n < entry.size(); n++) fields.items.push_back(Reply::bulk(entry[n]));
+    both.items = {Reply::bulk(entry[0]), fields};
+    return both;
+  }
+  Reply xrange(const Words& words) {  // only: key <id> <the same id>
+    Reply reply = Reply::array();
+    if (Value* value = get(words[1], Type::stream))
+      for (const auto& entry : value->stream)
+        if (entry[0] == words[2]) reply.items.push_back(entry_of(entry));
+    return reply;
+  }
+  Reply xrevrange(const Words& words) {  // only: key + - COUNT 1
+    Reply reply = Reply::array();
+    if (Value* value = get(words[1], Type::stream))
+      if (!value->stream.empty()) reply.items.push_back(entry_of(value->stream.back()));
+    return reply;
   }
 };
 
@@ -368,6 +398,8 @@ inline const std::unordered_map<string, Commands::Handler>& Commands::table() {
                                                                {"ZRANGE", &C::zrange},
                                                                {"ZREMRANGEBYSCORE", &C::zremrangebyscore},
                                                                {"ZREMRANGEBYRANK", &C::zremrangebyrank},
-                                                               {"XADD", &C::xadd}};
+                                                               {"XADD", &C::xadd},
+                                                               {"XRANGE", &C::xrange},
+                                                               {"XREVRANGE", &C::xrevrange}};
   return handlers;
 }

@@ -142,8 +142,11 @@ class HeldSteps {
 
   void fast_end() const {
     if (held_.flags & AT_TRITON) {
+      if ((held_.flags & STARTED)) append();
       for (Outcome outcome : {OK, FAILS_RETRYABLE, FAILS_FOR_GOOD})
-        if (may_come(state_, outcome) && !never_ends(held_) && life_.has_endpoint) fast_answer(outcome);
+        if (may_come(state_, outcome) && !never_ends(held_) && life_.has_endpoint &&
+            (outcome != OK || has_given_out_all()))
+          fast_answer(outcome);
       if (!life_.has_endpoint) {
         State after = begin(A_FAST_END, GOES_AWAY);
         Held& held = mine(after);
@@ -179,9 +182,31 @@ class HeldSteps {
     step_.done(after, outcome == OK ? process_ : FAULT_STEP);
   }
 
+  // What a model gives out goes into the task's log, once the start is written.
+  void append() const {
+    if (held_.task != 0 || held_.outputs >= scene.stream || !life_.has_endpoint) return;
+    Call call = call_append(worker_, life_.incarnation, held_);
+    State after = begin(A_APPEND);
+    long long verdict = perform(after, call).reply.items[0].integer;
+    if (verdict > 0) {
+      mine(after).outputs++;
+    } else if (verdict == 0) {
+      let_go(after, worker_, slot_);
+    } else {
+      mine(after).was_asked = 1;
+      mine(after).place = RELEASING;
+      mine(after).flags = 0;
+    }
+    step_.done(after, process_);
+    lost(A_APPEND, call, numbers());
+  }
+  bool has_given_out_all() const { return held_.task != 0 || held_.outputs >= scene.stream; }
+
   void run_ends() const {
+    append();
     for (Outcome outcome : {OK, FAILS_RETRYABLE, FAILS_FOR_GOOD}) {
       if (!may_come(state_, outcome) || never_ends(held_) || !life_.has_endpoint) continue;
+      if (outcome == OK && !has_given_out_all()) continue;
       State after = begin(A_RUN_END, outcome);
       pay_outcome(after, outcome);
       to_settle(after, worker_, slot_, ending_of(outcome, held_));
@@ -219,6 +244,11 @@ class HeldSteps {
       Held& held = after.workers[worker_].held[slot];
       if (reply.items[n].integer == 2) {  // it was cancelled meanwhile
         held.ending = CANCELLED;
+        held.second_ending = NO_END;
+      } else if (reply.items[n].integer == 4) {  // the broker has lost outputs
+        held.place = RELEASING;
+        held.flags = 0;
+        held.ending = held.second_ending;
         held.second_ending = NO_END;
       } else {
         let_go(after, worker_, slot);

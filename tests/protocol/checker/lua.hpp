@@ -235,7 +235,7 @@ class Scripts {
   // A script, with what stands before it.
   void load(const string& name, const vector<string>& paths) {
     std::stringstream text;
-    text << "local NAMESPACE, CELERY = '', ''\n";  // the model's keys have bare names
+    text << "local NAMESPACE, CELERY, CHANNEL = '', '', ''\n";  // the model's keys have bare names
     for (const auto& path : paths) {
       std::ifstream file(path);
       if (!file) fail(path, "it is not there");

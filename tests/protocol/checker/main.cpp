@@ -75,6 +75,7 @@ int main(int count, char** arguments) {
   first.broker = broker->keyspaces.number_of(keys);
   monitors.is_quiet = true;
   for (int worker = 0; worker < WORKERS; worker++) perform(first, call_beat(worker, 0));
+  if (scene.follow) perform(first, call_edit({"RPUSH\tsub:follows\tta"}));
   monitors.is_quiet = false;
   normalise(first);
   Search search(first, name);

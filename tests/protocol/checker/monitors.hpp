@@ -266,6 +266,8 @@ inline int messages_ended(const Seen& seen, int task) {
 }
 
 inline void watch_effects(const Seen& seen) {
+  for (const auto& effect : seen.done.effects)
+    if (effect.kind == '!') monitors.violated("P10 an event is refused by the log, by " + seen.verb);
   bool succeeded = false, next_pushed = false;
   int failed_now = 0;  // bits of the tasks of which a run has failed in this call
   for (const auto& effect : seen.done.effects) {
@@ -352,4 +354,5 @@ inline void check_state(const State& state) {
       monitors.violated("P5 a message is in the in-flight hash of a gone worker that nobody will reap");
   }
   check_alone(state, view);
+  if (!view.log_fault.empty()) monitors.violated("P10 " + view.log_fault);
 }

@@ -35,6 +35,8 @@ struct Scene {
   int hang = 0;             // ta never ends by itself
   int prealone = 0;         // tasks that were there at crashes before: bits of ta, tb, tc
   int epback = 0;           // an endpoint that died comes back
+  int stream = 0;           // outputs that ta gives out, one after the other
+  int follow = 0;           // somebody wishes to follow ta from the start on
   int rewait = 0;           // after a redrive the client waits again
   int live = 0;             // look for liveness as well
   int states = 20'000'000;  // stop after so many
@@ -60,6 +62,8 @@ inline const std::map<string, int Scene::*> SCENE_SETTINGS = {{"tasks", &Scene::
                                                               {"hang", &Scene::hang},
                                                               {"prealone", &Scene::prealone},
                                                               {"epback", &Scene::epback},
+                                                              {"stream", &Scene::stream},
+                                                              {"follow", &Scene::follow},
                                                               {"rewait", &Scene::rewait},
                                                               {"live", &Scene::live},
                                                               {"states", &Scene::states},
@@ -158,6 +162,7 @@ struct Held {
   uint8_t place, task, number, from_intake, is_first, sending, flags, attempts, crashes, losses, ending, second_ending;
   uint8_t gated;      // it is alone in its worker until its end is written
   uint8_t was_asked;  // it has been at Triton, and its end is not yet written
+  uint8_t outputs;    // that it has given out
 };
 struct Worker {
   uint8_t life, incarnation, must_adopt, some_tried, some_cancelled, has_endpoint, alone, leaving;

@@ -107,6 +107,7 @@ class WorkerSteps {
     seek();
     if (view_.letter_requests) chore(A_LETTERS_CHORE, call_letters());
     if (std::count(view_.scheduled, view_.scheduled + TASKS, IS_DUE)) chore(A_DUE_CHORE, call_due());
+    if (view_.follow_requests) chore(A_FOLLOW_CHORE, call_follow());
   }
 
   // Look for a task in all queues: name those that there are, and ask once more.

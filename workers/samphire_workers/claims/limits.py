@@ -19,11 +19,17 @@ class AdaptiveLimits:
     def __init__(self, most: int) -> None:
         self._most = most
         self._limits: dict[str, int] = {}
+        self._fixed: set[str] = set()
         self._held: Counter[str] = Counter()
 
     def room(self, model: str) -> int:
         """How many more tasks of the model to claim."""
         return max(0, self._limits.get(model, min(FIRST_LIMIT, self._most)) - self._held[model])
+
+    def fix(self, model: str, limit: int) -> None:
+        """Hold as many of a model whatever they take: they are streams, which go on side by side."""
+        self._limits[model] = min(limit, self._most)
+        self._fixed.add(model)
 
     def claimed(self, model: str) -> None:
         """A task of the model is held."""
@@ -35,6 +41,8 @@ class AdaptiveLimits:
 
     def took(self, model: str, seconds: float) -> None:
         """A micro-batch was done so long after its messages were claimed."""
+        if model in self._fixed:
+            return
         limit = self._limits.get(model, min(FIRST_LIMIT, self._most))
         if seconds < SOON_S:
             self._limits[model] = min(2 * limit, self._most)

@@ -18,6 +18,7 @@ from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference import batching
 from samphire_workers.inference.locks import ModelLocks
 from samphire_workers.inference.reloading import Reloads
+from samphire_workers.inference.streaming import Starting, Streaming
 from samphire_workers.intake.checking import MICRO_BATCH
 from samphire_workers.intake.request import Request
 from samphire_workers.intake.served import ServedModels
@@ -26,15 +27,19 @@ from samphire_workers.settlement.consequences import Model, consequence_of
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.settlement.outcome import TimeLimitError
 from samphire_workers.triton.answers import check_answer
-from samphire_workers.triton.endpoint import Endpoint, Running, Tensor
+from samphire_workers.triton.endpoint import Endpoint, Running
 from samphire_workers.triton.endpoints import Endpoints
-from samphire_workers.triton.errors import GivenUpError
+from samphire_workers.triton.errors import GivenUpError, StalledError
+from samphire_workers.triton.messages import Tensor
 from samphire_workers.unexpected import our_error
 
 logger = logging.getLogger(__name__)
 
 BUSY_S = 1.0
 """Longest rest of a model whose queue at Triton is full, where Triton does not say how long."""
+
+CLOCKS_S = 0.1
+"""gRPC's clock may be so far ahead of what is known of the broker's, by which deadlines go."""
 
 
 @dataclass(eq=False, slots=True)
@@ -67,6 +72,7 @@ class Asker:
         endings: ends tasks whose deadline passes meanwhile.
         ledger: is told how long it took, and what has been at Triton.
         locks: what all go through that are not alone with the model.
+        streaming: asks models that stream.
         observers: are told of each call.
     """
 
@@ -79,6 +85,7 @@ class Asker:
         endings: Endings,
         ledger: Ledger,
         locks: ModelLocks,
+        streaming: Streaming,
         observers: Observers,
     ) -> None:
         self._settings = settings
@@ -88,6 +95,7 @@ class Asker:
         self._endings = endings
         self._ledger = ledger
         self._locks = locks
+        self._streaming = streaming
         self._observers = observers
         self._reloads = Reloads(served)
         self._asked: set[_Asked] = set()
@@ -104,13 +112,16 @@ class Asker:
         for asked in list(self._asked):
             asked.running.stop(GivenUpError("the worker is ending"))
 
-    async def ask(self, model: str, batch: list[Request], *, alone: bool = False) -> list[list[Tensor]]:
-        """The outputs of each member of a micro-batch.
+    async def ask(
+        self, model: str, batch: list[Request], *, alone: bool = False, starting: Starting | None = None
+    ) -> list[list[Tensor]]:
+        """The outputs of each member of a micro-batch; of one that streams those that its result collects.
 
         Args:
             model: that is asked.
-            batch: whose members go together.
+            batch: whose members go together; one that streams is by itself.
             alone: they are past the model's lock already.
+            starting: their start, where it is not written yet.
 
         Raises:
             SamphireError: whatever has happened, as it is to be told to those who wait.
@@ -121,7 +132,7 @@ class Asker:
         self._watch_deadlines(asked)
         try:
             async with nullcontext() if alone else self._locks.hold(model):
-                outputs = await self._send(asked)
+                outputs = await self._send(asked, starting)
         except SamphireError as error:
             if (told := await self._what_to_tell(asked, error)) is error:
                 raise
@@ -134,10 +145,11 @@ class Asker:
                 asked.clock.cancel()
             self._ledger.limits.took(model, time.monotonic() - batch[0].taken_in_at)
         self._reloads.has_answered(asked.endpoint, model)
-        self._check(batch, outputs)
+        if not batch[0].streams:  # each of its outputs is checked by itself
+            self._check(batch, outputs)
         return batching.split(batch, outputs)
 
-    async def _send(self, asked: _Asked) -> list[Tensor]:
+    async def _send(self, asked: _Asked, starting: Starting | None) -> list[Tensor]:
         if self._ending is not None:
             raise self._ending
         if asked.running.why is not None:
@@ -147,12 +159,14 @@ class Asker:
         asked.at, asked.timeout_s = time.monotonic(), self._timeout_s(batch)
         # Who is over has waited at the lock until then: its end may be written already.
         self._ledger.unwritten.add(asked.model, _fields([request for request in batch if not request.over]))
-        tensors, failed = batching.merge(batch), ""
+        failed = ""
         try:
+            if batch[0].streams:
+                return await self._streaming.run(batch[0], asked.endpoint, asked.running, asked.timeout_s, starting)
             return await asked.endpoint.infer(
                 asked.model,
                 batch[0].version,
-                tensors,
+                batching.merge(batch),
                 [output.name for output in infer.outputs],
                 {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH},
                 asked.timeout_s,
@@ -186,7 +200,7 @@ class Asker:
         return error
 
     async def _after_timeout(self, asked: _Asked, error: SamphireError) -> SamphireError:
-        if error is asked.running.why:
+        if error is asked.running.why and not isinstance(error, StalledError):
             return error  # nobody waits for it any more
         waiting = next((request for request in asked.batch if not request.over), asked.batch[0])
         found = self._time_error(waiting, asked.timeout_s, error)
@@ -215,18 +229,21 @@ class Asker:
         self._watch_deadlines(asked)
 
     def _timeout_s(self, batch: Sequence[Request]) -> float:
-        """How long Triton may take: as long as the member that can wait longest."""
+        """How long Triton may take: as long as the member that can wait longest, and a stream as long as it goes on."""
         times = batch[0].times  # the limits are those of all members
         deadline_s = max(request.times.deadline for request in batch) - self._store.clock.now()
-        return max(0.001, min(self._settings.triton_timeout_s, times.limit, times.soft_limit, deadline_s))
+        most_s = inf if batch[0].streams else self._settings.triton_timeout_s
+        return max(0.001, min(most_s, times.limit, times.soft_limit, deadline_s))
 
     def _time_error(self, request: Request, timeout_s: float, error: SamphireError) -> SamphireError:
         times = request.times
-        if timeout_s == times.soft_limit:
+        if isinstance(error, StalledError):
+            return error
+        if timeout_s == times.soft_limit != inf:
             return TimeLimitError(times.soft_limit, soft=True)
-        if timeout_s == times.limit:
+        if timeout_s == times.limit != inf:
             return TimeLimitError(times.limit, soft=False)
-        if times.deadline <= self._store.clock.now():
+        if times.deadline <= self._store.clock.now() + CLOCKS_S:
             return EndpointTimeoutError(f"the deadline has passed while the model worked: {error}")
         return error
 

@@ -12,7 +12,7 @@ from math import inf
 from samphire.wire.signature import ModelSignature
 from samphire.wire.tensors import join_elements, split_elements
 from samphire_workers.intake.request import Request
-from samphire_workers.triton.endpoint import Tensor
+from samphire_workers.triton.messages import Tensor
 
 BATCH_MAX_BYTES = 4 * 2**20
 """A micro-batch grows no further than this; a single request may be larger."""

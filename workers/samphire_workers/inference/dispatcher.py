@@ -17,6 +17,7 @@ from samphire_workers.inference.asking import Asker
 from samphire_workers.inference.budget import ByteBudget
 from samphire_workers.inference.locks import ModelLocks
 from samphire_workers.inference.starting import Starter
+from samphire_workers.inference.streaming import Streaming
 from samphire_workers.inference.suspects import LOSSES_MAX, Suspects, is_suspect
 from samphire_workers.intake.loading import fetch, has_refs, load, takes_long
 from samphire_workers.intake.request import Request
@@ -30,6 +31,10 @@ from samphire_workers.unexpected import our_error
 from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
+
+BATCHES_A_MODEL = 4
+"""Micro-batches of one model under way at once. While that many are, its queue fills up, so the next
+claim makes fuller batches: load itself sets the batch size, and no timer does."""
 
 
 def _continues_sequence(request: Request) -> bool:
@@ -60,11 +65,15 @@ class Dispatcher:
         self._endings = endings
         self._starter = starter
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
+        self._observers = observers
         locks = ModelLocks()
-        self._asker = Asker(settings, store, endpoints, served, endings, ledger, locks, observers)
+        streaming = Streaming(settings, store, endings.log_writer, observers)
+        self._asker = Asker(settings, store, endpoints, served, endings, ledger, locks, streaming, observers)
         self._suspects = Suspects(store, locks, ledger.unwritten, settings.triton_timeout_s, work)
-        self.under_way: Counter[str] = Counter()
+        self._under_way: Counter[str] = Counter()
         """Micro-batches under way, by model."""
+        self._streamed: set[str] = set()
+        """Models that stream, as far as they are known."""
 
     def stop_over(self) -> None:
         """Tell Triton of what it works on for nobody any more."""
@@ -74,14 +83,26 @@ class Dispatcher:
         """Give up what is under way, and ask for nothing more: it goes back to its queues as if it had not begun."""
         self._asker.end()
 
+    def is_busy(self, model: str) -> bool:
+        """Whether as much of a model is under way as should be at once."""
+        most = self._settings.streams_per_model if model in self._streamed else BATCHES_A_MODEL
+        return self._under_way[model] >= most
+
+    def busy(self) -> set[str]:
+        """Such models."""
+        return {model for model in self._under_way if self.is_busy(model)}
+
     def begin(self, model: str, batch: list[Request]) -> None:
         """Begin to bring one micro-batch to its end."""
-        self.under_way[model] += 1
+        if batch[0].streams and model not in self._streamed:
+            self._streamed.add(model)
+            self._ledger.limits.fix(model, self._settings.streams_per_model)
+        self._under_way[model] += 1
         self._work.begin(self._run_batch(model, batch))
 
     async def run(self, model: str, batch: list[Request]) -> None:
         """Bring one micro-batch to its end."""
-        self.under_way[model] += 1
+        self._under_way[model] += 1
         await self._run_batch(model, batch)
 
     async def _run_batch(self, model: str, batch: list[Request]) -> None:
@@ -92,13 +113,19 @@ class Dispatcher:
         try:
             async with self._budget.hold(nbytes):
                 loaded = await self._load(batch)
-                if self._store.some_tried or not all(request.claim.is_first for request in loaded):
-                    await self._run_carefully(model, loaded)
-                else:
-                    await self._run(model, loaded)
+                if not batch[0].streams:
+                    await self._run_loaded(model, loaded)
+            if batch[0].streams:  # it goes on for long, and what it was given is with Triton soon
+                await self._run_loaded(model, loaded)
         finally:
-            self.under_way[model] -= 1
+            self._under_way[model] -= 1
             self._ledger.has_room()
+
+    async def _run_loaded(self, model: str, batch: list[Request]) -> None:
+        if self._store.some_tried or not all(request.claim.is_first for request in batch):
+            await self._run_carefully(model, batch)
+        else:
+            await self._run(model, batch)
 
     async def _run(self, model: str, batch: list[Request]) -> None:
         if not batch:
@@ -120,7 +147,7 @@ class Dispatcher:
             request.started_at = now
         starting = asyncio.create_task(self._starter.start(batch))
         try:
-            answers = await self._asker.ask(model, batch)
+            answers = await self._asker.ask(model, batch, starting=starting)
         except SamphireError as error:
             await self._ended_badly(model, await starting, error)
             return
@@ -232,6 +259,11 @@ class Dispatcher:
         elif row.tasks is Tasks.RELEASE:
             attempt = self._attempt_of(row, batch, error, alone=alone)
             await self._ledger.release(batch, attempt=attempt, endpoint_died=row.endpoint_died)
+        elif row.tasks is Tasks.DROP:
+            for request in batch:
+                request.over = True
+                self._observers.dropped(request)
+            self._ledger.let_go([request.claim.field for request in batch])
         elif row.tasks in (Tasks.FAIL, Tasks.REST):
             for request in batch:
                 self._endings.fail(request, error)

@@ -44,7 +44,8 @@ class Checker:
         self._max_request_bytes = settings.max_request_bytes
         self._separate_tenants = settings.separate_tenants
         wanted = settings.micro_batch.get(signature.name, signature.dynamic_batching)
-        self.joins = may_join and wanted and signature.max_batch_size > 0 and not signature.sequence_batching
+        self.joins = may_join and wanted and signature.max_batch_size > 0
+        self.joins = self.joins and not signature.sequence_batching and not signature.decoupled
         """Whether requests of the model are joined into micro-batches."""
         self._known: dict[object, Checked] = {}
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from msgspec import UNSET
+
 from samphire.errors import SamphireError
 from samphire.wire import keys
-from samphire.wire.contract import Envelope, InferRequest
+from samphire.wire.contract import Envelope, InferRequest, Streamed
 from samphire.wire.signature import ModelSignature
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed
@@ -97,6 +99,8 @@ class Request:
     """What kind of task it is, as far as that is understood."""
     seen: Any = None
     """What observers are told of it, from its start on."""
+    streamed: Streamed | None = None
+    """What it has given out as a stream, once all of it is written."""
     payload: Any = None
     """What the message carries, of a kind that is no inference."""
     tensors: list[bytes] = field(default_factory=list)
@@ -113,6 +117,17 @@ class Request:
         if self.infer is not None:
             return self.infer.model_name
         return keys.parse_queue(keys.split_list(self.claim.list_key)[0])[0]
+
+    @property
+    def streams(self) -> bool:
+        """Whether its model gives out outputs one after the other; known once it is checked."""
+        return self.signature is not None and self.signature.decoupled
+
+    @property
+    def collects(self) -> bool:
+        """Whether its result has all outputs of a stream."""
+        wish = self.request.collect
+        return self.canvas is not None or (not self.stream if wish is UNSET else bool(wish))
 
     @property
     def sequence_id(self) -> object:

@@ -28,10 +28,6 @@ from samphire_workers.unexpected import ShortageError
 
 logger = logging.getLogger(__name__)
 
-BATCHES_A_MODEL = 4
-"""Micro-batches of one model under way at once. While that many are, its queue fills up, so the next
-claim makes fuller batches: load itself sets the batch size, and no timer does."""
-
 IDLE_CHECK_S = 0.25
 """An idle lane that nothing woke looks into the queues again after this long: a plain producer's message of
 another priority than the highest wakes nobody."""
@@ -163,7 +159,7 @@ class ClaimLoop:
             named = set()
         if not named:
             self._looked_everywhere = now
-        busy = {model for model, batches in self._dispatcher.under_way.items() if batches >= BATCHES_A_MODEL}
+        busy = self._dispatcher.busy()
         room = min(self._settings.claim_max, self._settings.inflight_max - len(self._ledger))
         room_bytes = self._settings.inflight_max_bytes // 2 - self._ledger.nbytes
         self._more = False
@@ -192,4 +188,4 @@ class ClaimLoop:
         model, _ = keys.parse_queue(queue)
         if model in self._discovery.unseen or model in self._sequences.not_led():
             return False
-        return not self._endpoints.is_away(model) and self._dispatcher.under_way[model] < BATCHES_A_MODEL
+        return not self._endpoints.is_away(model) and not self._dispatcher.is_busy(model)

@@ -139,6 +139,7 @@ class Lane:
                 self._endpoints.watch(),
                 self._served.watch(self._watch.wake),
                 self._endings.settler.run(),
+                self._endings.log_writer.run(),
                 self._discovery.discover(self._claims.may_claim),
                 self._discovery.look(),
                 self._watch.listen(),

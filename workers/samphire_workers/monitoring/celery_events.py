@@ -29,6 +29,7 @@ FLUSH_S = 0.25
 EVENTS_A_TASK = 3
 LATE_ENDS_A_FLUSH = 500
 """Ends of tasks whose sending was told, beyond the cap: 2,000 a second."""
+PROGRESS_S = 1.0
 BUFFER_MAX = 20_000
 """Events kept while the broker is away; later ones are dropped, for a monitor's sake nothing waits. Ends have as much
 room again."""
@@ -45,6 +46,8 @@ class CeleryEvents(Observer):
         self._refilled = time.monotonic()
         self._shown: set[str] = set()
         """Claims whose events are sent."""
+        self._progress_at: dict[str, float] = {}
+        """When their last progress was told."""
         self._buffer: list[tuple[str, dict[str, Any]]] = []
         self._dispatcher: Any = None
         self._sent = SentTasks(app)
@@ -59,6 +62,15 @@ class CeleryEvents(Observer):
             self._shown.add(task.claim)
             self._received(task)
             self._add("task-started", task.task_id)
+
+    def progress(self, task: TaskSeen, fraction: float | None, message: str) -> None:
+        """A running task tells how far it is: shown in the place of its result, each at most once a second."""
+        now = time.monotonic()
+        if task.claim in self._shown and now - self._progress_at.get(task.claim, 0.0) >= PROGRESS_S:
+            self._progress_at[task.claim] = now
+            told = " ".join([*([f"{fraction:.0%}"] if fraction is not None else []), message])
+            # A state of its own would hide a later retry or cancellation: Celery puts unknown states above these.
+            self._add("task-started", task.task_id, result=told)
 
     def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
         """These have their answers."""
@@ -143,6 +155,7 @@ class CeleryEvents(Observer):
         """Whether a task's earlier events were sent; this is its last."""
         shown = task.claim in self._shown
         self._shown.discard(task.claim)
+        self._progress_at.pop(task.claim, None)
         if shown:
             self._sent.shown(task.task_id)
         return shown

@@ -57,6 +57,8 @@ class Metrics(Observer):
         self._calls = Spread(at, "samphire_triton_seconds", "Calls of Triton.", SECONDS, "model")
         self._failures = Count(at, "samphire_triton_errors", "Calls of Triton without an answer.", "model", "error")
         self._batches = Spread(at, "samphire_batch_tasks", "Tasks of a micro-batch.", SIZES, "model")
+        self._outputs = Count(at, "samphire_stream_outputs", "Outputs that streams gave out.", "model")
+        self._output_bytes = Count(at, "samphire_stream_bytes", "Bytes of these outputs.", "model")
         self._settling = Spread(at, "samphire_settle_seconds", "Calls of the broker that end tasks.", SECONDS)
         self._lapses = Count(at, "samphire_lease_losses", "Times that the lease of this worker had lapsed.")
         self._held = Gauge("samphire_held_tasks", "Tasks that this worker holds.", registry=at)
@@ -96,6 +98,11 @@ class Metrics(Observer):
         self._batches.add(batch.tasks, model)
         if batch.error:
             self._failures.add(model, batch.error)
+
+    def streamed(self, model: str, outputs: int, nbytes: int) -> None:
+        """A stream has ended, however."""
+        self._outputs.add(self._known(model), count=outputs)
+        self._output_bytes.add(self._known(model), count=nbytes)
 
     def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
         """These have their answers."""

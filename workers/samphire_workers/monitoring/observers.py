@@ -106,6 +106,12 @@ class Observer:
     def answered(self, batch: BatchSeen) -> None:
         """Triton has answered a micro-batch, or has not."""
 
+    def progress(self, task: TaskSeen, fraction: float | None, message: str) -> None:
+        """A running task tells how far it is: from 0 to 1, as far as that is known, and in words."""
+
+    def streamed(self, model: str, outputs: int, nbytes: int) -> None:
+        """A stream has ended, however; so many outputs and bytes of it are written."""
+
     def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
         """These have their answers."""
 
@@ -196,6 +202,14 @@ class Observers:
     def answered(self, batch: BatchSeen) -> None:
         """See `Observer`."""
         self._tell("answered", batch)
+
+    def progress(self, request: Request, fraction: float | None, message: str) -> None:
+        """See `Observer`."""
+        self._tell_of("progress", request, fraction, message)
+
+    def streamed(self, model: str, outputs: int, nbytes: int) -> None:
+        """See `Observer`."""
+        self._tell("streamed", model, outputs, nbytes)
 
     def succeeded(self, requests: Sequence[Request]) -> None:
         """See `Observer`."""

@@ -17,6 +17,7 @@ from samphire.errors import (
     SamphireError,
     UnknownModelError,
 )
+from samphire_workers.settlement.log_writer import ClaimLostError, OutputsLostError
 from samphire_workers.triton.answers import UnevenRowsError
 from samphire_workers.triton.errors import EndpointDiedError, GivenUpError, StubDiedError
 from samphire_workers.unexpected import ShortageError
@@ -28,6 +29,7 @@ class Tasks(Enum):
     FAIL = "each attempt has failed: another follows, or a dead letter"
     RELEASE = "they go back to their queues"
     REST = "they go back to their queues, and this worker claims nothing for a while"
+    DROP = "they are nobody's here any more: another worker has them"
     EACH = "each is asked again by itself"
     HALVE = "its halves are asked again, until it is known whose content it was"
 
@@ -73,6 +75,8 @@ TABLE = (
     Consequence(QueueFullError, Tasks.RELEASE, Model.BUSY),
     Consequence(EndpointUnavailableError, Tasks.RELEASE, Model.AWAY),
     Consequence(ShortageError, Tasks.REST),
+    Consequence(ClaimLostError, Tasks.DROP),
+    Consequence(OutputsLostError, Tasks.RELEASE),
     Consequence(EndpointTimeoutError, Tasks.FAIL, Model.SLOW),  # nobody's content; asked again at once it would pile up
     Consequence(UnevenRowsError, Tasks.EACH),
     Consequence(UnknownModelError, Tasks.FAIL, Model.GONE),

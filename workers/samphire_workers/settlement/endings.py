@@ -19,9 +19,10 @@ from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
 from samphire_workers.settlement import outcome
 from samphire_workers.settlement.canvas import Canvas
+from samphire_workers.settlement.log_writer import LogWriter
 from samphire_workers.settlement.outcome import PASSED_ON_BYTES, NextSteps, takes_claim_checks, with_steps
 from samphire_workers.settlement.settler import Settler
-from samphire_workers.triton.endpoint import Tensor
+from samphire_workers.triton.messages import Tensor
 from samphire_workers.unexpected import ShortageError, our_error
 from samphire_workers.work import Work
 
@@ -50,6 +51,8 @@ class Endings:
         self._worker = worker
         self.settler = Settler(store, ledger, observers, self._not_settled)
         """Writes ends, for as long as the lane runs."""
+        self.log_writer = LogWriter(store)
+        """Writes the logs of tasks that stream, for as long as the lane runs."""
         self.shortages = 0
         """Tasks that went back to their queues since the last success, because this worker was short of something."""
 
@@ -194,6 +197,8 @@ class Endings:
             self._ledger.let_go([settlement.field])
         elif verdict is Settled.WAS_CANCELLED:
             self.revoke(request, "cancelled")
+        elif verdict is Settled.OUTPUTS_LOST:
+            self._work.begin(self._ledger.release([request]))
         else:
             self._not_pushed(request, settlement)
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+from msgspec import UNSET
 
 from samphire.errors import EndpointTimeoutError, InternalError, SamphireError
 from samphire.wire import keys
@@ -17,7 +18,7 @@ from samphire.wire.tensors import bytes_to_values
 from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store
 from samphire_workers.intake.loading import sha256_hex
 from samphire_workers.intake.request import Request
-from samphire_workers.triton.endpoint import Tensor
+from samphire_workers.triton.messages import Tensor
 
 _encode = msgspec.json.Encoder().encode
 
@@ -92,7 +93,8 @@ def _output(tensor: Tensor, refs: Mapping[str, Ref], json_values: bool) -> Outpu
 def response(request: Request, outputs: Sequence[Tensor], refs: Mapping[str, Ref]) -> InferResponse:
     """What Triton answered, as the contract says it."""
     tensors = [_output(tensor, refs, request.json_values) for tensor in outputs]
-    return InferResponse(request.request.model_name, request.version, tensors)
+    streamed = UNSET if request.streamed is None else request.streamed
+    return InferResponse(request.request.model_name, request.version, tensors, streamed)
 
 
 def _own_blobs(request: Request) -> tuple[str, ...]:
@@ -106,7 +108,10 @@ def _own_blobs(request: Request) -> tuple[str, ...]:
 def success(request: Request, answer: object, done: str) -> Settlement:
     """The settlement of a task that has its result, which JSON can hold."""
     meta = _meta_of(request, "SUCCESS", answer, done)
-    return Settlement(request.claim.field, request.task_id, "succeeded", meta, request.stream, _own_blobs(request))
+    settlement = Settlement(
+        request.claim.field, request.task_id, "succeeded", meta, request.stream, _own_blobs(request)
+    )
+    return settlement if request.streamed is None else settlement._replace(streamed=(request.streamed.outputs,))
 
 
 def _meta_of(request: Request, status: str, result: object, done: str) -> str:
@@ -154,8 +159,13 @@ def _told(error: SamphireError, characters: int) -> str:
     return f"{type(error).__name__}: {str(error)[:characters]}"
 
 
+def _public_name(error: SamphireError) -> str:
+    """The class that a client knows: a worker's own classes are more exact than it needs."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == SamphireError.__module__)
+
+
 def _failure_info(error: SamphireError) -> FailureInfo:
-    return error.info if isinstance(error, TimeLimitError) else FailureInfo(type(error).__name__, str(error)[:4000])
+    return error.info if isinstance(error, TimeLimitError) else FailureInfo(_public_name(error), str(error)[:4000])
 
 
 def failure(request: Request, error: SamphireError, reason: str, worker: str) -> Settlement:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from samphire.errors import InvalidInputError, ModelFaultError
 from samphire.wire.signature import ModelSignature, TensorSpec
 from samphire.wire.tensors import check_bytes, check_shape
-from samphire_workers.triton.endpoint import Tensor
+from samphire_workers.triton.messages import Tensor
 
 
 class UnevenRowsError(ModelFaultError):

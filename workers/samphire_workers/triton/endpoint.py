@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -25,11 +25,14 @@ from samphire.errors import (
     UnknownModelError,
 )
 from samphire.wire.signature import ModelSignature, TensorSpec
-from samphire_workers.triton.errors import UnclearUnavailableError, translate
+from samphire_workers.triton.errors import StalledError, UnclearUnavailableError, translate, translate_text
+from samphire_workers.triton.messages import Tensor, flag, infer_request, tensors_of
 
 CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
 RELOAD_S = 60.0
+END_S = 0.25
+"""A stream that has failed may come to its end for so long before it is cancelled."""
 PUSHBACK_MAX_S = 3600.0
 """Longest time that a server or proxy is left alone because it asks for it."""
 ERROR_TEXT_MAX_BYTES = 8 * 2**20
@@ -73,53 +76,22 @@ class Running:
             if self._call is not None:
                 self._call.cancel()
 
-    async def wait(self, call: Any) -> Any:
-        """The answer of a call."""
+    def attach(self, call: Any) -> None:
+        """This is the call; raises `why` where it was stopped before."""
         if self.why is not None:
             call.cancel()
             raise self.why
         self._call = call
+
+    async def wait(self, call: Any) -> Any:
+        """The answer of a call."""
+        self.attach(call)
         try:
             return await call
         except asyncio.CancelledError:
             if self.why is None:
                 raise
             raise self.why from None
-
-
-class Tensor(NamedTuple):
-    """A tensor's bytes: row-major little-endian, BYTES with length prefixes."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-    data: bytes
-
-
-def set_parameters(target: Any, parameters: Mapping[str, object]) -> None:
-    """Put OIP parameters (bool, int, float, str) into a protobuf map of InferParameter.
-
-    Raises:
-        InvalidInputError: a value of another type, or an integer over 64 bits.
-    """
-    for name, value in parameters.items():
-        try:
-            if isinstance(value, bool):
-                target[name].bool_param = value
-            elif isinstance(value, int):
-                target[name].int64_param = value
-            elif isinstance(value, float):
-                target[name].double_param = value
-            elif isinstance(value, str):
-                target[name].string_param = value
-            else:
-                raise InvalidInputError(
-                    f"parameter {name!r}: expected a boolean, number or string, given {type(value).__name__}"
-                )
-        except ValueError as error:
-            if isinstance(error, InvalidInputError):
-                raise
-            raise InvalidInputError(f"parameter {name!r}: {error}") from error
 
 
 class Endpoint:
@@ -236,17 +208,8 @@ class Endpoint:
         Raises:
             SamphireError: what `running` was stopped with.
         """
-        request = service_pb2.ModelInferRequest(model_name=model, model_version=version)
-        for tensor in tensors:
-            request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-            request.raw_input_contents.append(tensor.data)
+        request = infer_request(model, version, tensors, outputs, parameters, timeout_s)
         del tensors  # the request has copies: large ones need not be held twice
-        for name in outputs:
-            request.outputs.add(name=name)
-        if parameters:
-            set_parameters(request.parameters, parameters)
-        if "timeout" not in request.parameters:
-            request.parameters["timeout"].int64_param = math.ceil(timeout_s * 1e6)
         self._running.add(running)
         try:
             answer = await self._call("ModelInfer", request, timeout_s, running)
@@ -256,15 +219,118 @@ class Endpoint:
             raise
         finally:
             self._running.discard(running)
-        if len(answer.raw_output_contents) != len(answer.outputs):
-            raise ModelFaultError(
-                f"model {model!r} answered {len(answer.outputs)} outputs with the bytes of "
-                f"{len(answer.raw_output_contents)}"
-            )
-        return [
-            Tensor(output.name, output.datatype, list(output.shape), data)
-            for output, data in zip(answer.outputs, answer.raw_output_contents, strict=True)
-        ]
+        return tensors_of(model, answer)
+
+    async def stream(
+        self,
+        model: str,
+        version: str,
+        tensors: Sequence[Tensor],
+        outputs: Iterable[str],
+        parameters: Mapping[str, object],
+        timeout_s: float,
+        stall_s: float,
+        running: Running,
+    ) -> AsyncGenerator[list[Tensor], None]:
+        """Run one request of a decoupled model, and yield its outputs as they come, on a call of its own.
+
+        Source: Triton's decoupled transaction policy; `triton_final_response` marks the last response, which is asked
+        for also where it is empty. An error is a text in a response. With the header `triton_grpc_error` it would end
+        the call with a status, but Triton 24.10 dies if the model sends its final response after that.
+
+        Args:
+            model, version, tensors, outputs, parameters, running: as for `infer`.
+            timeout_s: how long it may take in all; `inf` for any time.
+            stall_s: how long the model may give out nothing.
+
+        Raises:
+            ModelFaultError: the call ended, and no response was marked as the last: what came may not be all.
+            SamphireError: what `running` was stopped with.
+        """
+        request = infer_request(model, version, tensors, outputs, parameters, timeout_s)
+        del tensors
+        request.parameters["triton_enable_empty_final_response"].bool_param = True
+        call = self._stub.ModelStreamInfer(timeout=None if timeout_s == math.inf else timeout_s)
+        self._running.add(running)
+        watch = _Stall(running, stall_s, model)
+        try:
+            running.attach(call)
+            await call.write(request)
+            await call.done_writing()
+            is_complete = False
+            while (message := await call.read()) is not grpc.aio.EOF:
+                watch.seen()
+                if message.error_message:
+                    raise translate_text(message.error_message)
+                answer = message.infer_response
+                is_complete = is_complete or flag(answer.parameters, "triton_final_response")
+                if answer.outputs:
+                    yield tensors_of(model, answer)
+            if (code := await call.code()) is not grpc.StatusCode.OK:
+                raise translate(code, await call.details() or "", None)
+            if not is_complete:
+                raise ModelFaultError(f"the stream of model {model!r} ended without a final response: it is not whole")
+        except grpc.aio.AioRpcError as error:
+            raise await self._stream_error(model, version, error) from error
+        except asyncio.CancelledError:
+            if running.why is None:
+                raise
+            raise running.why from None
+        finally:
+            watch.end()
+            try:
+                if running.why is None:
+                    await _read_to_end(call, running)
+            finally:
+                call.cancel()
+                self._running.discard(running)
+
+    async def _stream_error(self, model: str, version: str, error: grpc.aio.AioRpcError) -> SamphireError:
+        found = translate(error.code(), error.details() or "", _pushback_s(error))
+        if isinstance(found, UnclearUnavailableError) and await self.is_model_ready(model, version):
+            return ModelFaultError(f"model {model!r} answered: {found}")
+        return found
+
+
+async def _read_to_end(call: Any, running: Running) -> None:
+    """Let a call that is not needed any more come to its end, if that is near.
+
+    Triton 24.10 may die where a stream is cancelled in the moment in which its model ends it.
+    """
+    try:
+        async with asyncio.timeout(END_S):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+    except (grpc.aio.AioRpcError, TimeoutError):
+        pass
+    except asyncio.CancelledError:
+        if running.why is None:
+            raise
+
+
+class _Stall:
+    """Stops a call whose model gives out nothing for too long."""
+
+    def __init__(self, running: Running, stall_s: float, model: str) -> None:
+        self._running, self._stall_s, self._model = running, stall_s, model
+        self._loop = asyncio.get_running_loop()
+        self._seen_at = self._loop.time()
+        self._timer = self._loop.call_later(stall_s, self._look)
+
+    def seen(self) -> None:
+        """It has given out something."""
+        self._seen_at = self._loop.time()
+
+    def end(self) -> None:
+        """It is over."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        left_s = self._seen_at + self._stall_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+        else:
+            self._running.stop(StalledError(f"model {self._model!r} has given out nothing for {self._stall_s:g} s"))
 
 
 def _spec(tensor: Any, *, optional: bool = False) -> TensorSpec:

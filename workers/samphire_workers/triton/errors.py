@@ -57,6 +57,10 @@ class StubDiedError(EndpointUnavailableError):
     """The process of a Python model has died; the model says that it is ready, and never answers again."""
 
 
+class StalledError(EndpointTimeoutError):
+    """A model that streams has given out nothing for too long."""
+
+
 class UnclearUnavailableError(EndpointUnavailableError):
     """The status says that the endpoint is away, the text is not gRPC's or Triton's: a proxy's, or the model's own.
 
@@ -97,5 +101,13 @@ def translate(code: grpc.StatusCode, details: str, retry_after_s: float | None =
     for codes, text, known in _FORMS:
         if code in codes and text.fullmatch(details):
             return known(details or code.name, retry_after_s=retry_after_s)
-    kind = UnclearUnavailableError if code in _UNCLEAR and details else _ERRORS[code]
+    kind: type[SamphireError] = UnclearUnavailableError if code in _UNCLEAR and details else _ERRORS[code]
     return kind(details or code.name, retry_after_s=retry_after_s)
+
+
+def translate_text(text: str) -> SamphireError:
+    """Return the Samphire error for the text of an error that stands in a stream, where no status goes with it."""
+    for _, form, known in _FORMS:
+        if form.fullmatch(text):
+            return known(text)
+    return ModelFaultError(text)

@@ -45,12 +45,13 @@ async def keep_clock(store: Store, cancel: Cancel) -> None:
     """Return scheduled tasks when they are due, and do what clients ask for, for ever."""
     while True:
         done = 0
-        for chore in (store.return_due, lambda: _cancel_some(cancel), store.delete_results, store.serve_letters):
+        chores = (store.return_due, lambda: _cancel_some(cancel), store.delete_results, store.serve_letters)
+        for chore in (*chores, store.serve_follows):
             try:
                 done += await chore()
             except SamphireError as error:
                 logger.warning(
-                    "scheduled tasks, cancellations and redrives wait; it is tried again: %s",
+                    "scheduled tasks, cancellations, redrives and new readers of logs wait; it is tried again: %s",
                     error,
                     extra={"action": "clock_failed"},
                 )

@@ -1,5 +1,5 @@
 -- cancel: end tasks, or mark them where somebody else has to.
--- With: ended, pages
+-- With: ended, pages, log
 -- KEYS  1 sub:cancels   2 cancelled   3 scheduled   4 scheduled:messages   5 cancelled:lately
 --       6 worker:<wid>:started, of the worker that asks   7 sub:queues   8 workers   9 ended   10 ended:before
 --      11 ended:turn   12 cancelled:running
@@ -164,6 +164,7 @@ local function end_task(id, stream, run)
   local result = string.gsub(revoked_meta, '"task_id":""', function() return '"task_id":' .. cjson.encode(id) end, 1)
   call('SETEX', key, result_ttl_s, result)
   try('PUBLISH', key, result)
+  log_end(id, 'cancelled', run, result_ttl_s)
   ends[#ends + 1], ends[#ends + 2] = id, 'c' .. (run > 1 and run or '')
   if run > 1 then
     tell(stream_for(id, stream), stream_max, stream_ttl_s, 'cancelled', id, 'run', run)

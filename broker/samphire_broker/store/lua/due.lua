@@ -1,4 +1,5 @@
 -- due: return scheduled tasks whose time has come to the heads of their lists.
+-- With: log
 -- KEYS  1 scheduled   2 scheduled:messages
 -- ARGV  1 channel to wake lanes   2 most tasks
 -- Returns the number of tasks that were returned, or were none. The bytes of one call are bounded, but for one task's.
@@ -36,6 +37,7 @@ for n = count, 1, -1 do -- the earliest goes back last, so it stands at the head
   end
   if where then
     try('PUBLISH', wake_channel, where)
+    log_event(ids[n], '', 'queued')
   end
 end
 return done

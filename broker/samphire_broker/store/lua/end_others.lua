@@ -1,6 +1,6 @@
 -- end_others: end tasks that no worker holds: what Celery's own code ends for others, as the body of a chord that
 -- fails.
--- With: ended
+-- With: ended, log
 -- KEYS  1 ended   2 ended:before   3 ended:turn   4 tried
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
 --       5 prefix of task hashes   6 how long it is remembered that a task has ended, in s
@@ -27,6 +27,7 @@ for i = 7, #ARGV, 4 do
     call('SETEX', key, result_ttl_s, meta)
     try('PUBLISH', key, meta)
     local run = try('SREM', tried_key, id) == 1 and tonumber(try('HGET', task_prefix .. id, 'run') or nil)
+    log_end(id, state, run or 1, result_ttl_s)
     if run then
       try('UNLINK', task_prefix .. id)
       tell(stream_for(id, stream), stream_max, stream_ttl_s, state, id, 'run', run)

@@ -1,5 +1,5 @@
 -- letters: redrive and purge dead letters, as clients ask for.
--- With: ended, attempts
+-- With: ended, attempts, log
 -- KEYS  1 sub:letters   2 dead   3 tried   4 ended   5 ended:before
 -- ARGV  1 prefix of letters   2 prefix of result keys   3 prefix of task hashes   4 channel to wake lanes
 --       5 most requests   6 longest event stream   7 lifetime of streams in s   8 lifetime of task hashes in s
@@ -33,6 +33,7 @@ local function begin_run(id, stream, run)
   call('DEL', meta_prefix .. id)
   forget(ended_key, ended_before_key, id)
   open_run(task_prefix .. id, tried_key, id, run, '', task_ttl_s)
+  log_redriven(id, run)
   tell(stream_for(id, stream), stream_max, stream_ttl_s, 'redriven', id, 'run', run)
 end
 local function refuse(key, why)

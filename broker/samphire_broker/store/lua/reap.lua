@@ -1,5 +1,5 @@
 -- reap: return a lost worker's messages to the heads of their lists.
--- With: attempts
+-- With: attempts, log
 -- KEYS  1 worker:<wid>   2 worker:<wid>:info   3 worker:<wid>:inflight   4 worker:<wid>:started   5 workers
 --       6 tried   7 alone
 -- ARGV  1 wid   2 value of the lease's counter when its connection was last missed ("" if only a lapsed lease
@@ -52,6 +52,7 @@ while looked < math.min(#fields, 1000) and bytes_left > 0 do
         try('DEL', meta_prefix .. id)
       end
       call('HDEL', started_key, field)
+      log_event(id, claim_of(worker_id, field), 'queued', 'w', lost_attempt)
       started = started + 1
     end
     call('HDEL', inflight_key, field)

@@ -1,17 +1,17 @@
 -- release: hand claimed messages back to the head of their lists, as if they had not been claimed.
--- With: attempts
+-- With: attempts, log
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 tried
 -- ARGV  1 prefix of result keys   2 prefix of task hashes   3 lifetime of task hashes in s
 --       4 if what had started may be to blame, what to write of the attempt (JSON), else ""
---       5 "1" if the endpoint died with what had started   6.. fields, in the order of the claim
+--       5 "1" if the endpoint died with what had started   6 worker id   7.. fields, in the order of the claim
 -- Returns the number of messages that were still ours.
 local inflight_key, started_key, tried_key = KEYS[1], KEYS[2], KEYS[3]
 local meta_prefix, task_prefix, task_ttl_s, blamed_attempt = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local endpoint_died = ARGV[5]
-if #ARGV < 6 then
+local endpoint_died, worker_id = ARGV[5], ARGV[6]
+if #ARGV < 7 then
   return 0
 end
-local first_field = ARGV[6]
+local first_field = ARGV[7]
 local refusal = denied({
   {'RPUSH', CELERY .. list_of(first_field), ''}, {'HDEL', inflight_key, 'field'}, {'HDEL', started_key, 'field'},
   {'DEL', meta_prefix .. 'id'}})
@@ -28,7 +28,7 @@ end
 local moved = 0
 call('HLEN', started_key)
 begin_to_write(inflight_key)
-for i = #ARGV, 6, -1 do -- the last claimed goes back first, so the order is kept
+for i = #ARGV, 7, -1 do -- the last claimed goes back first, so the order is kept
   local field = ARGV[i]
   local message = call('HGET', inflight_key, field)
   if message and push('RPUSH', list_of(field), message) then
@@ -41,6 +41,7 @@ for i = #ARGV, 6, -1 do -- the last claimed goes back first, so the order is kep
         try('DEL', meta_prefix .. id)
       end
       call('HDEL', started_key, field)
+      log_event(id, claim_of(worker_id, field), 'queued')
     end
     call('HDEL', inflight_key, field)
     moved = moved + 1

@@ -1,5 +1,5 @@
 -- schedule: put claimed tasks aside until their time comes.
--- With: ended
+-- With: ended, log
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 scheduled   4 scheduled:messages   5 cancelled
 --       6 ended   7 ended:before
 -- ARGV  1 prefix of result keys   2.. field, task id, time in s since 1970, field, task id, time, …
@@ -45,6 +45,7 @@ for i = 2, #ARGV, 3 do
     call('ZADD', scheduled_key, due, id)
     call('HDEL', started_key, field)
     call('HDEL', inflight_key, field)
+    log_event(id, '', 'scheduled')
   end
   reply[#reply + 1] = verdict
 end

@@ -1,6 +1,6 @@
 -- settle: end claimed tasks, or this attempt of theirs; acknowledgement, result, event, next steps and dead letter, or
 -- the time of the next attempt, in one step.
--- With: ended, attempts
+-- With: ended, attempts, log
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 dead   4 cancelled   5 scheduled   6 scheduled:messages
 --       7 tried   8 ended   9 ended:before   10 ended:turn   11 cancelled:running
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
@@ -11,10 +11,11 @@
 --         that is to be ignored), stream ("" for none)], and for those that have any of it, as sixth, [claim checks
 --         to delete, pushes [[list, message], …], other tasks that end with this one [[task id, state, result,
 --         stream], …], [] or letter [letter id, model, reason, error, attempts, the last of them (JSON)], [] or, of a
---         task that is retried, [delay in s, this attempt (JSON)]]
+--         task that is retried, [delay in s, this attempt (JSON)], [] or, of one that has streamed, [its outputs]]
 -- Returns for each task 1; 0 where the claim was lost; 2 where the task was cancelled meanwhile: it stays claimed, and
 -- is to be settled as cancelled, with what that owes to others; 3 where what it owes cannot be pushed (no right, or
--- other keys lie there). With 0, 2 and 3 nothing of it is written. Of a task that has ended already the message is
+-- other keys lie there); 4 where the log lacks some of the outputs that it has given out, since the broker has lost them.
+-- With 0, 2, 3 and 4 nothing of it is written. Of a task that has ended already the message is
 -- dropped and nothing else, but for the steps that a cancelled task owes, once however many messages it has: an end is
 -- written once a run. A message that was sent anew after its task has failed ends the task's next run. Events carry the
 -- number of a run that is not the first.
@@ -26,7 +27,7 @@ local letter_prefix, letter_ttl_s, worker_id, wake_channel, task_prefix = ARGV[6
 local remember_s, packed = ARGV[11], ARGV[12]
 -- Places of what a task has in `packed`, and of what its `EXTRA` has.
 local FIELD, ID, STATE, META, STREAM, EXTRA = 1, 2, 3, 4, 5, 6
-local BLOBS, PUSHES, OTHERS, LETTER, RETRY = 1, 2, 3, 4, 5
+local BLOBS, PUSHES, OTHERS, LETTER, RETRY, STREAMED = 1, 2, 3, 4, 5, 6
 local tasks = cmsgpack.unpack(packed)
 local fields, metas, ids = {}, {}, {}
 local some_buried, some_retried = false, false
@@ -93,6 +94,7 @@ local function end_task(id, state, meta, stream, run, failed)
     call('SETEX', key, result_ttl_s, meta)
     try('PUBLISH', key, meta)
   end
+  log_end(id, state, run, result_ttl_s)
   stream = stream_for(id, stream)
   if stream == '' then
     return
@@ -161,6 +163,7 @@ local function try_again(n)
     call('SET', metas[n], task[META])
     try('PUBLISH', metas[n], task[META])
   end
+  log_event(id, claim_of(worker_id, fields[n]), 'retrying', 'w', attempt)
   single_events[#single_events + 1] = {stream_for(id, task[STREAM]), 'retrying', id}
 end
 -- Whether what a task owes can be pushed.
@@ -173,6 +176,15 @@ local function can_push(n)
     end
   end
   return true
+end
+-- Whether the log lacks outputs that a task has given out: the broker has lost them, and says so of nothing else.
+local function lacks_outputs(n)
+  local streamed = tasks[n][EXTRA] and tasks[n][EXTRA][STREAMED][1]
+  if not streamed or streamed == 0 then
+    return false
+  end
+  local log = read_log(ids[n])
+  return not log or log.outputs ~= streamed
 end
 -- The run that a message ends that was sent anew after its task has failed.
 local function new_run(n)
@@ -208,6 +220,9 @@ local function settle(n)
     states[id], values[id] = 'REVOKED', 'c'
   end
   local opened, earlier = new_run(n), nil
+  if state == 'succeeded' and (opened or not states[id]) and lacks_outputs(n) then
+    return 4
+  end
   if opened then
     states[id], earlier = nil, failed_in(values[id])
   end
@@ -222,6 +237,7 @@ local function settle(n)
     if opened then
       forget(ended_key, ended_before_key, id)
       open_run(task_prefix .. id, tried_key, id, opened, earlier, letter_ttl_s)
+      log_redriven(id, opened)
     end
     if not states[id] then
       try_again(n)
@@ -231,6 +247,9 @@ local function settle(n)
   local is_fresh, is_owing = not states[id] and id ~= '', owes(id)
   local run, history, failed = close_run(id)
   run = opened or run
+  if is_fresh and opened then
+    log_redriven(id, opened)
+  end
   if is_fresh then
     failed = state == 'failed' and with_failed(failed or earlier or '', call('HGET', inflight_key, fields[n]))
     end_task(id, state, tasks[n][META], tasks[n][STREAM], run, failed)

@@ -1,5 +1,5 @@
 -- start: mark claimed tasks as running.
--- With: ended, attempts
+-- With: ended, attempts, log
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 cancelled   4 alone   5 tried   6 ended   7 ended:before
 -- ARGV  1 prefix of result keys   2 prefix of task hashes   3 prefix of letters   4 host name   5 process id
 --       6 worker id   7 lifetime of task hashes in s   8 MessagePack: array of [field, task id]
@@ -42,7 +42,7 @@ local remembered = {}
 for n, value in pairs(recall(ended_key, ended_before_key, asked)) do
   remembered[places[n]] = value
 end
-local reply, written, started, dropped, runs = {}, {}, {}, {}, {}
+local reply, written, started, dropped, runs, begun = {}, {}, {}, {}, {}, {}
 local function verdict(n)
   local field, id = fields[n], ids[n]
   local value = remembered[n]
@@ -71,6 +71,7 @@ local function verdict(n)
   if state == 'FAILURE' then
     runs[#runs + 1] = {n, run_in(value or 'F' .. tostring(try('HGET', letter_prefix .. id, 'run') or '')) + 1, value}
   end
+  begun[#begun + 1] = n
   written[#written + 1], written[#written + 2] = metas[n], '{"status":"STARTED","task_id":' .. cjson.encode(id) .. tail
   started[#started + 1], started[#started + 2] = field, id
   if not (tried[1] or tried[3]) then
@@ -86,10 +87,17 @@ for _, run in ipairs(runs) do
   local n = run[1]
   forget(ended_key, ended_before_key, ids[n])
   open_run(hashes[n], tried_key, ids[n], run[2], failed_in(run[3]), task_ttl_s)
+  log_redriven(ids[n], run[2])
 end
 if #written > 0 then
   call('MSET', unpack(written))
   call('HSET', started_key, unpack(started))
+end
+for _, n in ipairs(some_logged and begun or {}) do
+  local log, claim = read_log(ids[n]), claim_of(worker_id, fields[n])
+  if log and log.claim ~= claim and not is_live(log) then -- a copy that runs beside it writes nothing
+    log_attempt(ids[n], log, claim, '')
+  end
 end
 if #dropped > 0 then
   call('HDEL', inflight_key, unpack(dropped))

@@ -8,6 +8,8 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
+from msgspec import UNSET
+
 from samphire.client.dead_letters import AsyncDeadLetters
 from samphire.client.encoder import (
     Encoder,
@@ -104,6 +106,7 @@ class AsyncClient:
         idempotency_key: str | None = None,
         max_attempts: int | None = None,
         backoff: Backoff | None = None,
+        collect: bool = False,
     ) -> AsyncTask:
         """Queue one inference and return its handle, as soon as the broker has it.
 
@@ -124,6 +127,8 @@ class AsyncClient:
             max_attempts: how often the task is tried before it is a dead letter, 1 to 100; by default what the
                 workers have set for the model.
             backoff: how long it waits in between; by default the same.
+            collect: of a model that streams: keep all outputs, joined along their first dimension, in the result as
+                well, which lives longer than the log may hold them.
 
         Raises:
             InvalidInputError: the request can never succeed; nothing was queued.
@@ -132,7 +137,9 @@ class AsyncClient:
             BrokerUnavailableError: no answer; the task may or may not be queued.
         """
         headers = await self._session.when(eta, delay_s, deadline_s)
-        encode = await self._encoder(model, version, priority, outputs, parameters, headers, max_attempts, backoff)
+        encode = await self._encoder(
+            model, version, priority, outputs, parameters, headers, max_attempts, backoff, collect=collect
+        )
         task_id, message, blobs = await self._session.encode(encode, inputs)
         key = None
         if idempotency_key is not None:
@@ -276,7 +283,7 @@ class AsyncClient:
         """Like `map`, with the results that are there together in one list."""
         if window < 1 or window_bytes < 1:
             raise InvalidInputError(f"expected a window of at least 1, given {window} tasks, {window_bytes} bytes")
-        encode = await self._encoder(model, version, priority, outputs, parameters, {})
+        encode = await self._encoder(model, version, priority, outputs, parameters, {}, collect=True)
         under_way = Map(self._session, encode, batches, Sizes(window, window_bytes), deadline_s)
         async with contextlib.aclosing(under_way.chunks()) as chunks:
             async for chunk in chunks:
@@ -292,10 +299,15 @@ class AsyncClient:
         headers: dict[str, Any],
         max_attempts: int | None = None,
         backoff: Backoff | None = None,
+        *,
+        collect: bool,
     ) -> Encoder:
         self._session.check_usable()
-        template = request_for(model, version, outputs, parameters, self.tenant, max_attempts, backoff)
+        template = request_for(model, version, outputs, parameters, self.tenant, max_attempts, backoff, collect=collect)
+        signature = await self._session.signature(model)
+        if signature is not None and not signature.decoupled:
+            template.collect = UNSET  # it means nothing there
         encoder = Encoder(template, priority_step(priority), self._session.stream, self._limits, self._session.clock)
         encoder.headers(headers)
-        encoder.check_against(await self._session.signature(model))
+        encoder.check_against(signature)
         return encoder

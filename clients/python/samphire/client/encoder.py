@@ -182,6 +182,8 @@ def request_for(
     tenant: str,
     max_attempts: int | None = None,
     backoff: Backoff | None = None,
+    *,
+    collect: bool = False,
 ) -> InferRequest:
     """A request without inputs.
 
@@ -211,6 +213,7 @@ def request_for(
         tenant=tenant,
         max_attempts=UNSET if max_attempts is None else int(max_attempts),
         backoff=UNSET if backoff is None else backoff,
+        collect=collect or UNSET,
     )
 
 

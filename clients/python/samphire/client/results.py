@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from samphire.errors import (
@@ -20,6 +21,7 @@ from samphire.errors import (
     error_from_name,
 )
 from samphire.wire.contract import DELETED, FailureInfo, InferResponse, OutputTensor, Ref, TaskMeta
+from samphire.wire.outputs import StreamedTensor
 from samphire.wire.tensors import bytes_to_array, values_to_bytes
 
 Status = Literal["queued", "scheduled", "running", "retrying", "succeeded", "failed", "cancelled", "expired"]
@@ -50,7 +52,10 @@ class InferResult:
     """Version number that served the request."""
     outputs: Mapping[str, NDArray[Any]]
     """Output name to array, with the model's dtypes and shapes; BYTES are object arrays of `bytes`.
-    Numeric arrays are read-only: copy them to write."""
+    Numeric arrays are read-only: copy them to write. Of a model that streams they are joined along the first
+    dimension."""
+    output_count: int | None = None
+    """Of a model that streams: how many outputs it has given out."""
 
 
 def decode_meta(meta: bytes) -> TaskMeta:
@@ -101,17 +106,32 @@ async def result_of(task_id: str, meta: TaskMeta, fetch: FetchBlob) -> InferResu
         return ProtocolError(
             f"task {task_id} is no inference of Samphire: its stored result is not understood: {error}"
         )
-    return InferResult(task_id, response.model_name, response.model_version, outputs)
+    count = None if response.streamed is UNSET else response.streamed.outputs
+    return InferResult(task_id, response.model_name, response.model_version, outputs, count)
+
+
+async def streamed_array(tensor: StreamedTensor, fetch: FetchBlob) -> NDArray[Any]:
+    """A tensor of a streamed output.
+
+    Raises:
+        ProtocolError: its claim check has expired, or was altered.
+    """
+    data = tensor.data if isinstance(tensor.data, bytes) else await _fetched(tensor.name, tensor.data, fetch)
+    return bytes_to_array(tensor.name, tensor.datatype, tensor.shape, data)
+
+
+async def _fetched(name: str, ref: Ref, fetch: FetchBlob) -> bytes:
+    data = await fetch(ref.key, ref.size)
+    if data is None:
+        raise ProtocolError(f"output {name!r} has expired: its claim check {ref.key!r} is gone")
+    if hashlib.sha256(data).hexdigest() != ref.sha256:
+        raise ProtocolError(f"output {name!r}: the bytes behind {ref.key!r} were altered")
+    return data
 
 
 async def _tensor_bytes(tensor: OutputTensor, fetch: FetchBlob) -> bytes:
     if isinstance(tensor.raw, str):
         return binascii.a2b_base64(tensor.raw)
     if isinstance(tensor.ref, Ref):
-        data = await fetch(tensor.ref.key, tensor.ref.size)
-        if data is None:
-            raise ProtocolError(f"output {tensor.name!r} has expired: its claim check {tensor.ref.key!r} is gone")
-        if hashlib.sha256(data).hexdigest() != tensor.ref.sha256:
-            raise ProtocolError(f"output {tensor.name!r}: the bytes behind {tensor.ref.key!r} were altered")
-        return data
+        return await _fetched(tensor.name, tensor.ref, fetch)
     return values_to_bytes(tensor.name, tensor.datatype, tensor.shape, tensor.data)

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from samphire.client.encoder import Encoded, Encoder, Inputs, when
+from samphire.client.log_reader import LogReader
 from samphire.client.models import ModelCatalogue
 from samphire.client.results import InferResult
 from samphire.client.waiter import Look, Waiter
@@ -34,6 +35,7 @@ class Session:
         self.broker = broker
         self.publisher = Publisher(broker, queue_limit=queue_limit, blob_ttl_s=blob_ttl_s)
         self.waiter = Waiter(broker, self.stream)
+        self.logs = LogReader(broker)
         self.catalogue = ModelCatalogue(self.publisher.connection, broker.keys)
         self.clock = BrokerClock(self.publisher.connection)
         self._validate = validate
@@ -45,6 +47,7 @@ class Session:
         """Close all connections; who still waits for a result gets `ClientClosedError`."""
         self.closed = True
         await self.waiter.close()
+        await self.logs.close()
         await self.publisher.close()
 
     def check_usable(self) -> None:

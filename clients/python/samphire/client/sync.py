@@ -16,11 +16,13 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from samphire.client.aio import AsyncClient
 from samphire.client.dead_letters import AsyncDeadLetters, DeadLetter, LetterFilter, Letters
 from samphire.client.encoder import Inputs, Parameters
+from samphire.client.events import TaskEvent
 from samphire.client.loop_thread import LoopThread
 from samphire.client.mapping import Counted, MapOptions, Progress
 from samphire.client.pipeline import Stage
 from samphire.client.results import InferResult, Status
-from samphire.client.task import AsyncTask, TaskEvent
+from samphire.client.streams import Resume
+from samphire.client.task import AsyncTask
 from samphire.client.waiter import Look
 from samphire.errors import ClientClosedError, SamphireError
 from samphire.wire.contract import Backoff
@@ -66,9 +68,19 @@ class Task:
         """See `AsyncTask.cancel`."""
         return self._run(lambda task: task.cancel(timeout_s))
 
-    def events(self, after: Status | None = None) -> Iterator[TaskEvent]:
+    def progress(self) -> TaskEvent | None:
+        """See `AsyncTask.progress`."""
+        return self._run(lambda task: task.progress())
+
+    def events(self, after: str | None = None) -> Iterator[TaskEvent]:
         """See `AsyncTask.events`."""
         events = AsyncTask(self._client._client._session, self.id, "often").events(after)
+        with self._client._iterating(events) as iterator:
+            yield from iterator
+
+    def stream(self, after: str | None = None, *, resume: Resume = "restart") -> Iterator[TaskEvent]:
+        """See `AsyncTask.stream`."""
+        events = AsyncTask(self._client._client._session, self.id, "often").stream(after, resume=resume)
         with self._client._iterating(events) as iterator:
             yield from iterator
 
@@ -215,6 +227,7 @@ class Client:
         idempotency_key: str | None = None,
         max_attempts: int | None = None,
         backoff: Backoff | None = None,
+        collect: bool = False,
     ) -> Task:
         """See `AsyncClient.submit`."""
         task = self._run(
@@ -231,6 +244,7 @@ class Client:
                 idempotency_key=idempotency_key,
                 max_attempts=max_attempts,
                 backoff=backoff,
+                collect=collect,
             )
         )
         return Task(self, task.id, task._look)

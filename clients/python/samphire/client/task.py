@@ -5,26 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
 
+from samphire.client.events import TaskEvent
+from samphire.client.following import Following
 from samphire.client.results import TERMINAL, InferResult, Status
 from samphire.client.session import Session
+from samphire.client.streams import Outputs, Resume, last_progress, with_outputs
 from samphire.client.waiter import LOOK_MAX_S, LOOK_MIN_S, Look
 from samphire.errors import BrokerMemoryFullError, BrokerUnavailableError, ResultTimeoutError, UnknownTaskError
 
 CANCEL_AGAIN_S = 1.0
 """Between two requests to cancel a task that has not been answered."""
-
-
-@dataclass(frozen=True)
-class TaskEvent:
-    """A state that a task was seen in."""
-
-    task_id: str
-    status: Status
-    at: float
-    """When it was seen, in s since 1970."""
 
 
 class AsyncTask:
@@ -44,7 +36,7 @@ class AsyncTask:
         return await self._session.waiter.status(self.id)
 
     async def result(self, timeout_s: float | None = None, *, delete: bool = False) -> InferResult:
-        """Wait for the result.
+        """Wait for the result; the outputs of a model that streams are joined along their first dimension.
 
         Args:
             timeout_s: how long; for ever by default.
@@ -53,18 +45,25 @@ class AsyncTask:
 
         Raises:
             ResultTimeoutError: it did not come within `timeout_s`; the task goes on.
-            ResultExpiredError: the task has ended, and its result's lifetime is over.
+            ResultExpiredError: the task has ended, and its result's lifetime is over; or the log has not all outputs of
+                a stream any more, and it was submitted without `collect`.
             SamphireError: what the task ended with.
         """
-        look = self._look
-        if isinstance(look, int):
-            self._look = "now"  # its end may have been told to the first who asked
+        look = self._take_look()
         result = await self._session.result(self.id, timeout_s, look)
+        if result.output_count and not result.outputs:
+            result = await with_outputs(self._session, result)
         if delete:
             # The caller must not lose the result because nobody hears that it may go: then it goes with its lifetime.
             with contextlib.suppress(BrokerUnavailableError, BrokerMemoryFullError):
                 await self._session.publisher.request(self._session.broker.keys.deletes, self.id)
         return result
+
+    def _take_look(self) -> Look:
+        look = self._look
+        if isinstance(look, int):
+            self._look = "now"  # its end may have been told to the first who asked
+        return look
 
     async def cancel(self, timeout_s: float = 5.0) -> bool:
         """End the task, whether it is queued, scheduled or running; whether it has ended so.
@@ -102,19 +101,45 @@ class AsyncTask:
             raise ResultTimeoutError(message) from error
         return status == "cancelled"
 
-    async def events(self, after: Status | None = None) -> AsyncIterator[TaskEvent]:
-        """The task's states as they are seen, until it has ended; a state that passes between two looks is not seen.
+    async def progress(self) -> TaskEvent | None:
+        """The last `progress` that the task has told, if its model tells any and the log has it yet."""
+        self._session.check_usable()
+        return await last_progress(self._session, self.id)
+
+    async def events(self, after: str | None = None) -> AsyncGenerator[TaskEvent, None]:
+        """What happens to the task, as it happens, until it has ended; the last event is its end.
+
+        A task that neither streams nor is followed has no log: then the first event is a `snapshot` of its state, and
+        from there on nothing is left out. What a log has no more is told by a `gap`. A reader that was cut off goes on
+        after the position of the last event that it has handled, here or in another process.
 
         Args:
-            after: begin once the task is seen in another state than this one, the last that the caller knows.
+            after: `position` of the last event that the caller knows; None: the beginning.
+
+        Raises:
+            InvalidInputError: `after` is no position of this task's.
+            UnknownTaskError: nobody knows the task of a position any more.
+            BrokerUnavailableError: the broker is away for long; go on after the last position.
         """
-        last, interval_s = after, LOOK_MIN_S
-        while True:
-            status = await self.status()
-            if status != last:
-                last, interval_s = status, LOOK_MIN_S
-                yield TaskEvent(self.id, status, time.time())
-            if status in TERMINAL:
-                return
-            await asyncio.sleep(interval_s)
-            interval_s = min(interval_s * 1.2, LOOK_MAX_S)
+        self._session.check_usable()
+        async for event in Following(self._session, self.id, after, self._take_look()).events():
+            yield event
+
+    async def stream(self, after: str | None = None, *, resume: Resume = "restart") -> AsyncGenerator[TaskEvent, None]:
+        """The outputs of a model that streams, as they come; ends when the task has succeeded.
+
+        Of the events of the task it gives every `output`, `restarted` where outputs begin anew in another attempt, and
+        `gap` where some are not there any more; `begins_anew` tells that what came before is void.
+
+        Args:
+            after: as for `events`.
+            resume: "skip": of an attempt that begins anew what was given out already is left out, once it is seen to be
+                the same; for models that are deterministic.
+
+        Raises:
+            StreamDiffersError: with "skip", another attempt has other outputs.
+            SamphireError: what the task has ended with, or as `events`.
+        """
+        self._session.check_usable()
+        async for event in Outputs(self._session, self.id, after, self._take_look(), resume).events():
+            yield event

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import hiredis
@@ -31,6 +31,9 @@ COMMAND_TIMEOUT_S = 15.0
 
 Argument = str | bytes | int | float
 
+Exchange = Callable[..., Awaitable[Any]]
+"""Sends a command on a connection that has just been opened, and returns its reply."""
+
 
 class Script:
     """A Lua script, called by its SHA-1 and loaded where the server does not know it."""
@@ -43,7 +46,15 @@ class Script:
 class DirectConnection:
     """One connection; opened with the first command, and again after an error."""
 
-    def __init__(self, address: Address, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        address: Address,
+        *,
+        name: str | None = None,
+        on_open: Callable[[Exchange], Awaitable[None]] | None = None,
+    ) -> None:
+        self._on_open = on_open
+        """What is done on each connection before anything else."""
         self._pool = connection_pool(address, name)
         self._connection: AbstractConnection | None = None
         self._transport: asyncio.WriteTransport | None = None
@@ -74,6 +85,11 @@ class DirectConnection:
         """Run a command that changes nothing; raises as `call` does."""
         return await self.execute(*command, repeatable=True)
 
+    async def ask_all(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        """Run commands that change nothing, one after the other on one connection, sent together; raises as `call`."""
+        replies: list[Any] = await self._guarded(lambda: self._run_all(commands), COMMAND_TIMEOUT_S, repeatable=True)
+        return replies
+
     async def execute(self, *command: Argument, timeout_s: float = COMMAND_TIMEOUT_S, repeatable: bool = False) -> Any:
         """Run a command and return its reply; raises as `call` does.
 
@@ -86,16 +102,19 @@ class DirectConnection:
         Raises:
             NoScriptError: the server does not know the script; it did not run.
         """
+        return await self._guarded(lambda: self._run(command), timeout_s, repeatable=repeatable)
+
+    async def _guarded(self, run: Callable[[], Awaitable[Any]], timeout_s: float, *, repeatable: bool) -> Any:
         async with self._lock:
             was_open = self._connection is not None
             try:
                 try:
-                    return await self._run(command, timeout_s)
+                    return await self._within(timeout_s, run)
                 except (ConnectionError, OSError) as error:
                     if not (repeatable and was_open) or isinstance(error, TimeoutError):
                         raise
                     await self.close()
-                    return await self._run(command, timeout_s)
+                    return await self._within(timeout_s, run)
             except NoScriptError:
                 raise
             except ResponseError as error:
@@ -110,7 +129,7 @@ class DirectConnection:
                 await self.close()
                 raise
 
-    async def _run(self, command: tuple[Argument, ...], timeout_s: float) -> Any:
+    async def _within(self, timeout_s: float, run: Callable[[], Awaitable[Any]]) -> Any:
         async with asyncio.timeout(timeout_s):
             if self._connection is None:
                 connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
@@ -118,9 +137,50 @@ class DirectConnection:
                 self._connection = connection
                 self._transport = connection._writer.transport if connection._writer is not None else None
                 self.opened += 1
-            packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # any number of arguments
-            await self._connection.send_packed_command(packed, check_health=False)
-            return await self._connection.read_response()
+                if self._on_open is not None:
+                    await self._on_open(self._exchange)
+            return await run()
+
+    async def _run(self, command: tuple[Argument, ...]) -> Any:
+        return await self._exchange(*command)
+
+    async def _run_all(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+        assert self._connection is not None
+        packed = b"".join([hiredis.pack_command(command) for command in commands])  # type: ignore[arg-type]
+        await self._connection.send_packed_command(packed, check_health=False)
+        replies = []
+        failed: ResponseError | None = None
+        for _ in commands:  # each reply is read, or it would be taken for that of a later command
+            try:
+                replies.append(await self._connection.read_response())
+            except ResponseError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+        return replies
+
+    async def _exchange(self, *command: Argument) -> Any:
+        await self._send(command)
+        assert self._connection is not None
+        return await self._connection.read_response()
+
+    async def _send(self, command: tuple[Argument, ...]) -> None:
+        if self._connection is None:
+            raise BrokerUnavailableError("the broker is away: not connected")
+        packed = hiredis.pack_command(command)  # type: ignore[arg-type]  # any number of arguments
+        await self._connection.send_packed_command(packed, check_health=False)
+
+    async def send(self, *command: Argument) -> None:
+        """Send a command whose reply `read` gets, on a connection that has subscribed.
+
+        Raises:
+            BrokerUnavailableError: it is not connected any more.
+        """
+        try:
+            await self._send(command)
+        except (RedisError, OSError) as error:
+            await self.close()
+            raise translate(error) from error
 
     async def read(self, timeout_s: float) -> Any:
         """Return the next reply of a connection that has subscribed; None after `timeout_s` without one."""

@@ -116,6 +116,9 @@ class InferRequest(Struct, omit_defaults=True, forbid_unknown_fields=True):
     """How often the task is tried; by default what is set for its model, or for all."""
     backoff: Backoff | UnsetType = UNSET
     """How long it waits in between."""
+    collect: bool | UnsetType = UNSET
+    """Of a model that streams: whether the result has all outputs; by default where a plain producer or the next step
+    of a canvas waits for it."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model_version, str):
@@ -138,12 +141,21 @@ class OutputTensor(Struct, omit_defaults=True):
     ref: Ref | UnsetType = UNSET
 
 
+class Streamed(Struct):
+    """What a task has given out as a stream."""
+
+    outputs: int
+    bytes: int
+
+
 class InferResponse(Struct, omit_defaults=True):
     """The result of a task that succeeded."""
 
     model_name: str
     model_version: str
     outputs: list[OutputTensor]
+    """Of a task that has streamed they are joined along the first dimension, or are in its log only."""
+    streamed: Streamed | UnsetType = UNSET
 
 
 class FailureInfo(Struct):

@@ -11,6 +11,7 @@ can hold them to these):
                                          for>"; expires
     sub:cancels                  LIST    requests to cancel: "<event stream or nothing> <task id>"
     sub:deletes                  LIST    ids of tasks whose results are read and no longer needed
+    sub:follows                  LIST    ids of tasks that somebody follows: their logs are to begin
     sub:letters                  LIST    requests about dead letters: "redrive:<run> <letter id>", "purge:<run> <id>";
                                          without ":<run>" the letter of any run is meant
 
@@ -49,6 +50,11 @@ Those that only workers write:
     events:<client>              STREAM  terminal events of one client's tasks, an entry a settled batch: state
                                          and the ids that reached it, separated by spaces; of a task settled alone
                                          also its result, if small; trimmed, expires
+    log:<id>                     STREAM  events of a task that streams or is followed (`shared/log.lua`); the id
+                                         of an entry is <run * 2^20 + attempt>-<number of its last event>; trimmed,
+                                         expires
+    logs                         HASH    of each task with a log whose run has not ended: where the log stands; expires
+    epoch                        STRING  "<epoch of positions> <run_id of the broker>"
     workers                      SET     ids of the workers whose in-flight hash may hold something
     worker:<wid>                 STRING  lease: a counter that each heartbeat raises; expires with the lease
     worker:<wid>:info            STRING  host name, process id; expires with the lease
@@ -79,6 +85,7 @@ names).
 Channels and the names of connections belong to the whole server, so they carry the number of the database too:
 
     <namespace><database>:wake   CHANNEL a queue was empty and no longer is: its name
+    <namespace><database>:log:<id>  CHANNEL something was written to a task's log: the entry, or its id
     <namespace><database>:<wid>  a worker's connection, which others look for in CLIENT LIST
 
 What stands in keys and messages (streams, claim checks, queues) is named without namespace and prefix: a message can
@@ -183,7 +190,14 @@ class Keys:
             own + name for name in ("catalogue", "tried", "alone", "leaders")
         )
         self.dead, self.dead_prefix = own + "dead", own + "dead:"
-        self.wake_channel, self.connection_prefix = f"{own}{database}:wake", f"{own}{database}:"
+        self.follows, self.logs, self.log_prefix, self.epoch = (
+            own + "sub:follows",
+            own + "logs",
+            own + "log:",
+            own + "epoch",
+        )
+        self.channel_prefix = self.connection_prefix = f"{own}{database}:"
+        self.wake_channel = self.channel_prefix + "wake"
         # As `RedisBackend` does: https://docs.celeryq.dev, result_backend_transport_options, global_keyprefix.
         separator = "_" if celery_prefix and celery_prefix[-1] not in ":_-." else ""
         self.meta_prefix = f"{celery_prefix}{separator}celery-task-meta-"

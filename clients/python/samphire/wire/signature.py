@@ -69,8 +69,6 @@ class ModelSignature:
         Raises:
             InvalidInputError: with what was expected and what was given.
         """
-        if self.decoupled:
-            raise InvalidInputError(f"model {self.name!r} streams its outputs, which is not supported yet")
         if not self.sequence_batching and (found := SEQUENCE_PARAMETERS & request.parameters.keys()):
             raise InvalidInputError(
                 f"model {self.name!r} has no sequence_batching in its config, and nothing keeps the order of its "

@@ -1,7 +1,7 @@
 -- common: stands before every script, and has what all of them do; what only some do is in the files beside this one,
 -- which stand before those that say "With:". These files touch only what they are given.
--- NAMESPACE begins every own key and CELERY every list of a queue: they stand before this file, as the deployment has
--- them; what is kept in keys and messages (lists, streams, claim checks) is named without them.
+-- NAMESPACE begins every own key, CELERY every list of a queue and CHANNEL every channel: they stand before this file, as
+-- the deployment has them; what is kept in keys and messages (lists, streams, claim checks) is named without them.
 -- A script is not all or nothing: what has been written before a command fails stays. So no script writes before
 -- everything that can fail has been tried: types are looked at by reading, rights with `denied`. What may fail without
 -- harm (publishing, events, what is remembered of ended tasks, what an attempt leaves) goes through `try`. A claim is

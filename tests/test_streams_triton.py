@@ -1,0 +1,269 @@
+"""Streams through the real Triton: ends, cancels, slots, progress, and what dies in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from celery import Celery
+
+from samphire import AsyncClient, AsyncTask, Client, ModelFaultError, SamphireError, Step, TaskEvent
+from samphire.wire.contract import INFER_TASK
+from tests.stacks import Up, eventually, only, running_stack, samphire, standing_still
+from tests.support.lane import in_a_loop
+from tests.test_streams import ENDS
+
+
+@pytest.fixture(scope="module")
+def own_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """A stack whose parts may die, with two workers."""
+    folder = tmp_path_factory.mktemp("streams")
+    settings = {"SAMPHIRE_LEASE_S": "2", "SAMPHIRE_BACKOFF_BASE_S": "0.05", "SAMPHIRE_TRITON_TIMEOUT_S": "10"}
+    models = only(folder, "streamer", "token_stream", "normalize_text", "identity")
+    with running_stack(folder, *models, "--workers", "2", env=settings) as up:
+        with Client(up.broker_url) as client:
+            eventually(lambda: client.signature("streamer"), 30, "the catalogue")
+        yield up
+
+
+def plan(**parts: Any) -> dict[str, Any]:
+    """Inputs of `streamer`."""
+    return {"plan": np.array([json.dumps(parts).encode()], dtype=object)}
+
+
+async def all_of(task: AsyncTask, timeout_s: float = 120.0) -> list[TaskEvent]:
+    """The events of a task, to its end."""
+    async with asyncio.timeout(timeout_s):
+        return [event async for event in task.events()]
+
+
+def check_whole(events: list[TaskEvent]) -> None:
+    """One end, last, which counts the outputs of its attempt."""
+    assert [event for event in events if event.kind in ENDS] == events[-1:]
+    outputs = [event for event in events if event.kind == "output" and event.attempt == events[-1].attempt]
+    assert events[-1].output_count == len(outputs)
+    assert [int(event.outputs["value"][0]) for event in outputs] == list(range(len(outputs)))
+
+
+@in_a_loop
+async def test_the_real_server_ends_streams_in_each_way(own_stack: Up) -> None:
+    """The flag alone, on the last output, on the only one, and without any output."""
+    async with AsyncClient(own_stack.broker_url) as client:
+        for outputs, end in ((3, "alone"), (3, "with_last"), (1, "with_last"), (0, "alone")):
+            task = await client.submit("streamer", plan(outputs=outputs, end=end))
+            events = await all_of(task)
+            assert events[-1].kind == "succeeded"
+            assert (await task.result(timeout_s=30)).output_count == outputs
+            if outputs:
+                check_whole(events)
+
+
+@in_a_loop
+async def test_the_real_server_says_what_went_wrong(own_stack: Up) -> None:
+    """A model that raises after three outputs, and one that gives out another type than it says."""
+    async with AsyncClient(own_stack.broker_url) as client:
+        for wrong, text, count in (
+            ({"error_after": 3}, "the model raised", 3),
+            ({"wrong_after": 2}, "expected FP32", 2),
+        ):
+            task = await client.submit("streamer", plan(outputs=5, **wrong), max_attempts=1)
+            events = await all_of(task)
+            check_whole(events)
+            assert events[-1].output_count == count
+            with pytest.raises(ModelFaultError, match=text):
+                await task.result(timeout_s=30)
+
+
+@in_a_loop
+async def test_progress_is_shown_and_is_no_output(own_stack: Up) -> None:
+    """As events, by `progress()`, and by the commands."""
+    async with AsyncClient(own_stack.broker_url) as client:
+        task = await client.submit("streamer", plan(outputs=4, interval_s=3.0, progress=True))
+        told = []
+        async for event in task.events():
+            if event.kind == "progress":
+                told.append((event.fraction, event.message))
+                last = await task.progress()
+                assert last is not None
+                assert last.fraction == event.fraction
+                if len(told) == 1:
+                    shown = await asyncio.to_thread(samphire, own_stack.broker_url, "result", task.id)
+                    assert "is running, " in shown.stderr
+        assert told[-1] == (1.0, "step 4")
+        assert (await task.result(timeout_s=30)).output_count == 4
+        watched = await asyncio.to_thread(samphire, own_stack.broker_url, "watch", task.id)
+        assert "running 100% step 4" in watched.stdout
+
+
+def test_the_command_streams_text(own_stack: Up) -> None:
+    """Word by word, whole, and resumable by the position that it prints."""
+    text = "A text – word by word, with an “é” in it."
+    submitted = samphire(own_stack.broker_url, "submit", "token_stream", "--input", f"text={json.dumps([text])}")
+    task_id = submitted.stdout.strip()
+    assert samphire(own_stack.broker_url, "watch", task_id, "--stream").stdout.strip() == text
+    events = [
+        json.loads(line) for line in samphire(own_stack.broker_url, "watch", task_id, "--json").stdout.splitlines()
+    ]
+    pieces = [event["outputs"]["token"][0] for event in events if event["kind"] == "output"]
+    assert "".join(pieces) == text
+    rest = samphire(
+        own_stack.broker_url, "watch", task_id, "--json", "--after", events[2]["position"]
+    ).stdout.splitlines()
+    assert [json.loads(line)["position"] for line in rest] == [event["position"] for event in events[3:]]
+    bad = samphire(own_stack.broker_url, "watch", task_id, "--after", "12")
+    assert bad.returncode == 1
+    assert "expected a position" in bad.stderr
+
+
+def test_a_plain_producer_and_a_chain_get_collected_outputs(own_stack: Up) -> None:
+    """Joined along the first dimension; the next step of a chain takes them all."""
+    app = Celery("plain", broker=own_stack.broker_url, backend=own_stack.broker_url)
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["one two three"]}
+    with app:
+        sent = app.send_task(INFER_TASK, kwargs={"model_name": "token_stream", "inputs": [tensor]}, queue="inference")
+        answer = sent.get(timeout=60)
+    outputs = {output["name"]: output["data"] for output in answer["outputs"]}
+    assert outputs == {"token": ["one", " two", " three"], "index": [0, 1, 2]}
+    assert answer["streamed"]["outputs"] == 3
+    first = Step("token_stream", {"text": np.array([b"a b"], dtype=object)})
+    second = Step("token_stream", {"text": np.array([b"x"], dtype=object), "delay_ms": first["index"]})
+    with Client(own_stack.broker_url) as client:
+        with pytest.raises(SamphireError, match="shape"):  # two numbers where one is expected: both were handed on
+            client.chain(first, second).result(timeout_s=60)
+        only_one = Step("token_stream", {"text": np.array([b"a"], dtype=object)})
+        last = Step("token_stream", {"text": only_one["token"]})
+        assert client.chain(only_one, last).result(timeout_s=60).outputs["token"].tolist() == [b"a"]
+
+
+@in_a_loop
+async def test_a_cancelled_stream_frees_its_slot(own_stack: Up, tmp_path: Path) -> None:
+    """An engine with two slots, both full: one is cancelled, and a third begins within one output's time."""
+    log = tmp_path / "log"
+    async with AsyncClient(own_stack.broker_url) as client:
+
+        def held(name: str) -> dict[str, Any]:
+            return plan(outputs=10_000, interval_s=0.1, slots=True, log=str(log), name=name)
+
+        full = [await client.submit("streamer", held(name)) for name in ("a", "b")]
+        streams = [task.stream() for task in full]
+        for stream in streams:
+            await anext(stream)
+        waiting = await client.submit("streamer", held("c"))
+        third = waiting.stream()
+        assert await full[0].cancel()
+        async with asyncio.timeout(30):
+            assert (await anext(third)).kind == "output"
+        await full[1].cancel()
+        await waiting.cancel()
+        for task in (*full, waiting):
+            events = await all_of(client.task(task.id))
+            check_whole(events)
+            assert events[-1].kind == "cancelled"
+        await asyncio.to_thread(eventually, lambda: log.read_text().count("cancelled") == 3, 10, "the model's word")
+        lines = [line.split()[:2] for line in log.read_text().splitlines()]
+        assert lines.index(["a", "cancelled"]) < lines.index(["c", "begin"])
+        for stream in (*streams, third):
+            await stream.aclose()
+
+
+@in_a_loop
+async def test_random_cancels_and_short_deadlines(own_stack: Up, tmp_path: Path) -> None:
+    """Before the call, while it opens, in the middle: each task has one end, and nothing runs on at the model."""
+    log = tmp_path / "log"
+    chance = random.Random(7)
+    async with AsyncClient(own_stack.broker_url) as client:
+
+        async def one(number: int) -> None:
+            parts = plan(outputs=200, interval_s=0.02, log=str(log), name=str(number))
+            deadline_s = 0.002 * chance.randint(1, 40) if number % 4 == 0 else None
+            task = await client.submit("streamer", parts, deadline_s=deadline_s, max_attempts=1)
+            await asyncio.sleep(chance.random() * 0.2)
+            if deadline_s is None:
+                await task.cancel(timeout_s=60)
+            events = await all_of(client.task(task.id))
+            assert [event.kind for event in events if event.kind in ENDS] == [events[-1].kind]
+            expected = {"cancelled"} if deadline_s is None else {"failed", "expired"}
+            assert events[-1].kind in expected
+
+        for _ in range(4):
+            await asyncio.gather(*(one(number) for number in range(25)))
+        lines = log.read_text().splitlines()
+        begun = sum(" begin " in line for line in lines)
+        await asyncio.to_thread(
+            eventually, lambda: sum(" begin " not in line for line in log.read_text().splitlines()) == begun, 10, "ends"
+        )
+        assert " end " not in log.read_text()  # none ran to its own end
+
+
+@in_a_loop
+async def test_kill_9_of_a_worker_and_of_triton_mid_stream(own_stack: Up) -> None:
+    """The reader sees what happened, and every stream ends whole."""
+    async with AsyncClient(own_stack.broker_url) as client:
+        for victim in ("worker", "triton"):
+            tasks = [await client.submit("streamer", plan(outputs=100, interval_s=0.1)) for _ in range(6)]
+            reading = [asyncio.create_task(all_of(task)) for task in tasks]
+            first = tasks[0].stream()
+            await anext(first)
+            await first.aclose()
+            is_worker = victim == "worker"
+            pid = await asyncio.to_thread(_holder_of, own_stack) if is_worker else own_stack.ready["pids"][victim]
+            psutil.Process(pid).kill()
+            everything = await asyncio.gather(*reading)
+            for events in everything:
+                check_whole(events)
+                assert events[-1].kind == "succeeded"
+                assert events[-1].output_count == 100
+            assert any(events[-1].attempt > 1 for events in everything), (victim, pid, own_stack.worker_log()[-3000:])
+            await asyncio.to_thread(
+                eventually,
+                lambda pid=pid: pid not in _pids(own_stack) and len(_pids(own_stack)) == 5,
+                60,
+                "the restart",
+            )
+
+
+def _pids(up: Up) -> list[int]:
+    return [pid for part in up.ready["pids"].values() for pid in (part if isinstance(part, list) else [part])]
+
+
+@in_a_loop
+async def test_a_worker_that_stood_still_writes_nothing_more(own_stack: Up) -> None:
+    """Stopped mid-stream, taken for lost, and going on afterwards: the second attempt is whole, and the last."""
+    async with AsyncClient(own_stack.broker_url) as client:
+        task = await client.submit("streamer", plan(outputs=60, interval_s=0.1))
+        seen: list[TaskEvent] = []
+        stopped = None
+        try:
+            async with asyncio.timeout(120):
+                async for event in task.events():
+                    seen.append(event)
+                    if event.kind == "output" and stopped is None:
+                        holder = await asyncio.to_thread(_holder_of, own_stack)
+                        stopped = standing_still(holder)
+                        stopped.__enter__()
+                    if event.kind == "started" and event.attempt == 2 and stopped is not None:
+                        stopped.__exit__(None, None, None)
+        finally:
+            if stopped is not None:
+                stopped.__exit__(None, None, None)
+        check_whole(seen)
+        assert seen[-1].kind == "succeeded"
+        assert seen[-1].attempt >= 2
+        attempts = [event.attempt for event in seen if event.kind == "output"]
+        assert attempts == sorted(attempts)
+
+
+def _holder_of(up: Up) -> int:
+    """Process id of a worker that holds tasks."""
+    with up.redis() as client:
+        for key in client.scan_iter("samphire:worker:*:inflight"):
+            if client.hlen(key):
+                return int(json.loads(client.get(key.replace(b":inflight", b":info")))["pid"])
+    raise AssertionError("no worker holds a task")
