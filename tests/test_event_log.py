@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
-from samphire import AsyncClient, InvalidInputError, ModelFaultError, TaskEvent, UnknownTaskError
+from samphire import AsyncClient, ClientClosedError, InvalidInputError, ModelFaultError, TaskEvent, UnknownTaskError
 from samphire.wire.positions import ATTEMPTS, Place, parse_position
 from samphire_broker.settings import Settings
 from samphire_broker.store import LogEntry, Settlement, Store, Turn, WorkerInfo
@@ -93,6 +94,8 @@ async def test_a_followed_task_tells_each_step(valkey: Valkey) -> None:
             await task.result(timeout_s=20)
         await client.dead_letters.redrive([task.id])
         second = await all_of(client.task(task.id), first[-1].position)
+        with pytest.raises(ModelFaultError):  # from the beginning on: the end of the last run counts
+            await anext(client.task(task.id).stream())
         assert second[0].kind == "redriven"
         assert {event.run for event in second} == {2}
         assert [event.kind for event in second if event.kind in ENDS] == ["failed"]
@@ -402,3 +405,62 @@ async def test_a_slow_reader_holds_up_nobody(valkey: Valkey) -> None:
         assert got == 3000
         assert event.kind == "succeeded"
         assert quick_s < 30
+
+
+@in_a_loop
+async def test_a_stream_is_read_over_its_redrive(valkey: Valkey) -> None:
+    """From the beginning on: the first run's end is not the end, and its outputs do not count."""
+    fails = True
+
+    async def streams(context: Any) -> AsyncIterator[Any]:
+        yield given(0)
+        if fails:
+            await context.abort(grpc.StatusCode.INTERNAL, "the model raised")
+        yield given(1)
+        yield last()
+
+    async with streaming(valkey, streams) as (_, _, client):
+        task = await client.submit("m", x(), max_attempts=1)
+        with pytest.raises(ModelFaultError):
+            await task.result(timeout_s=30)
+        fails = False
+        await client.dead_letters.redrive([task.id])
+        seen = [event async for event in client.task(task.id).stream()]
+        assert [event.kind for event in seen] == ["output", "restarted", "output", "output"]
+        assert seen[-1].run == 2
+        assert (await client.task(task.id).result(timeout_s=30)).outputs["y"].ravel().tolist() == [0, 1]
+
+
+@in_a_loop
+async def test_a_client_that_closes_ends_its_readers(valkey: Valkey) -> None:
+    """Whoever waits in a stream, or is just reading, gets an error; nobody waits for ever."""
+    async with streaming(valkey, held(1, asyncio.Event())) as (_, _, client):
+        task = await client.submit("m", x())
+        other = AsyncClient(valkey.url)
+        streams = [other.task(task.id).stream() for _ in range(5)]
+        for stream in streams:
+            await anext(stream)
+        waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await asyncio.sleep(0)
+        await other.close()
+        async with asyncio.timeout(20):
+            ended = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(error) for error in ended} == {ClientClosedError}
+
+
+@in_a_loop
+async def test_readers_cost_no_connections(valkey: Valkey) -> None:
+    """A hundred readers of fifty streams wait on as many connections as one."""
+    hold = asyncio.Event()
+    async with streaming(valkey, held(1, hold)) as (_, _, client), AsyncClient(valkey.url) as reader:
+        tasks = [await client.submit("m", x()) for _ in range(50)]
+        first = reader.task(tasks[0].id).stream()
+        await anext(first)
+        before = len(valkey.client.client_list())
+        streams = [reader.task(task.id).stream() for task in tasks for _ in range(2)]
+        for stream in streams:
+            assert (await anext(stream)).index == 0
+        assert len(valkey.client.client_list()) == before
+        hold.set()
+        for stream in (*streams, first):
+            assert [event.index async for event in stream] == [1]

@@ -9,7 +9,7 @@ from samphire_broker.store.calls import Calls
 from samphire_broker.store.records import LogEntry
 
 FOLLOWS_MAX = 500
-FOLLOWED_MAX = 100_000
+FOLLOWED_MAX = 10_000
 """Most logs that are begun because somebody follows the task."""
 
 

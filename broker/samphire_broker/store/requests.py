@@ -192,13 +192,13 @@ class Requests(Calls):
         """Bytes of a claim check, at most one more than `size`; None when it has expired."""
         return await read_blob(self._blobs, self.keys.own(key), size)
 
-    async def write_blob(self, tenant: str, task_id: str, number: int, data: bytes, sha256: str) -> Ref:
-        """Store an output as a claim check with the lifetime of results.
+    async def write_blob(self, tenant: str, task_id: str, number: int, data: bytes, sha256: str, ttl_s: int = 0) -> Ref:
+        """Store an output as a claim check, at least with the lifetime of results.
 
         What its bytes are is in its name: a late attempt of a worker that was taken for lost overwrites nothing else.
         """
         key = f"{keys.result_blobs_of(tenant)}{task_id}:{number}:{sha256[:16]}"
-        await self._blobs.execute("SET", self.keys.own(key), data, "EX", self._settings.result_ttl_s)
+        await self._blobs.execute("SET", self.keys.own(key), data, "EX", max(ttl_s, self._settings.result_ttl_s))
         return Ref(key=key, size=len(data), sha256=sha256)
 
 

@@ -74,7 +74,9 @@ def rights(keys: Keys) -> Sequence[Right]:
         *_all("event logs", f"XADD {keys.log_prefix}x * x x", f"EXPIRE {keys.log_prefix}x 1", f"HSET {keys.logs} x x"),
         *_all("event logs", f"HGET {keys.logs} x", f"HDEL {keys.logs} x", f"XREVRANGE {keys.log_prefix}x + -"),
         *_all("event logs", f"XTRIM {keys.log_prefix}x MAXLEN 1", f"XRANGE {keys.log_prefix}x - +"),
-        *_all("event logs", f"GET {keys.epoch}", f"SET {keys.epoch} x", f"LTRIM {keys.follows} 0 0"),
+        *_all(
+            "event logs", f"GET {keys.epoch}", f"SET {keys.epoch} x", f"DEL {keys.epoch}", f"LTRIM {keys.follows} 0 0"
+        ),
         *_all("event logs", f"PUBLISH {keys.channel_prefix}log:x x"),
         *_all("attempts", f"HSET {task} x x", f"HINCRBY {task} x 1", f"HMGET {task} x", f"UNLINK {task}"),
         *_all("attempts", f"SADD {keys.tried} x", f"SREM {keys.tried} x", f"SMISMEMBER {keys.tried} x"),

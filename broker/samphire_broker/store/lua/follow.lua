@@ -18,9 +18,20 @@ local remembered = recall(ended_key, ended_before_key, requests)
 local WORDS = {PENDING = 'queued', STARTED = 'running', RETRY = 'retrying'}
 local room = tonumber(logs_max) - (some_logged and call('HLEN', LOGS) or 0)
 call('LTRIM', requests_key, #requests, -1) -- a write that needs no memory lets the others through when memory is full
+-- Whether a log is there, or is being written.
+local function is_kept(id)
+  local log = read_log(id)
+  return log and (is_live(log) or try('EXISTS', LOG .. id) == 1)
+end
+-- A log that has gone with its lifetime leaves where it stood; some of these are looked for each time.
+for _, id in ipairs(some_logged and try('HRANDFIELD', LOGS, 20) or {}) do
+  if not is_kept(id) then
+    try('HDEL', LOGS, id)
+  end
+end
 for n, id in ipairs(requests) do
   local state = state_in(try('GET', meta_prefix .. id)) or (remembered[n] and 'ended') or 'PENDING'
-  if WORDS[state] and room > 0 and #id <= 255 and not read_log(id) then
+  if WORDS[state] and room > 0 and #id <= 255 and not is_kept(id) then
     local is_scheduled = state == 'PENDING' and try('HEXISTS', messages_key, id) == 1
     local log = new_log(id, tonumber(try('HGET', task_prefix .. id, 'run') or nil) or 1)
     log_entry(id, log, 'snapshot', 1, now_text(), 's', is_scheduled and 'scheduled' or WORDS[state])

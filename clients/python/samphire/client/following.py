@@ -54,35 +54,44 @@ class Following:
         """That positions are of now."""
         self._place = BEGINNING
         """Of the last event that was given out, or from which on the next one is looked for."""
-        self._told = after
+        self._last_position = after
         """Position of the last event that was given out, or that the caller knows; None after a gap that voids it."""
         self._has_ended = False
         """The last entry that was read is an end."""
         self._is_over = False
+        self._ending: asyncio.Future[InferResult]
+        """Its end, as the client hears of it."""
+        self._wake: Callable[[object], None]
         if after is not None:
             self._epoch, self._place = parse_position(task_id, after)
 
     async def events(self) -> AsyncGenerator[TaskEvent, None]:
         """The events, as `AsyncTask.events` says."""
         follower = self._logs.follow(self._task_id)
-        ending = self._session.waiter.expect(self._task_id, self._look)
-        wake: Callable[[object], None] = lambda _: follower.heard.set()  # noqa: E731 - it has to be taken away again
-        ending.add_done_callback(wake)
+        self._wake = lambda _: follower.heard.set()
+        self._expect(self._look)
         try:
             async for event in self._opened():
                 yield event
             while not self._is_over:
-                async for event in self._page(follower, ending):
+                async for event in self._page(follower):
                     yield event
         finally:
-            ending.remove_done_callback(wake)
             self._logs.forget(self._task_id, follower)
-            self._session.waiter.forget([self._task_id])
+            self._expect_no_more()
 
-    async def _page(self, follower: Follower, ending: asyncio.Future[InferResult]) -> AsyncGenerator[TaskEvent, None]:
+    def _expect(self, look: Look) -> None:
+        self._ending = self._session.waiter.expect(self._task_id, look)
+        self._ending.add_done_callback(self._wake)
+
+    def _expect_no_more(self) -> None:
+        self._ending.remove_done_callback(self._wake)
+        self._session.waiter.forget([self._task_id])
+
+    async def _page(self, follower: Follower) -> AsyncGenerator[TaskEvent, None]:
         """What is there to read; where there is nothing, wait until there may be, or see that it is over."""
         follower.heard.clear()
-        has_result = ending.done()  # before the log is read: what has ended it is in the log then
+        has_result = self._ending.done()  # before the log is read: what has ended it is in the log then
         epoch, entries = self._epoch, follower.take(self._epoch, self._place)
         if not entries:
             epoch, entries = await self._logs.read(self._task_id, self._place)
@@ -96,7 +105,7 @@ class Following:
             self._has_ended = entries[-1].event in TERMINAL  # another run may have begun: it is read again
         else:
             self._is_over = self._has_ended or has_result
-            nothing = self._waited(follower.heard) if not self._is_over else self._end_elsewhere(ending)
+            nothing = self._waited(follower.heard) if not self._is_over else self._end_elsewhere()
             async for event in nothing:
                 yield event
 
@@ -105,40 +114,43 @@ class Following:
     async def _opened(self) -> AsyncGenerator[TaskEvent, None]:
         """What a reader has to know before the first event."""
         epoch, bounds = await self._logs.bounds(self._task_id)
-        if self._told is None:
+        if self._last_position is None:
             self._epoch = epoch
             if bounds is None and self._all_events:
                 yield await self._snapshot()
         elif bounds is None and self._place.attempt == 0 and self._place.seq <= 1:  # of a task that had no log
             self._has_ended = self._place.seq == 1 and await self._status() in TERMINAL
-            self._epoch, self._place, self._told = epoch, BEGINNING, None
+            self._epoch, self._place, self._last_position = epoch, BEGINNING, None
             if not self._has_ended:
                 await self._ask_for_log()
-        else:
+        elif bounds is None and await self._status() == "queued":
+            raise UnknownTaskError(f"no task {self._task_id} is queued, scheduled, running or ended, and it has no log")
+        elif epoch == self._epoch:
             async for event in self._seen_to_be_there(bounds):
                 yield event
-            is_last = bounds is not None and epoch == self._epoch and self._place == bounds[1].place
+            is_last = bounds is not None and self._place == bounds[1].place
             self._has_ended = is_last and bounds is not None and bounds[1].event in TERMINAL
 
     async def _seen_to_be_there(self, bounds: Bounds) -> AsyncGenerator[TaskEvent, None]:
         """A gap where the log is gone, or was rolled back behind what was read of it."""
-        if self._told is None:
+        if self._last_position is None:
             return
         if bounds is None:
-            yield await self._gone(self._told)
+            yield await self._gone(self._last_position)
         elif self._place > bounds[1].place:
-            yield await self._begun_anew(self._told, *bounds)
+            yield await self._begun_anew(self._last_position, *bounds)
 
     async def _in_another_epoch(self, epoch: str) -> AsyncGenerator[TaskEvent, None]:
         """The broker was restarted, and may have lost what was read: it may stand for something else by now."""
-        self._epoch, told = epoch, self._told
+        self._epoch, told = epoch, self._last_position
         if told is None:
+            self._place = BEGINNING
             return
         _, bounds = await self._logs.bounds(self._task_id)
         yield await (self._gone(told) if bounds is None else self._begun_anew(told, *bounds))
 
     async def _begun_anew(self, requested: str, first: Entry, last: Entry) -> TaskEvent:
-        self._place, self._told = BEGINNING, None
+        self._place, self._last_position = BEGINNING, None
         event = await self._gap(requested, first, last, begins_anew=True)
         self._place = first.before  # what is missing before the first is told already
         return event
@@ -146,12 +158,10 @@ class Following:
     async def _gone(self, requested: str) -> TaskEvent:
         """The log is not there: a gap, and from there on what is written yet."""
         status = await self._status()
-        if status == "queued":
-            raise UnknownTaskError(f"no task {self._task_id} is queued, scheduled, running or ended, and it has no log")
-        before, self._place, self._told = self._place, BEGINNING, None
+        self._place, self._last_position = BEGINNING, None
         if status not in TERMINAL:
             await self._ask_for_log()
-        return self._made("gap", before, status, requested=requested, begins_anew=True)
+        return self._made("gap", BEGINNING, status, requested=requested, begins_anew=True)
 
     async def _snapshot(self) -> TaskEvent:
         status = await self._status()
@@ -192,14 +202,17 @@ class Following:
     async def _events_in(self, entry: Entry) -> AsyncGenerator[TaskEvent, None]:
         if entry.before > self._place:  # what stood between is not there any more
             _, bounds = await self._logs.bounds(self._task_id)
-            yield await self._gap(self._told, entry, bounds[1] if bounds else entry, begins_anew=False)
+            yield await self._gap(self._last_position, entry, bounds[1] if bounds else entry, begins_anew=False)
         if entry.event == "output":
             async for event in self._outputs_in(entry):
                 yield event
         else:
             self._place = entry.place
             event = self._event_of(entry)
-            self._told = event.position
+            if event.kind == "redriven":  # the end of the run before is not that of this one
+                self._expect_no_more()
+                self._expect("often")
+            self._last_position = event.position
             yield event
 
     async def _outputs_in(self, entry: Entry) -> AsyncGenerator[TaskEvent, None]:
@@ -212,10 +225,10 @@ class Following:
             arrays = {tensor.name: await streamed_array(tensor, self._logs.blob) for tensor in tensors}
             self._place = place
             event = self._made("output", place, "running", outputs=arrays, index=first_index + number)
-            self._told = event.position
+            self._last_position = event.position
             yield replace(event, at=entry.at)
 
-    def told(self, epoch: str, entry: Entry) -> TaskEvent:
+    def event_of(self, epoch: str, entry: Entry) -> TaskEvent:
         """The event of an entry that is no output."""
         self._epoch = epoch
         return self._event_of(entry)
@@ -237,11 +250,11 @@ class Following:
             return replace(event, output_count=int(fields.get(b"o", 0)), output_bytes=int(fields.get(b"b", 0)))
         return event
 
-    async def _end_elsewhere(self, ending: asyncio.Future[InferResult]) -> AsyncGenerator[TaskEvent, None]:
+    async def _end_elsewhere(self) -> AsyncGenerator[TaskEvent, None]:
         """The end of a task whose log does not tell it: it had none, or it is gone."""
         if self._has_ended:
             return
-        error = ending.exception()
+        error = self._ending.exception()
         if error is not None and not isinstance(error, SamphireError):
             raise error
         status = await self._status()

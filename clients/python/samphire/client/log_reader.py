@@ -1,9 +1,9 @@
 """Reading the event logs of tasks: two connections, however many tasks are followed.
 
 A channel tells what was written to a task's log. A reader that has all before it takes it from there; any other reads
-the log after its own position, in pages and for many readers with one command. Of what a slow reader has not asked for
-little is kept, the rest is in the log. What a channel does not tell (a message may be lost, or the right to hear it
-missing) is found by looking now and then.
+the log after its own position, in pages and for many readers with one command. A slow reader has a few entries waiting
+here; all others stay in the log until it asks for them. What a channel does not tell (a message may be lost, or the
+right to hear it missing) is found by looking now and then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from samphire.errors import BrokerUnavailableError, ClientClosedError, ProtocolError, SamphireError
+from samphire.errors import (
+    BrokerRightError,
+    BrokerUnavailableError,
+    ClientClosedError,
+    ProtocolError,
+    SamphireError,
+)
 from samphire.transport.address import Broker
 from samphire.transport.connection import key_text
 from samphire.transport.direct import DirectConnection, read_blob
@@ -22,7 +28,7 @@ from samphire.wire.positions import NO_EPOCH, Place, place_of
 
 PAGE = 32
 """Entries that are read at once: each has at most about 64 KB."""
-TOLD_MAX = 32
+PUSHED_MAX = 32
 """Entries that are kept as they are told, of at most 16 KB each."""
 KEYS_A_CALL = 256
 LISTEN_S = 15.0
@@ -52,23 +58,23 @@ class Follower:
     def __init__(self) -> None:
         self.heard = asyncio.Event()
         """Set whenever something may have been written."""
-        self._told: deque[tuple[str, Entry]] = deque()
+        self._pushed: deque[tuple[str, Entry]] = deque()
 
-    def tell(self, epoch: str, entry: Entry | None) -> None:
+    def push(self, epoch: str, entry: Entry | None) -> None:
         """Something was written; what is told beyond a few entries is read from the log."""
-        if entry is not None and len(self._told) < TOLD_MAX:
-            self._told.append((epoch, entry))
+        if entry is not None and len(self._pushed) < PUSHED_MAX:
+            self._pushed.append((epoch, entry))
         self.heard.set()
 
     def take(self, epoch: str, after: Place) -> list[Entry]:
         """The entries that follow after a place without a gap, as far as they were told."""
         taken: list[Entry] = []
-        while self._told:
-            told_in, entry = self._told.popleft()
+        while self._pushed:
+            told_in, entry = self._pushed.popleft()
             if entry.place <= after:
                 continue
             if told_in != epoch or entry.before != after:
-                self._told.clear()
+                self._pushed.clear()
                 break
             taken.append(entry)
             after = entry.place
@@ -224,14 +230,18 @@ class LogReader:
         names = [self._keys.log_prefix + task_id for task_id, _ in together]
         ids = [after.entry_id for _, after in together]
         try:
-            reply, told = await self._ask(("XREAD", "COUNT", PAGE, "STREAMS", *names, *ids), self._ask_epoch)
+            count = max(1, PAGE // len(together))  # for each of the logs
+            reply, told = await self._ask(("XREAD", "COUNT", count, "STREAMS", *names, *ids), self._ask_epoch)
             epoch = _epoch_in(told)
             found = {key_text(name): [_entry(*entry) for entry in entries] for name, entries in reply or ()}
-        except SamphireError as error:
+        except BaseException as error:
+            known = error if isinstance(error, SamphireError) else ProtocolError(f"reading logs failed: {error!r}")
             for futures in together.values():
                 for future in futures:
                     if not future.done():
-                        future.set_exception(error)
+                        future.set_exception(ClientClosedError() if self._closed else known)
+            if not isinstance(error, SamphireError):
+                raise
             return
         for (task_id, _), futures in together.items():
             for future in futures:
@@ -253,17 +263,19 @@ class LogReader:
                     pauses.reset()
                     if message is not None and message[0] == b"message":
                         task_id = key_text(message[1]).removeprefix(self._channel_prefix)
-                        epoch, entry = _told(message[2])
+                        epoch, entry = _decode_message(message[2])
                         for follower in self._followers.get(task_id, ()):
-                            follower.tell(epoch, entry)
-            except SamphireError:  # away, or without the right to listen: who follows looks now and then
+                            follower.push(epoch, entry)
+            except SamphireError as error:  # who follows looks now and then
                 self._tell_all()
-                await asyncio.sleep(pauses.next_s())
+                await asyncio.sleep(LISTEN_S if isinstance(error, BrokerRightError) else pauses.next_s())
             finally:
                 self._hears = False
                 await self._hints.close()
 
     async def _send(self, command: str, task_id: str) -> None:
+        if command == "UNSUBSCRIBE" and task_id in self._followers:
+            return  # somebody follows it again
         try:
             await self._hints.send(command, self._channel_prefix + task_id)
         except SamphireError:
@@ -275,7 +287,7 @@ class LogReader:
                 follower.heard.set()
 
 
-def _told(message: bytes) -> tuple[str, Entry | None]:
+def _decode_message(message: bytes) -> tuple[str, Entry | None]:
     """The epoch, and an entry as a channel tells it; None: it is only told that there is one."""
     parts, at = [], 0
     try:

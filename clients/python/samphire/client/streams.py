@@ -39,24 +39,29 @@ class Outputs:
         self._following = Following(session, task_id, after, look, all_events=False)
         self._skips = resume == "skip"
         self._after = None if after is None else parse_position(task_id, after)[1]
-        self._attempt = None if self._after is None else self._after.major
+        had_outputs = self._after is not None and self._after.attempt > 0 and self._after.seq > 1
+        self._attempt = self._after.major if self._after is not None and had_outputs else None
         """Whose outputs were given out last."""
-        self._digests: list[bytes] = []
-        """Of the outputs that were given out."""
+        self._digests: dict[int, bytes] = {}
+        """Of the outputs that were given out, by their number."""
 
     async def events(self) -> AsyncGenerator[TaskEvent, None]:
         """Outputs, restarts and gaps, until the task has succeeded; raises what it has ended with otherwise."""
         if self._skips and self._after is not None:
             await self._read_digests(self._after)
+        end: TaskEvent | None = None
         async with contextlib.aclosing(self._following.events()) as events:
             async for event in events:
+                end = event if event.kind in TERMINAL else None  # else another run has begun
                 if event.kind == "output":
                     for told in self._with_restart(event):
                         yield told
                 elif event.kind == "gap":
+                    if event.begins_anew:
+                        self._attempt, self._digests = None, {}
                     yield event
-                elif event.kind in TERMINAL and event.kind != "succeeded":
-                    await self._raise_end(event)
+        if end is not None:
+            await self._check_end(end)
 
     def _with_restart(self, event: TaskEvent) -> Iterator[TaskEvent]:
         major = event.run * ATTEMPTS + event.attempt
@@ -68,14 +73,14 @@ class Outputs:
             return
         digest = _digest(event)
         assert event.index is not None
-        if event.index < len(self._digests):
+        if event.index in self._digests:
             if self._digests[event.index] != digest:
                 raise StreamDiffersError(
                     f"task {self._task_id} began anew, and its output {event.index} is not what it was: its model does "
                     "not give out the same again; use resume='restart'"
                 )
             return
-        self._digests.append(digest)
+        self._digests[event.index] = digest
         yield event
 
     async def _read_digests(self, after: Place) -> None:
@@ -88,20 +93,27 @@ class Outputs:
             for entry in entries:
                 if entry.event == "output" and entry.place.major == after.major:
                     outputs = decode_outputs(entry.fields[b"d"])
-                    if int(entry.fields[b"o"]) - len(outputs) != len(self._digests):
-                        break
-                    begin = entry.place.seq - len(outputs) + 1
-                    known = outputs[: max(0, after.seq - begin + 1)]
-                    self._digests += [await self._digest_of(tensors) for tensors in known]
+                    first_index, first_seq = int(entry.fields[b"o"]) - len(outputs), entry.place.seq - len(outputs) + 1
+                    for number, tensors in enumerate(outputs):
+                        if first_seq + number <= after.seq:
+                            self._digests[first_index + number] = await self._digest_of(tensors)
                 at = entry.place
 
     async def _digest_of(self, tensors: list[StreamedTensor]) -> bytes:
         arrays = {tensor.name: await streamed_array(tensor, self._session.logs.blob) for tensor in tensors}
         return _digest_arrays(arrays)
 
-    async def _raise_end(self, event: TaskEvent) -> None:
-        await self._session.result(self._task_id, LOOK_S, "now")  # raises what it has ended with
-        raise ResultExpiredError(f"task {self._task_id} has {event.kind}, and was run again since")
+    async def _check_end(self, end: TaskEvent) -> None:
+        """Raise what the task has ended with, unless it has succeeded, and that with all that was given out."""
+        if end.kind != "succeeded":
+            await self._session.result(self._task_id, LOOK_S, "now")  # raises what it has ended with
+            raise ResultExpiredError(f"task {self._task_id} has {end.kind}, and was run again since")
+        given_out = max(self._digests, default=-1) + 1
+        if self._skips and end.output_count is not None and given_out > end.output_count:
+            raise StreamDiffersError(
+                f"task {self._task_id} began anew and has ended with {end.output_count} outputs, after {given_out} "
+                "of the attempt before: its model does not give out the same again; use resume='restart'"
+            )
 
 
 def _digest(event: TaskEvent) -> bytes:
@@ -119,7 +131,7 @@ def _digest_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 async def last_progress(session: Session, task_id: str) -> TaskEvent | None:
     """The last progress in a task's log, as far as that is looked at."""
     found = await session.logs.last_of(task_id, "progress")
-    return None if found is None else Following(session, task_id, None, "often").told(*found)
+    return None if found is None else Following(session, task_id, None, "often").event_of(*found)
 
 
 async def with_outputs(session: Session, result: InferResult) -> InferResult:

@@ -122,8 +122,10 @@ class AsyncTask:
             BrokerUnavailableError: the broker is away for long; go on after the last position.
         """
         self._session.check_usable()
-        async for event in Following(self._session, self.id, after, self._take_look()).events():
-            yield event
+        following = Following(self._session, self.id, after, self._take_look())
+        async with contextlib.aclosing(following.events()) as events:
+            async for event in events:
+                yield event
 
     async def stream(self, after: str | None = None, *, resume: Resume = "restart") -> AsyncGenerator[TaskEvent, None]:
         """The outputs of a model that streams, as they come; ends when the task has succeeded.
@@ -141,5 +143,7 @@ class AsyncTask:
             SamphireError: what the task has ended with, or as `events`.
         """
         self._session.check_usable()
-        async for event in Outputs(self._session, self.id, after, self._take_look(), resume).events():
-            yield event
+        outputs = Outputs(self._session, self.id, after, self._take_look(), resume)
+        async with contextlib.aclosing(outputs.events()) as events:
+            async for event in events:
+                yield event

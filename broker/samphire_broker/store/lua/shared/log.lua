@@ -12,7 +12,7 @@ local LOG_ENTRIES, LOG_BYTES = 10000, 16 * 2 ^ 20 -- about as much is kept of a 
 local TOLD_BYTES = 16384 -- a larger entry is told of, and not told
 local LIVE_S = 30 * 86400 -- a log of a task that has not ended goes this long after its last event
 
-local some_logged = call('TYPE', LOGS).ok == 'hash'
+local some_logged = try('TYPE', LOGS).ok == 'hash'
 
 local function now_text()
   local time = call('TIME')
