@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from samphire import AsyncClient, AsyncTask, Client, ModelFaultError, SamphireEr
 from samphire.wire.contract import INFER_TASK
 from tests.stacks import Up, eventually, only, running_stack, samphire, standing_still
 from tests.support.lane import in_a_loop
+from tests.support.names import KEYS
 from tests.test_streams import ENDS
 
 
@@ -194,11 +196,7 @@ async def test_random_cancels_and_short_deadlines(own_stack: Up, tmp_path: Path)
 
         for _ in range(4):
             await asyncio.gather(*(one(number) for number in range(25)))
-        lines = log.read_text().splitlines()
-        begun = sum(" begin " in line for line in lines)
-        await asyncio.to_thread(
-            eventually, lambda: sum(" begin " not in line for line in log.read_text().splitlines()) == begun, 10, "ends"
-        )
+        await asyncio.to_thread(eventually, lambda: not _running(log), 10, "the end of all at the model")
         assert " end " not in log.read_text()  # none ran to its own end
 
 
@@ -213,7 +211,8 @@ async def test_kill_9_of_a_worker_and_of_triton_mid_stream(own_stack: Up) -> Non
             await anext(first)
             await first.aclose()
             is_worker = victim == "worker"
-            pid = await asyncio.to_thread(_holder_of, own_stack) if is_worker else own_stack.ready["pids"][victim]
+            writer = await asyncio.to_thread(_writer_of, own_stack, tasks[0].id)
+            pid = writer if is_worker else own_stack.ready["pids"][victim]
             psutil.Process(pid).kill()
             everything = await asyncio.gather(*reading)
             for events in everything:
@@ -227,6 +226,15 @@ async def test_kill_9_of_a_worker_and_of_triton_mid_stream(own_stack: Up) -> Non
                 60,
                 "the restart",
             )
+
+
+def _running(log: Path) -> set[str]:
+    """Names of the requests that have begun at the model, and not ended."""
+    words = [line.split() for line in log.read_text().splitlines()]
+    counted = Counter({name: 0 for name, *_ in words})
+    for name, what, _ in words:
+        counted[name] += 1 if what == "begin" else -1
+    return {name for name, count in counted.items() if count}
 
 
 def _pids(up: Up) -> list[int]:
@@ -245,7 +253,7 @@ async def test_a_worker_that_stood_still_writes_nothing_more(own_stack: Up) -> N
                 async for event in task.events():
                     seen.append(event)
                     if event.kind == "output" and stopped is None:
-                        holder = await asyncio.to_thread(_holder_of, own_stack)
+                        holder = await asyncio.to_thread(_writer_of, own_stack, task.id)
                         stopped = standing_still(holder)
                         stopped.__enter__()
                     if event.kind == "started" and event.attempt == 2 and stopped is not None:
@@ -260,10 +268,12 @@ async def test_a_worker_that_stood_still_writes_nothing_more(own_stack: Up) -> N
         assert attempts == sorted(attempts)
 
 
-def _holder_of(up: Up) -> int:
-    """Process id of a worker that holds tasks."""
+def _writer_of(up: Up, task_id: str) -> int:
+    """Process id of the worker whose claim writes a task's log."""
     with up.redis() as client:
-        for key in client.scan_iter("samphire:worker:*:inflight"):
-            if client.hlen(key):
-                return int(json.loads(client.get(key.replace(b":inflight", b":info")))["pid"])
-    raise AssertionError("no worker holds a task")
+        state = client.hget(KEYS.logs, task_id)
+        assert state is not None
+        worker = state.split(b" ", 5)[5].partition(b"|")[0].decode()
+        info = client.get(f"{KEYS.worker_prefix}{worker}:info")
+        assert info is not None
+        return int(json.loads(info)["pid"])
