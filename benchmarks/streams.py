@@ -159,7 +159,8 @@ class Cutter:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         to_broker, broker = await asyncio.open_connection("127.0.0.1", self._port)
         self._writers |= {writer, broker}
-        await asyncio.gather(self._pass(reader, broker), self._pass(to_broker, writer))
+        with contextlib.suppress(asyncio.CancelledError):  # the measurement is over
+            await asyncio.gather(self._pass(reader, broker), self._pass(to_broker, writer))
 
     async def _pass(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -184,12 +185,12 @@ def resume(stack: BenchStack, scale: float) -> Figures:
                 assert event.kind == "output"
                 assert int(event.outputs["number"][0]) == event.index == number, "an output is missing, or came twice"
                 number += 1
-                if cut_at:
-                    resumed.append((time.perf_counter() - cut_at) * 1000)
+                if cut_at and float(event.outputs["at"][0]) >= cut_at:  # those before it may be here already
+                    resumed.append((time.time() - cut_at) * 1000)
                     cut_at = 0.0
-                elif len(resumed) < cuts and number % 3 == 0:
+                elif not cut_at and len(resumed) < cuts and number % 3 == 0:
                     closed += cutter.cut()
-                    cut_at = time.perf_counter()
+                    cut_at = time.time()
             assert number == cuts * 20
         return resumed, closed
 

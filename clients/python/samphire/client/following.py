@@ -224,9 +224,9 @@ class Following:
                 continue
             arrays = {tensor.name: await streamed_array(tensor, self._logs.blob) for tensor in tensors}
             self._place = place
-            event = self._made("output", place, "running", outputs=arrays, index=first_index + number)
+            event = self._made("output", place, "running", at=entry.at, outputs=arrays, index=first_index + number)
             self._last_position = event.position
-            yield replace(event, at=entry.at)
+            yield event
 
     def event_of(self, epoch: str, entry: Entry) -> TaskEvent:
         """The event of an entry that is no output."""
@@ -237,8 +237,8 @@ class Following:
         fields, kind = entry.fields, entry.event
         if kind not in get_args(EventKind):
             raise ProtocolError(f"an entry of the log of task {self._task_id} is of an unknown kind: {kind[:50]!r}")
-        event = self._made(kind, entry.place, STATUS_AFTER.get(kind, "running"))  # type: ignore[arg-type]
-        event = replace(event, at=entry.at)
+        status = STATUS_AFTER.get(kind, "running")
+        event = self._made(kind, entry.place, status, at=entry.at)  # type: ignore[arg-type]
         if kind == "snapshot":
             return replace(event, status=fields.get(b"s", b"running").decode())  # type: ignore[arg-type]
         if kind == "progress":
@@ -269,12 +269,14 @@ class Following:
     async def _status(self) -> Status:
         return await self._session.waiter.status(self._task_id)
 
-    def _made(self, kind: EventKind, place: Place, status: Status, **more: object) -> TaskEvent:
+    def _made(
+        self, kind: EventKind, place: Place, status: Status, at: float | None = None, **more: object
+    ) -> TaskEvent:
         return TaskEvent(
             self._task_id,
             kind,
             status,
-            self._session.clock.now(),
+            self._session.clock.now() if at is None else at,
             place.position(self._task_id, self._epoch),
             place.run,
             place.attempt,

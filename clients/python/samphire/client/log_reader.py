@@ -289,21 +289,19 @@ class LogReader:
 
 def _decode_message(message: bytes) -> tuple[str, Entry | None]:
     """The epoch, and an entry as a channel tells it; None: it is only told that there is one."""
-    parts, at = [], 0
+    head, has_fields, data = message.partition(b"\n\n")
+    if not has_fields:
+        return NO_EPOCH, None
+    epoch, entry_id, *fields = head.split(b"\n")
     try:
-        while at < len(message):
-            colon = message.index(b":", at)
-            end = colon + 1 + int(message[at:colon])
-            parts.append(message[colon + 1 : end])
-            at = end
-        return key_text(parts[0]), _entry(parts[1], parts[2:]) if len(parts) > 2 else None
-    except (ValueError, IndexError, ProtocolError):  # whoever may publish may write anything; the log tells
+        return key_text(epoch), _entry(entry_id, [*fields, b"d", data])
+    except ProtocolError:  # whoever may publish may write anything; the log tells
         return NO_EPOCH, None
 
 
 def _entry(entry_id: bytes, fields: Sequence[bytes]) -> Entry:
-    known = dict(zip(fields[::2], fields[1::2], strict=True))
     try:
+        known = dict(zip(fields[::2], fields[1::2], strict=True))
         return Entry(
             place_of(entry_id),
             place_of(known[b"p"]),

@@ -4,8 +4,8 @@
 -- is what comes before the first. Fields of an entry: e (event), t (time in s), p (id of the entry before it); of outputs
 -- also d (MessagePack), n (how many), o and b (outputs and their bytes in this attempt so far); of an end o and b.
 -- `logs` holds, of each task with a log whose run has not ended, where it stands: "<run * 2^20 + attempt> <number>
--- <outputs> <bytes> <bytes held, roughly> <claim that writes it>". What is written is told on the task's channel, as
--- "<length>:<text>" each: the epoch, the id, the fields.
+-- <outputs> <bytes> <bytes held, roughly> <claim that writes it>". What is written is told on the task's channel, a
+-- line each: the epoch, the id, the fields; after an empty line the data.
 local LOGS, LOG = NAMESPACE .. 'logs', NAMESPACE .. 'log:'
 local ATTEMPTS = 2 ^ 20 -- more than a run can have
 local LOG_ENTRIES, LOG_BYTES = 10000, 16 * 2 ^ 20 -- about as much is kept of a log
@@ -22,20 +22,19 @@ local function log_position(log)
   return string.format('%.0f-%.0f', log.major, log.seq)
 end
 local function tell_readers(id, place, ...)
-  local size, fields = 0, {...}
+  local epoch, fields, data, size = try('GET', NAMESPACE .. 'epoch'), {...}, '', 0
   for n = 1, #fields do
     fields[n] = tostring(fields[n])
     size = size + #fields[n]
   end
-  local epoch = try('GET', NAMESPACE .. 'epoch')
-  local parts = {type(epoch) == 'string' and match(epoch, '^%w+') or '0', place}
-  for n = 1, size <= TOLD_BYTES and #fields or 0 do
-    parts[n + 2] = fields[n]
+  if fields[#fields - 1] == 'd' then
+    data, fields[#fields], fields[#fields - 1] = fields[#fields], nil, nil
   end
-  for n, part in ipairs(parts) do
-    parts[n] = #part .. ':' .. part
+  local head = (type(epoch) == 'string' and match(epoch, '^%w+') or '0') .. '\n' .. place
+  if size <= TOLD_BYTES then
+    head = head .. '\n' .. table.concat(fields, '\n') .. '\n\n' .. data
   end
-  try('PUBLISH', CHANNEL .. 'log:' .. id, table.concat(parts))
+  try('PUBLISH', CHANNEL .. 'log:' .. id, head)
 end
 -- Claims are named with their worker, so that it can be seen whether one is still in flight.
 local function claim_of(worker, field)
