@@ -32,7 +32,7 @@ PUSHED_MAX = 32
 """Entries that are kept as they are told, of at most 16 KB each."""
 KEYS_A_CALL = 256
 LISTEN_S = 15.0
-RETRY_S = 0.05
+RETRY_S = 0.005
 RETRY_CAP_S = 0.5
 RETRIES_S = 30.0
 """For so long a read is repeated while the broker is away."""
