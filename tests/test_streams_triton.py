@@ -20,6 +20,7 @@ from samphire.wire.contract import INFER_TASK
 from tests.stacks import Up, eventually, only, running_stack, samphire, standing_still
 from tests.support.lane import in_a_loop
 from tests.support.names import KEYS
+from tests.test_flower import connect
 from tests.test_streams import ENDS
 
 
@@ -85,10 +86,11 @@ async def test_the_real_server_says_what_went_wrong(own_stack: Up) -> None:
 
 @in_a_loop
 async def test_progress_is_shown_and_is_no_output(own_stack: Up) -> None:
-    """As events, by `progress()`, and by the commands."""
+    """As events, by `progress()`, by the commands, and in Flower in the place of the result."""
+    flower = await asyncio.to_thread(connect, own_stack)
     async with AsyncClient(own_stack.broker_url) as client:
         task = await client.submit("streamer", plan(outputs=4, interval_s=3.0, progress=True))
-        told = []
+        told, info = [], f"/api/task/info/{task.id}"
         async for event in task.events():
             if event.kind == "progress":
                 told.append((event.fraction, event.message))
@@ -98,6 +100,9 @@ async def test_progress_is_shown_and_is_no_output(own_stack: Up) -> None:
                 if len(told) == 1:
                     shown = await asyncio.to_thread(samphire, own_stack.broker_url, "result", task.id)
                     assert "is running, " in shown.stderr
+                    await asyncio.to_thread(
+                        eventually, lambda: "% step " in (flower.get(info)[1] or ""), 10, "the progress in Flower"
+                    )
         assert told[-1] == (1.0, "step 4")
         assert (await task.result(timeout_s=30)).output_count == 4
         watched = await asyncio.to_thread(samphire, own_stack.broker_url, "watch", task.id)

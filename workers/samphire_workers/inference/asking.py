@@ -39,7 +39,7 @@ BUSY_S = 1.0
 """Longest rest of a model whose queue at Triton is full, where Triton does not say how long."""
 
 CLOCKS_S = 0.1
-"""gRPC's clock may be so far ahead of what is known of the broker's, by which deadlines go."""
+"""A call that gRPC ends at its deadline may be so much too early by the broker's clock, by which deadlines go."""
 
 
 @dataclass(eq=False, slots=True)

@@ -115,7 +115,7 @@ class Dispatcher:
                 loaded = await self._load(batch)
                 if not batch[0].streams:
                     await self._run_loaded(model, loaded)
-            if batch[0].streams:  # it goes on for long, and what it was given is with Triton soon
+            if batch[0].streams:  # it goes on for long, and its inputs are sent at once: the budget is not held for it
                 await self._run_loaded(model, loaded)
         finally:
             self._under_way[model] -= 1

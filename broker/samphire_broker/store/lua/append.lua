@@ -7,9 +7,9 @@
 -- The log begins with the first entry, or a new attempt in it: number 1 is its start, so the first entry has number 2.
 -- Of a copy of the message that runs beside an attempt nothing is written, and nothing of a task that has ended: a
 -- message that is sent again after a failure begins its run with its start.
--- Returns for each entry run * 2^20 + attempt; 0 where the claim was lost; -1 where something else stands there, or
--- what must stand before it does not (the broker has lost it): this attempt cannot go on; -2 where the log cannot be
--- written. An entry that is repeated is found, and not written again.
+-- Returns for each entry run * 2^20 + attempt; 0 where the claim was lost; -1 where this attempt cannot go on: the place
+-- is taken by other data, an entry before it is missing (a restart of the broker has lost it), or the task has ended; -2
+-- where the log cannot be written. An entry that is repeated is found, and not written again.
 local inflight_key, ended_key, ended_before_key = KEYS[1], KEYS[2], KEYS[3]
 local worker_id, task_prefix, meta_prefix = ARGV[1], ARGV[2], ARGV[3]
 local refusal = denied({{'XADD', LOG .. 'id', '*', 'field', ''}, {'HSET', LOGS, 'field', ''}})

@@ -177,7 +177,7 @@ local function can_push(n)
   end
   return true
 end
--- Whether the log lacks outputs that a task has given out: the broker has lost them, and says so of nothing else.
+-- Whether the log has fewer outputs than the task has given out: then a restart of the broker has lost some.
 local function lacks_outputs(n)
   local streamed = tasks[n][EXTRA] and tasks[n][EXTRA][STREAMED][1]
   if not streamed or streamed == 0 then
