@@ -60,6 +60,11 @@ async def all_of(task: AsyncTask, after: str | None = None, timeout_s: float = 6
         return [event async for event in task.events(after)]
 
 
+async def all_outputs(stream: AsyncIterator[TaskEvent]) -> list[TaskEvent]:
+    """What a stream gives, to its end."""
+    return [event async for event in stream]
+
+
 def values(events: list[TaskEvent]) -> list[float]:
     """The numbers that the outputs have."""
     return [float(event.outputs["y"].ravel()[0]) for event in events if event.kind == "output"]
@@ -215,6 +220,11 @@ async def test_a_deterministic_model_goes_on_where_it_was(valkey: Valkey) -> Non
         assert [event.kind for event in seen] == ["output"] * 3
         resumed = [event async for event in client.task(task.id).stream(seen[0].position, resume="skip")]
         assert values(resumed) == [1, 2]
+        key = KEYS.log_prefix + task.id
+        starts = [entry for entry, fields in valkey.client.xrange(key) if fields[b"e"] in (b"started", b"retrying")]
+        valkey.client.xtrim(key, minid=starts[1], approximate=False)  # the first attempt's outputs are gone
+        with pytest.raises(StreamDiffersError, match="cannot be compared"):
+            await all_outputs(client.task(task.id).stream(seen[1].position, resume="skip"))
 
 
 @in_a_loop

@@ -41,9 +41,14 @@ class Outputs:
         self._after = None if after is None else parse_position(task_id, after)[1]
         had_outputs = self._after is not None and self._after.attempt > 0 and self._after.seq > 1
         self._attempt = self._after.major if self._after is not None and had_outputs else None
+        self._first_attempt = self._attempt
         """Whose outputs were given out last."""
         self._digests: dict[int, bytes] = {}
         """Of the outputs that were given out, by their number."""
+        self._given_out = 0
+        """How far outputs were given out, by their numbers."""
+        self._are_known = True
+        """Whether the outputs before the position were all in the log."""
 
     async def events(self) -> AsyncGenerator[TaskEvent, None]:
         """Outputs, restarts and gaps, until the task has succeeded; raises what it has ended with otherwise."""
@@ -58,7 +63,7 @@ class Outputs:
                         yield told
                 elif event.kind == "gap":
                     if event.begins_anew:
-                        self._attempt, self._digests = None, {}
+                        self._attempt, self._digests, self._given_out = None, {}, 0
                     yield event
         if end is not None:
             await self._check_end(end)
@@ -80,23 +85,35 @@ class Outputs:
                     "not give out the same again; use resume='restart'"
                 )
             return
-        self._digests[event.index] = digest
+        if event.index < self._given_out or (self._attempt != self._first_attempt and not self._are_known):
+            raise StreamDiffersError(
+                f"task {self._task_id} began anew, and its output {event.index} cannot be compared: what was given out "
+                "before is not in the log any more; use resume='restart'"
+            )
+        self._note(event.index, digest)
         yield event
+
+    def _note(self, index: int, digest: bytes) -> None:
+        self._digests[index] = digest
+        self._given_out = max(self._given_out, index + 1)
 
     async def _read_digests(self, after: Place) -> None:
         """What the attempt has given out before the position, to know it again."""
         at = Place(after.major, 0)
+        self._are_known = after.seq <= 1
         while at < after:
             _, entries = await self._session.logs.read(self._task_id, at)
             if not entries:
                 return
+            first = entries[0]
+            self._are_known |= first.place.major == after.major and first.place.seq == first.events
             for entry in entries:
                 if entry.event == "output" and entry.place.major == after.major:
                     outputs = decode_outputs(entry.fields[b"d"])
                     first_index, first_seq = int(entry.fields[b"o"]) - len(outputs), entry.place.seq - len(outputs) + 1
                     for number, tensors in enumerate(outputs):
                         if first_seq + number <= after.seq:
-                            self._digests[first_index + number] = await self._digest_of(tensors)
+                            self._note(first_index + number, await self._digest_of(tensors))
                 at = entry.place
 
     async def _digest_of(self, tensors: list[StreamedTensor]) -> bytes:
@@ -108,7 +125,7 @@ class Outputs:
         if end.kind != "succeeded":
             await self._session.result(self._task_id, LOOK_S, "now")  # raises what it has ended with
             raise ResultExpiredError(f"task {self._task_id} has {end.kind}, and was run again since")
-        given_out = max(self._digests, default=-1) + 1
+        given_out = self._given_out
         if self._skips and end.output_count is not None and given_out > end.output_count:
             raise StreamDiffersError(
                 f"task {self._task_id} began anew and has ended with {end.output_count} outputs, after {given_out} "
