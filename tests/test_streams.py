@@ -164,7 +164,8 @@ async def test_an_output_that_does_not_fit_ends_the_stream(valkey: Valkey) -> No
 
     async def streams(context: Any) -> AsyncIterator[Any]:
         yield given(0)
-        wrong = given(1)
+        yield given(1)  # alike: it is not checked again
+        wrong = given(2)
         wrong.infer_response.outputs[0].datatype = "INT64"
         yield wrong
         yield last()
@@ -172,7 +173,7 @@ async def test_an_output_that_does_not_fit_ends_the_stream(valkey: Valkey) -> No
     async with streaming(valkey, streams) as (_, _, client):
         task = await client.submit("m", x(), max_attempts=1)
         events = await all_of(task)
-        assert values(events) == [0]
+        assert values(events) == [0, 1]
         check_whole(events)
         with pytest.raises(ModelFaultError, match="expected FP32, answered INT64"):
             await task.result(timeout_s=20)

@@ -87,6 +87,7 @@ class Streaming:
             self._settings.triton_timeout_s,
             running,
         )
+        checked: object = None  # form of the last output that was found to fit: those alike but for their numbers fit
         try:
             async with aclosing(responses):
                 async for tensors in responses:
@@ -94,7 +95,9 @@ class Streaming:
                         raise ClaimLostError
                     starting = None
                     if outputs := self._without_progress(request, tensors, log, told):
-                        check_answer(expected, asked, request.rows, outputs, even=False)
+                        if (form := _form(outputs)) is None or form != checked:
+                            check_answer(expected, asked, request.rows, outputs, even=False)
+                            checked = form
                         nbytes = taken.add(outputs)
                         if collected is not None:
                             collected.add(outputs, nbytes)
@@ -216,6 +219,12 @@ class Collected:
             shape = [rows, *parts[0].shape[1:]]
             joined.append(Tensor(name, parts[0].datatype, shape, b"".join([part.data for part in parts])))
         return joined
+
+
+def _form(tensors: Sequence[Tensor]) -> object:
+    """What the check of an output depends on; None where it depends on its bytes too."""
+    form = [(name, datatype, tuple(shape), len(data)) for name, datatype, shape, data in tensors]
+    return None if any(datatype == "BYTES" for _, datatype, _, _ in form) else form
 
 
 def _fraction(tensor: Tensor | None) -> float | None:
