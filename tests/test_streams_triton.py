@@ -15,7 +15,7 @@ import psutil
 import pytest
 from celery import Celery
 
-from samphire import AsyncClient, AsyncTask, Client, ModelFaultError, SamphireError, Step, TaskEvent
+from samphire import AsyncClient, AsyncTask, Client, ModelFaultError, SamphireError, Step, Task, TaskEvent
 from samphire.wire.contract import INFER_TASK
 from tests.stacks import Up, eventually, only, running_stack, samphire, standing_still
 from tests.support.lane import in_a_loop
@@ -127,6 +127,23 @@ def test_the_command_streams_text(own_stack: Up) -> None:
     bad = samphire(own_stack.broker_url, "watch", task_id, "--after", "12")
     assert bad.returncode == 1
     assert "expected a position" in bad.stderr
+
+
+def test_a_result_is_there_after_its_stream_was_read(own_stack: Up) -> None:
+    """By the same handle, or by another one of the same client, and after a failure too."""
+    inputs = {"text": np.array([b"one two"], dtype=object)}
+    with Client(own_stack.broker_url) as client:
+        for read in (Task.stream, Task.events):
+            task, other = client.submit("token_stream", inputs), client.submit("token_stream", inputs)
+            assert list(read(task))
+            assert task.result(timeout_s=3).output_count == 2
+            assert list(read(client.task(other.id)))
+            assert other.result(timeout_s=3).output_count == 2
+        failing = client.submit("streamer", plan(error_after=1), max_attempts=1)
+        with pytest.raises(ModelFaultError):
+            list(failing.stream())
+        with pytest.raises(ModelFaultError):
+            failing.result(timeout_s=3)
 
 
 def test_a_plain_producer_and_a_chain_get_collected_outputs(own_stack: Up) -> None:

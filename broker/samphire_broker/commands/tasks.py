@@ -185,7 +185,11 @@ def _described(event: TaskEvent) -> str:
 
 def _event_as_dict(event: TaskEvent) -> dict[str, Any]:
     """What is known of an event; byte strings as text."""
-    known = {name: value for name, value in vars(event).items() if value not in (None, "", False) and name != "outputs"}
+    known = {
+        name: value
+        for name, value in vars(event).items()
+        if name != "outputs" and value not in (None, "") and value is not False
+    }
     known["id"] = known.pop("task_id")
     if event.outputs:
         known["outputs"] = {name: _values(array) for name, array in event.outputs.items()}

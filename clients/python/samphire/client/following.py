@@ -59,6 +59,8 @@ class Following:
         self._has_ended = False
         """The last entry that was read is an end."""
         self._is_over = False
+        self._snapshot_of: Status | None = None
+        """The state that was told since there was no log."""
         self._ending: asyncio.Future[InferResult]
         """Its end, as the client hears of it."""
         self._wake: Callable[[object], None]
@@ -167,6 +169,7 @@ class Following:
         status = await self._status()
         if status not in TERMINAL:
             await self._ask_for_log()
+        self._snapshot_of = status
         return self._made("snapshot", Place(ATTEMPTS, 0), status)
 
     async def _ask_for_log(self) -> None:
@@ -209,10 +212,12 @@ class Following:
         else:
             self._place = entry.place
             event = self._event_of(entry)
+            self._last_position = event.position
+            if event.kind == "snapshot" and event.status == self._snapshot_of:
+                return  # it was told before there was a log
             if event.kind == "redriven":  # the end of the run before is not that of this one
                 self._expect_no_more()
                 self._expect("often")
-            self._last_position = event.position
             yield event
 
     async def _outputs_in(self, entry: Entry) -> AsyncGenerator[TaskEvent, None]:

@@ -68,19 +68,24 @@ class Task:
         """See `AsyncTask.cancel`."""
         return self._run(lambda task: task.cancel(timeout_s))
 
+    def _reader(self) -> AsyncTask:
+        if isinstance(self._look, int):
+            self._look = "now"  # its end may be told to the reader
+        return AsyncTask(self._client._client._session, self.id, "often")
+
     def progress(self) -> TaskEvent | None:
         """See `AsyncTask.progress`."""
         return self._run(lambda task: task.progress())
 
     def events(self, after: str | None = None) -> Iterator[TaskEvent]:
         """See `AsyncTask.events`."""
-        events = AsyncTask(self._client._client._session, self.id, "often").events(after)
+        events = self._reader().events(after)
         with self._client._iterating(events) as iterator:
             yield from iterator
 
     def stream(self, after: str | None = None, *, resume: Resume = "restart") -> Iterator[TaskEvent]:
         """See `AsyncTask.stream`."""
-        events = AsyncTask(self._client._client._session, self.id, "often").stream(after, resume=resume)
+        events = self._reader().stream(after, resume=resume)
         with self._client._iterating(events) as iterator:
             yield from iterator
 

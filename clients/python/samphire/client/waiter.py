@@ -58,7 +58,7 @@ class Waiter:
         self._unseen: set[str] = set()
         self._foreign: set[str] = set()
         self._passed: set[str] = set()
-        """Tasks whose end was seen in the stream while nobody waited for them."""
+        """Tasks whose end was seen in the stream, which tells it once."""
         self.epoch = 0
         """Raised whenever entries of the stream may have been missed; 0 while nobody reads it. The stream tells the end
         of every task that was submitted in the present epoch."""
@@ -194,7 +194,7 @@ class Waiter:
             if len(self._passed) >= PASSED_MAX:  # too many to know each: all that were submitted so far may have ended
                 self._passed.clear()
                 self.epoch += 1
-            self._passed.update(task_id for task_id in task_ids if task_id not in self._futures)
+            self._passed.update(task_ids)  # also those that are awaited: others may ask for them later
             if result is not None and task_ids[0] in self._futures:
                 await self._resolve(task_ids[0], result)
             else:
