@@ -61,8 +61,6 @@ class Disk:
     """When each fdatasync returned, in s since 1970."""
     longest_s: float = 0.0
     """How long the slowest fdatasync took."""
-    in_write: bool = False
-    """Whether a write had begun whose end the trace does not tell."""
 
 
 def on_disk(trace: str, name: str) -> Disk:
@@ -88,7 +86,6 @@ def on_disk(trace: str, name: str) -> Disk:
                 disk.synced = max(disk.synced, written)
                 disk.syncs.append(float(at))
                 disk.longest_s = max(disk.longest_s, float(at) - since)
-    disk.in_write = any(verb == "write" and path.endswith(name) for verb, path in unfinished.values())
     return disk
 
 
@@ -154,7 +151,8 @@ def power_failure(folder: Path, fsync: str) -> Trial:
     (file,) = (folder / "appendonlydir").glob("*.incr.aof")
     disk = on_disk(trace.read_text(), file.name)
     size = file.stat().st_size
-    assert size == disk.written or (disk.in_write and size > disk.written), "the trace does not tell of every write"
+    # The kill may come before the trace tells of the last write: that one is in the file, and not synced.
+    assert size >= disk.written, "the trace tells of more than there is"
     assert disk.syncs, "nothing was ever synced"
     os.truncate(file, disk.synced)
     with running_valkey(folder) as after:
@@ -206,6 +204,4 @@ def test_what_a_trace_says() -> None:
 8 1.6 fdatasync(9</d/a.aof>) = -1 EIO (Input/output error)
 7 1.7 write(9</d/a.aof>, ""..., 11 <unfinished ...>
 """
-    assert on_disk(trace, "a.aof") == Disk(
-        written=157, synced=100, syncs=[1.4], longest_s=pytest.approx(0.2), in_write=True
-    )
+    assert on_disk(trace, "a.aof") == Disk(written=157, synced=100, syncs=[1.4], longest_s=pytest.approx(0.2))
