@@ -7,6 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -269,20 +270,18 @@ async def test_a_worker_that_stood_still_writes_nothing_more(own_stack: Up) -> N
     async with AsyncClient(own_stack.broker_url) as client:
         task = await client.submit("streamer", plan(outputs=60, interval_s=0.1))
         seen: list[TaskEvent] = []
-        stopped = None
-        try:
+        was_stopped = False
+        with ExitStack() as stopped:
             async with asyncio.timeout(120):
                 async for event in task.events():
                     seen.append(event)
-                    if event.kind == "output" and stopped is None:
+                    if event.kind == "output" and not was_stopped:
                         holder = await asyncio.to_thread(_writer_of, own_stack, task.id)
-                        stopped = standing_still(holder)
-                        stopped.__enter__()
-                    if event.kind == "started" and event.attempt == 2 and stopped is not None:
-                        stopped.__exit__(None, None, None)
-        finally:
-            if stopped is not None:
-                stopped.__exit__(None, None, None)
+                        stopped.enter_context(standing_still(holder))
+                        was_stopped = True
+                    if event.kind == "started" and event.attempt == 2:
+                        stopped.close()
+        assert was_stopped
         check_whole(seen)
         assert seen[-1].kind == "succeeded"
         assert seen[-1].attempt >= 2

@@ -21,7 +21,7 @@ from samphire import (
     BrokerUnavailableError,
 )
 from samphire.transport.direct import Script
-from samphire_broker.store import Claimed, LogEntry, Looked, OtherEnd, Settlement, Started, Store, Tried
+from samphire_broker.store import Appended, Claimed, LogEntry, Looked, OtherEnd, Settlement, Started, Store, Tried
 from samphire_broker.store.calls import VERBS, script_text
 from tests.proxy import Proxy, Where, cutting_proxy
 from tests.stacks import Valkey, running_valkey
@@ -141,7 +141,7 @@ async def append(s: Setting) -> None:
     entries.append(LogEntry(claim.field, "a", 1.0, 5, 1, "output", 2.0, 4, 4, b"d"))
     s.arm()
     for entry in entries:
-        assert (await again(lambda entry=entry: s.worker.store.append([entry])))[0] > 0  # type: ignore[misc]
+        assert (await again(lambda entry=entry: s.worker.store.append([entry]))) == [Appended.WRITTEN]  # type: ignore[misc]
     log = [fields[b"e"] for _, fields in s.valkey.client.xrange(KEYS.log_prefix + "a")]
     assert log == [b"started", b"output", b"output"]
 

@@ -2,6 +2,7 @@
 
 from samphire_broker.store.records import (
     NOWHERE,
+    Appended,
     Claimed,
     Later,
     LeaseLostError,
@@ -26,6 +27,7 @@ from samphire_broker.store.store import Store
 
 __all__ = [
     "NOWHERE",
+    "Appended",
     "Claimed",
     "Later",
     "LeaseLostError",

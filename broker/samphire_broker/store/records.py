@@ -60,6 +60,19 @@ class Settled(IntEnum):
     """The broker has lost outputs that it had given out: it stays claimed."""
 
 
+class Appended(IntEnum):
+    """What `append` says of an entry of a log."""
+
+    LOST = 0
+    """The claim is not this worker's any more: nothing was written."""
+    WRITTEN = 1
+    """It stands there; of a copy of the message that runs beside the attempt nothing needs to."""
+    OUTPUTS_LOST = 2
+    """What must stand before it is not there, since the broker has lost it."""
+    NOT_WRITABLE = 3
+    """A key of another type lies where the log is."""
+
+
 class Looked(IntEnum):
     """What `look_at_queues` says of a queue."""
 

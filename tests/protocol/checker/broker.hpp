@@ -56,7 +56,8 @@ struct View {
   uint8_t stray_start = 0, lately = 0, alone = 0, alone_incarnation = 0;  // alone: 1 + the worker
   uint8_t lease[WORKERS] = {}, member[WORKERS] = {};                      // a bit for each incarnation
   uint8_t cancel_requests = 0, letter_requests = 0, events = 0, parts = 0, follow_requests = 0;
-  string log_fault;  // what is wrong with a log
+  uint8_t logged[TASKS] = {};  // entries of its log
+  string log_fault;            // what is wrong with a log
   vector<Claim> claims;
 
   bool has_lease(int worker, int incarnation) const { return lease[worker] >> incarnation & 1; }
@@ -147,6 +148,7 @@ inline string fault_of_log(const vector<vector<string>>& log) {
     if (field_in(entry, "p") != before) return "an entry does not follow on the one before it";
     if (at >> 20 == ended_run) return "an event comes after the end of its run";
     if (at != major && at % (1 << 20) && event != "started") return "an attempt begins without its start";
+    if (event == "output" && at % (1 << 20) == 0) return "an output stands before the first attempt";
     if (at != major) outputs = 0;
     if (event == "output" && atoll(field_in(entry, "o").c_str()) != ++outputs) return "an output is counted wrongly";
     if (is_end && atoll(field_in(entry, "o").c_str()) != outputs) return "an end counts other outputs than there are";
@@ -160,6 +162,7 @@ inline void look_at_log(const Reader& read, int task, View& view) {
   string id = TASK_NAMES[task];
   const Value* log = read.at("log:" + id);
   if (!log) return;
+  view.logged[task] = static_cast<uint8_t>(log->stream.size());
   string fault = fault_of_log(log->stream);
   bool is_open = read.in_hash("logs", id);
   string last = field_in(log->stream.back(), "e");

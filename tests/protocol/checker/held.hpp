@@ -188,7 +188,7 @@ class HeldSteps {
     Call call = call_append(worker_, life_.incarnation, held_);
     State after = begin(A_APPEND);
     long long verdict = perform(after, call).reply.items[0].integer;
-    if (verdict > 0) {
+    if (verdict == 1) {
       mine(after).outputs++;
     } else if (verdict == 0) {
       let_go(after, worker_, slot_);

@@ -289,6 +289,16 @@ inline void watch_effects(const Seen& seen) {
   if (scene.chain && succeeded && !next_pushed) monitors.violated("P8 ta succeeded and its next step was not pushed");
 }
 
+// Only who has the claim writes outputs.
+inline void watch_append(const Seen& seen, const Call& call) {
+  bool is_claimed = false;
+  for (const auto& claim : seen.before.claims)
+    is_claimed |= worker_id(claim.worker, claim.incarnation) == call.args[0] && claim.number == atoi(call.args[3].c_str());
+  for (int task = 0; task < TASKS; task++)
+    if (seen.after.logged[task] > seen.before.logged[task] && !is_claimed)
+      monitors.violated("P10 a worker writes outputs without the claim");
+}
+
 inline const Done& perform(State& state, const Call& call) {
   const View& before = view_of(state);
   const Done& done = broker->run(state.broker, broker->number_of(call));
@@ -300,6 +310,7 @@ inline const Done& perform(State& state, const Call& call) {
   watch_failures(seen);
   watch_letters(seen);
   if (call.verb == "start") watch_starts(seen);
+  if (call.verb == "append") watch_append(seen, call);
   watch_effects(seen);
   return done;
 }

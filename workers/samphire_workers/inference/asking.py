@@ -19,7 +19,6 @@ from samphire_workers.inference import batching
 from samphire_workers.inference.locks import ModelLocks
 from samphire_workers.inference.reloading import Reloads
 from samphire_workers.inference.streaming import Starting, Streaming
-from samphire_workers.intake.checking import MICRO_BATCH
 from samphire_workers.intake.request import Request
 from samphire_workers.intake.served import ServedModels
 from samphire_workers.monitoring.observers import BatchSeen, Observers
@@ -155,7 +154,6 @@ class Asker:
         if asked.running.why is not None:
             raise asked.running.why
         batch = asked.batch
-        infer = batch[0].request
         asked.at, asked.timeout_s = time.monotonic(), self._timeout_s(batch)
         # Who is over has waited at the lock until then: its end may be written already.
         self._ledger.unwritten.add(asked.model, _fields([request for request in batch if not request.over]))
@@ -163,15 +161,7 @@ class Asker:
         try:
             if batch[0].streams:
                 return await self._streaming.run(batch[0], asked.endpoint, asked.running, asked.timeout_s, starting)
-            return await asked.endpoint.infer(
-                asked.model,
-                batch[0].version,
-                batching.merge(batch),
-                [output.name for output in infer.outputs],
-                {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH},
-                asked.timeout_s,
-                asked.running,
-            )
+            return await asked.endpoint.infer(batching.merge(batch), asked.timeout_s, asked.running)
         except BaseException as error:
             failed = type(error).__name__
             raise

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf
+from typing import Any
 
 from samphire.wire.signature import ModelSignature
 from samphire.wire.tensors import join_elements, split_elements
+from samphire_workers.intake.checking import MICRO_BATCH
 from samphire_workers.intake.request import Request
-from samphire_workers.triton.messages import Tensor
+from samphire_workers.triton.messages import Tensor, infer_request
 
 BATCH_MAX_BYTES = 4 * 2**20
 """A micro-batch grows no further than this; a single request may be larger."""
@@ -40,8 +42,24 @@ def group(requests: Sequence[Request], signature: ModelSignature) -> list[list[R
     return batches
 
 
-def merge(batch: Sequence[Request]) -> list[Tensor]:
-    """The tensors of a micro-batch: each input's rows, one request after the other."""
+def merge(batch: Sequence[Request], more_outputs: Sequence[str] = ()) -> Any:
+    """The ModelInferRequest of a micro-batch: each input's rows, one request after the other.
+
+    Args:
+        batch: at least one request, all with the same outputs and parameters.
+        more_outputs: asked for too, where the requests name the outputs that they want.
+
+    Raises:
+        InvalidInputError: a parameter that gRPC cannot carry.
+    """
+    first = batch[0]
+    outputs = [output.name for output in first.request.outputs]
+    parameters = {name: value for name, value in first.request.parameters.items() if name != MICRO_BATCH}
+    wanted = [*outputs, *more_outputs] if outputs else []
+    return infer_request(first.model, first.version, _merged(batch), wanted, parameters)
+
+
+def _merged(batch: Sequence[Request]) -> list[Tensor]:
     first = batch[0]
     if len(batch) == 1:
         loaded, first.tensors = first.tensors, []  # alone it is asked once: nobody else needs them

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 from samphire.errors import InvalidInputError, SamphireError, StreamLimitError
-from samphire.wire.contract import Streamed
+from samphire.wire.contract import Ref, Streamed
 from samphire.wire.outputs import StreamedTensor
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store
 from samphire_workers.inference import batching
-from samphire_workers.intake.checking import MICRO_BATCH
-from samphire_workers.intake.loading import sha256_hex
 from samphire_workers.intake.request import Request
 from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
+from samphire_workers.settlement import outcome
 from samphire_workers.settlement.log_writer import ClaimLostError, LogWriter, TaskLog
 from samphire_workers.triton.answers import check_answer
 from samphire_workers.triton.endpoint import Endpoint, Running
@@ -69,8 +68,8 @@ class Streaming:
         """
         log = TaskLog(self._writer, request, running.stop)
         collected = Collected(self._settings.collect_max_bytes) if request.collects else None
-        infer, taken = request.request, _Taken(self._settings)
-        asked = [output.name for output in infer.outputs]
+        taken = _Taken(self._settings)
+        asked = [output.name for output in request.request.outputs]
         assert request.signature is not None
         told = [name for name in (PROGRESS, MESSAGE) if name in request.signature.outputs]
         expected = replace(
@@ -78,14 +77,7 @@ class Streaming:
             outputs={name: spec for name, spec in request.signature.outputs.items() if name not in told},
         )
         responses = endpoint.stream(
-            request.model,
-            request.version,
-            batching.merge([request]),
-            [*asked, *told] if asked else [],
-            {name: value for name, value in infer.parameters.items() if name != MICRO_BATCH},
-            timeout_s,
-            self._settings.triton_timeout_s,
-            running,
+            batching.merge([request], told), timeout_s, self._settings.triton_timeout_s, running
         )
         checked: object = None  # form of the last output that was found to fit: those alike but for their numbers fit
         try:
@@ -101,7 +93,7 @@ class Streaming:
                         nbytes = taken.add(outputs)
                         if collected is not None:
                             collected.add(outputs, nbytes)
-                        await log.output(await self._streamed(request, outputs, nbytes, taken.outputs), nbytes)
+                        await log.output(await self._streamed(request, outputs, nbytes), nbytes)
             await log.flush()
         except SamphireError:
             if not request.over and log.error is None:
@@ -127,29 +119,13 @@ class Streaming:
             self._observers.progress(request, fraction, message)
         return [tensor for tensor in tensors if tensor.name not in found]
 
-    async def _streamed(
-        self, request: Request, tensors: Sequence[Tensor], nbytes: int, number: int
-    ) -> list[StreamedTensor]:
+    async def _streamed(self, request: Request, tensors: Sequence[Tensor], nbytes: int) -> list[StreamedTensor]:
         """An output as its log has it: large tensors as claim checks."""
         above = self._settings.inline_output_bytes
-        if nbytes > above and any(len(tensor.data) > above for tensor in tensors):
-            return await self._with_claim_checks(request, tensors, above, number)
-        return [StreamedTensor(*tensor) for tensor in tensors]
-
-    async def _with_claim_checks(
-        self, request: Request, tensors: Sequence[Tensor], above: int, number: int
-    ) -> list[StreamedTensor]:
-        streamed = []
-        for name, datatype, shape, data in tensors:
-            if len(data) <= above:
-                streamed.append(StreamedTensor(name, datatype, shape, data))
-                continue
-            digest, tenant, task_id = await sha256_hex(data), request.request.tenant, request.task_id
-            ref = await persist(
-                lambda d=data, h=digest, t=tenant, i=task_id: self._store.write_blob(t, i, number, d, h, BLOB_TTL_S)  # type: ignore[misc]
-            )
-            streamed.append(StreamedTensor(name, datatype, shape, ref))
-        return streamed
+        refs: Mapping[str, Ref] = {}
+        if nbytes > above:
+            refs = await persist(lambda: outcome.store_large(request, tensors, self._store, above, BLOB_TTL_S))
+        return [StreamedTensor(name, datatype, shape, refs.get(name, data)) for name, datatype, shape, data in tensors]
 
 
 class _Taken:

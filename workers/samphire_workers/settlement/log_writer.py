@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 
 from samphire.errors import InternalError, SamphireError
 from samphire.wire.outputs import StreamedTensor, encode_outputs
-from samphire_broker.store import LogEntry, Store
+from samphire_broker.store import Appended, LogEntry, Store
 from samphire_workers.intake.request import Request
 from samphire_workers.repeat import persist
-
-logger = logging.getLogger(__name__)
 
 CALL_BYTES = 4 * 2**20
 CALL_ENTRIES = 256
@@ -162,14 +159,14 @@ class TaskLog:
         self._next += count
         return entry
 
-    def written(self, entry: LogEntry, verdict: int) -> None:
-        """What became of an entry: as `Store.append` says."""
+    def written(self, entry: LogEntry, verdict: Appended) -> None:
+        """What became of an entry."""
         self._under_way = False
-        if verdict > 0:
+        if verdict is Appended.WRITTEN:
             self.outputs, self.nbytes = entry.outputs, entry.nbytes
-        elif verdict == 0:
+        elif verdict is Appended.LOST:
             self.fail(ClaimLostError())
-        elif verdict == -1:
+        elif verdict is Appended.OUTPUTS_LOST:
             self.fail(OutputsLostError())
         else:
             self.fail(InternalError("the task's log cannot be written: a key of another type lies there"))

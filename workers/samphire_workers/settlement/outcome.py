@@ -65,10 +65,13 @@ def _meta(status: str, task_id: str, result: bytes, done: str) -> str:
     )
 
 
-async def store_large(request: Request, outputs: Sequence[Tensor], store: Store, above_bytes: int) -> dict[str, Ref]:
-    """Store large outputs as claim checks; returns them by output name."""
+async def store_large(
+    request: Request, outputs: Sequence[Tensor], store: Store, above_bytes: int, ttl_s: int = 0
+) -> dict[str, Ref]:
+    """Store outputs of more bytes as claim checks, which live as long as results, and at least `ttl_s`; by name."""
+    tenant, task_id = request.request.tenant, request.task_id
     return {
-        name: await store.write_blob(request.request.tenant, request.task_id, number, data, await sha256_hex(data))
+        name: await store.write_blob(tenant, task_id, number, data, await sha256_hex(data), ttl_s)
         for number, (name, _, _, data) in enumerate(outputs)
         if len(data) > above_bytes
     }

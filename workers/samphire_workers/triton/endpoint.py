@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
@@ -26,7 +26,7 @@ from samphire.errors import (
 )
 from samphire.wire.signature import ModelSignature, TensorSpec
 from samphire_workers.triton.errors import StalledError, UnclearUnavailableError, translate, translate_text
-from samphire_workers.triton.messages import Tensor, flag, infer_request, tensors_of
+from samphire_workers.triton.messages import Tensor, flag, set_timeout, tensors_of
 
 CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
@@ -117,12 +117,11 @@ class Endpoint:
         """Close the channel."""
         await self._channel.close(None)
 
-    async def _call(self, method: str, request: Any, timeout_s: float, running: Running | None = None) -> Any:
-        call = getattr(self._stub, method)(request, timeout=timeout_s)
+    async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
         try:
-            return await (call if running is None else running.wait(call))
+            return await getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise translate(error.code(), error.details() or "", _pushback_s(error)) from error
+            raise _translated(error) from error
 
     async def is_ready(self) -> bool:
         """Whether the server answers and is ready."""
@@ -190,47 +189,24 @@ class Endpoint:
         await self._call("RepositoryModelUnload", service_pb2.RepositoryModelUnloadRequest(model_name=model), RELOAD_S)
         await self._call("RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest(model_name=model), RELOAD_S)
 
-    async def infer(
-        self,
-        model: str,
-        version: str,
-        tensors: Sequence[Tensor],
-        outputs: Iterable[str],
-        parameters: Mapping[str, object],
-        timeout_s: float,
-        running: Running,
-    ) -> list[Tensor]:
-        """Run one request and return its outputs, in the model's order.
-
-        The time that is left goes along as Triton's `timeout`, unless the request says its own: a model whose queue
-        policy lets requests say so drops what it has not begun by then.
+    async def infer(self, request: Any, timeout_s: float, running: Running) -> list[Tensor]:
+        """Run one request (see `infer_request`) and return its outputs, in the model's order.
 
         Raises:
             SamphireError: what `running` was stopped with.
         """
-        request = infer_request(model, version, tensors, outputs, parameters, timeout_s)
-        del tensors  # the request has copies: large ones need not be held twice
+        set_timeout(request, timeout_s)
         self._running.add(running)
         try:
-            answer = await self._call("ModelInfer", request, timeout_s, running)
-        except UnclearUnavailableError as error:
-            if await self.is_model_ready(model, version):
-                raise ModelFaultError(f"model {model!r} answered: {error}") from error
-            raise
+            answer = await running.wait(self._stub.ModelInfer(request, timeout=timeout_s))
+        except grpc.aio.AioRpcError as error:
+            raise await self._model_error(error, request.model_name, request.model_version) from error
         finally:
             self._running.discard(running)
-        return tensors_of(model, answer)
+        return tensors_of(request.model_name, answer)
 
     async def stream(
-        self,
-        model: str,
-        version: str,
-        tensors: Sequence[Tensor],
-        outputs: Iterable[str],
-        parameters: Mapping[str, object],
-        timeout_s: float,
-        stall_s: float,
-        running: Running,
+        self, request: Any, timeout_s: float, stall_s: float, running: Running
     ) -> AsyncGenerator[list[Tensor], None]:
         """Run one request of a decoupled model, and yield its outputs as they come, on a call of its own.
 
@@ -239,7 +215,7 @@ class Endpoint:
         the call with a status, but Triton 24.10 dies if the model sends its final response after that.
 
         Args:
-            model, version, tensors, outputs, parameters, running: as for `infer`.
+            request, running: as for `infer`.
             timeout_s: how long it may take in all; `inf` for any time.
             stall_s: how long the model may give out nothing.
 
@@ -247,8 +223,8 @@ class Endpoint:
             ModelFaultError: the call ended, and no response was marked as the last: what came may not be all.
             SamphireError: what `running` was stopped with.
         """
-        request = infer_request(model, version, tensors, outputs, parameters, timeout_s)
-        del tensors
+        model, version = request.model_name, request.model_version
+        set_timeout(request, timeout_s)
         request.parameters["triton_enable_empty_final_response"].bool_param = True
         call = self._stub.ModelStreamInfer(timeout=None if timeout_s == math.inf else timeout_s)
         self._running.add(running)
@@ -274,7 +250,7 @@ class Endpoint:
             if not is_complete:
                 raise ModelFaultError(f"the stream of model {model!r} ended without a final response: it is not whole")
         except grpc.aio.AioRpcError as error:
-            raise await self._stream_error(model, version, error) from error
+            raise await self._model_error(error, model, version) from error
         except asyncio.CancelledError:
             if running.why is None:
                 raise
@@ -288,11 +264,16 @@ class Endpoint:
                 call.cancel()
                 self._running.discard(running)
 
-    async def _stream_error(self, model: str, version: str, error: grpc.aio.AioRpcError) -> SamphireError:
-        found = translate(error.code(), error.details() or "", _pushback_s(error))
+    async def _model_error(self, error: grpc.aio.AioRpcError, model: str, version: str) -> SamphireError:
+        """The translation of an error that a model or its server may have caused: the server is asked where unclear."""
+        found = _translated(error)
         if isinstance(found, UnclearUnavailableError) and await self.is_model_ready(model, version):
             return ModelFaultError(f"model {model!r} answered: {found}")
         return found
+
+
+def _translated(error: grpc.aio.AioRpcError) -> SamphireError:
+    return translate(error.code(), error.details() or "", _pushback_s(error))
 
 
 async def _read_to_end(call: Any, running: Running) -> None:

@@ -47,14 +47,13 @@ def set_parameters(target: Any, parameters: Mapping[str, object]) -> None:
 
 
 def infer_request(
-    model: str,
-    version: str,
-    tensors: Sequence[Tensor],
-    outputs: Iterable[str],
-    parameters: Mapping[str, object],
-    timeout_s: float,
+    model: str, version: str, tensors: Sequence[Tensor], outputs: Iterable[str], parameters: Mapping[str, object]
 ) -> Any:
-    """A ModelInferRequest; `timeout_s` goes along as Triton's `timeout`, unless the request says its own."""
+    """A ModelInferRequest; no `outputs` asks for all of them.
+
+    Raises:
+        InvalidInputError: a parameter that gRPC cannot carry.
+    """
     request = service_pb2.ModelInferRequest(model_name=model, model_version=version)
     for tensor in tensors:
         request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
@@ -63,9 +62,16 @@ def infer_request(
         request.outputs.add(name=name)
     if parameters:
         set_parameters(request.parameters, parameters)
+    return request
+
+
+def set_timeout(request: Any, timeout_s: float) -> None:
+    """Let the time that is left go along as Triton's `timeout`, unless the request says its own.
+
+    A model whose queue policy lets requests say so drops what it has not begun by then.
+    """
     if "timeout" not in request.parameters and timeout_s != math.inf:
         request.parameters["timeout"].int64_param = math.ceil(timeout_s * 1e6)
-    return request
 
 
 def tensors_of(model: str, answer: Any) -> list[Tensor]:

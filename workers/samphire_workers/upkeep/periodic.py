@@ -43,10 +43,16 @@ Cancel = Callable[[Sequence[str]], Awaitable[Mapping[str, str]]]
 
 async def keep_clock(store: Store, cancel: Cancel) -> None:
     """Return scheduled tasks when they are due, and do what clients ask for, for ever."""
+    chores = (
+        store.return_due,
+        lambda: _cancel_some(cancel),
+        store.delete_results,
+        store.serve_letters,
+        store.serve_follows,
+    )
     while True:
         done = 0
-        chores = (store.return_due, lambda: _cancel_some(cancel), store.delete_results, store.serve_letters)
-        for chore in (*chores, store.serve_follows):
+        for chore in chores:
             try:
                 done += await chore()
             except SamphireError as error:

@@ -5,9 +5,7 @@
 -- Returns the number of tasks that were returned, or were none. The bytes of one call are bounded, but for one task's.
 local scheduled_key, messages_key = KEYS[1], KEYS[2]
 local wake_channel, tasks_max = ARGV[1], ARGV[2]
-local time = call('TIME')
-local now = time[1] .. '.' .. string.format('%06d', time[2])
-local ids = call('ZRANGE', scheduled_key, '-inf', now, 'BYSCORE', 'LIMIT', 0, tasks_max)
+local ids = call('ZRANGE', scheduled_key, '-inf', now_text(), 'BYSCORE', 'LIMIT', 0, tasks_max)
 if #ids == 0 then
   return 0
 end

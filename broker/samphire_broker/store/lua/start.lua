@@ -42,7 +42,7 @@ local remembered = {}
 for n, value in pairs(recall(ended_key, ended_before_key, asked)) do
   remembered[places[n]] = value
 end
-local reply, written, started, dropped, runs, begun = {}, {}, {}, {}, {}, {}
+local reply, written, started, dropped, runs = {}, {}, {}, {}, {}
 local function verdict(n)
   local field, id = fields[n], ids[n]
   local value = remembered[n]
@@ -71,7 +71,6 @@ local function verdict(n)
   if state == 'FAILURE' then
     runs[#runs + 1] = {n, run_in(value or 'F' .. tostring(try('HGET', letter_prefix .. id, 'run') or '')) + 1, value}
   end
-  begun[#begun + 1] = n
   written[#written + 1], written[#written + 2] = metas[n], '{"status":"STARTED","task_id":' .. cjson.encode(id) .. tail
   started[#started + 1], started[#started + 2] = field, id
   if not (tried[1] or tried[3]) then
@@ -93,10 +92,11 @@ if #written > 0 then
   call('MSET', unpack(written))
   call('HSET', started_key, unpack(started))
 end
-for _, n in ipairs(some_logged and begun or {}) do
-  local log, claim = read_log(ids[n]), claim_of(worker_id, fields[n])
+for n = 1, some_logged and #started or 0, 2 do
+  local claim, id = claim_of(worker_id, started[n]), started[n + 1]
+  local log = read_log(id)
   if log and log.claim ~= claim and not is_live(log) then -- a copy that runs beside it writes nothing
-    log_attempt(ids[n], log, claim, '')
+    log_attempt(id, log, claim, '')
   end
 end
 if #dropped > 0 then

@@ -214,14 +214,14 @@ class LogReader:
         while self._wanted:
             together: dict[tuple[str, Place], list[asyncio.Future[Page]]] = {}
             left: list[tuple[str, Place, asyncio.Future[Page]]] = []
-            keys_of: set[str] = set()
+            named: set[str] = set()
             for task_id, after, future in self._wanted:
                 if (task_id, after) in together:
                     together[task_id, after].append(future)
-                elif task_id in keys_of or len(keys_of) >= KEYS_A_CALL:
+                elif task_id in named or len(named) >= KEYS_A_CALL:
                     left.append((task_id, after, future))  # a command names each log once
                 else:
-                    keys_of.add(task_id)
+                    named.add(task_id)
                     together[task_id, after] = [future]
             self._wanted = left
             await self._read_together(together)

@@ -41,8 +41,8 @@ class Outputs:
         self._after = None if after is None else parse_position(task_id, after)[1]
         had_outputs = self._after is not None and self._after.attempt > 0 and self._after.seq > 1
         self._attempt = self._after.major if self._after is not None and had_outputs else None
-        self._first_attempt = self._attempt
         """Whose outputs were given out last."""
+        self._first_attempt = self._attempt
         self._digests: dict[int, bytes] = {}
         """Of the outputs that were given out, by their number."""
         self._given_out = 0
@@ -76,7 +76,7 @@ class Outputs:
         if not self._skips:
             yield event
             return
-        digest = _digest(event)
+        digest = _digest(event.outputs)
         assert event.index is not None
         if event.index in self._digests:
             if self._digests[event.index] != digest:
@@ -118,26 +118,22 @@ class Outputs:
 
     async def _digest_of(self, tensors: list[StreamedTensor]) -> bytes:
         arrays = {tensor.name: await streamed_array(tensor, self._session.logs.blob) for tensor in tensors}
-        return _digest_arrays(arrays)
+        return _digest(arrays)
 
     async def _check_end(self, end: TaskEvent) -> None:
         """Raise what the task has ended with, unless it has succeeded, and that with all that was given out."""
         if end.kind != "succeeded":
             await self._session.result(self._task_id, LOOK_S, "now")  # raises what it has ended with
             raise ResultExpiredError(f"task {self._task_id} has {end.kind}, and was run again since")
-        given_out = self._given_out
-        if self._skips and end.output_count is not None and given_out > end.output_count:
+        if self._skips and end.output_count is not None and self._given_out > end.output_count:
             raise StreamDiffersError(
-                f"task {self._task_id} began anew and has ended with {end.output_count} outputs, after {given_out} "
-                "of the attempt before: its model does not give out the same again; use resume='restart'"
+                f"task {self._task_id} began anew and has ended with {end.output_count} outputs, after "
+                f"{self._given_out} of the attempt before: its model does not give out the same again; use "
+                "resume='restart'"
             )
 
 
-def _digest(event: TaskEvent) -> bytes:
-    return _digest_arrays(event.outputs)
-
-
-def _digest_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+def _digest(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     text = repr([(name, array.dtype.str, array.shape) for name, array in arrays.items()])
     digest = hashlib.blake2b(text.encode(), digest_size=8)
     for array in arrays.values():

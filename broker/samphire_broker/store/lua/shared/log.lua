@@ -18,8 +18,8 @@ local function now_text()
   local time = call('TIME')
   return time[1] .. '.' .. string.format('%06d', time[2])
 end
-local function log_position(log)
-  return string.format('%.0f-%.0f', log.major, log.seq)
+local function log_position(log, seq) -- of the event with a number, or of the last one
+  return string.format('%.0f-%.0f', log.major, seq or log.seq)
 end
 local function tell_readers(id, place, ...)
   local epoch, fields, data, size = try('GET', NAMESPACE .. 'epoch'), {...}, '', 0
@@ -72,8 +72,8 @@ local function log_entry(id, log, event, count, time, ...)
     try('XTRIM', LOG .. id, 'MAXLEN', math.floor(length / 2))
     log.held = log.held / 2
   end
-  local kept = try('HSET', LOGS, id, string.format('%.0f %.0f %.0f %.0f %.0f %s', log.major, log.seq, log.outputs, log.bytes, log.held,
-    log.claim))
+  local numbers = string.format('%.0f %.0f %.0f %.0f %.0f', log.major, log.seq, log.outputs, log.bytes, log.held)
+  local kept = try('HSET', LOGS, id, numbers .. ' ' .. log.claim)
   if type(kept) == 'table' and kept.err then
     return kept
   end
