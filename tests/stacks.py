@@ -227,7 +227,10 @@ def start_up(folder: Path, *options: str, data_dir: Path | None = None, env: dic
 def running_stack(
     folder: Path, *options: str, data_dir: Path | None = None, env: dict[str, str] | None = None
 ) -> Iterator[Up]:
-    """A whole stack; stopped at the end, whatever happened."""
+    """A whole stack; stopped at the end, whatever happened.
+
+    A worker that does not come to its end has lost sight of something that it began: no test may leave that.
+    """
     up = start_up(folder, *options, data_dir=data_dir, env=env)
     try:
         eventually(lambda: up.ready_file.exists() or up.process.poll() is not None, 120, "the ready file")
@@ -235,6 +238,8 @@ def running_stack(
         yield up
     finally:
         stop(up)
+    for log in (up.data_dir / "logs").glob("worker*.log"):
+        assert "the lane did not end in time" not in log.read_text(), log.read_text()[-5000:]
 
 
 def stop(up: Up, number: int = signal.SIGTERM) -> None:

@@ -190,9 +190,9 @@ class Asker:
         return error
 
     async def _after_timeout(self, asked: _Asked, error: SamphireError) -> SamphireError:
-        if error is asked.running.why and not isinstance(error, StalledError):
-            return error  # nobody waits for it any more
-        waiting = next((request for request in asked.batch if not request.over), asked.batch[0])
+        waiting = next((request for request in asked.batch if not request.over), None)
+        if waiting is None:
+            return error
         found = self._time_error(waiting, asked.timeout_s, error)
         if found is error and not await asked.endpoint.is_ready():  # it is not the model that hangs
             self._endpoints.mark_away(asked.endpoint)

@@ -69,4 +69,4 @@ def wait(plan, sender, until):
 def note(plan, what):
     if "log" in plan:
         with Path(plan["log"]).open("a") as log:
-            log.write(f"{plan.get('name', '')} {what} {time.time()}\n")
+            log.write(f"{plan.get('name', '')} {what} {time.time()} {os.getpid()}\n")
