@@ -12,7 +12,6 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import tempfile
@@ -28,7 +27,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 
 from benchmarks.answers import Ends, WrongAnswerError, check_ended, queued, stream_of, unsettled
 from benchmarks.gpu_models import MODELS, Model
-from benchmarks.stack import drain_rate
+from benchmarks.stack import drain_rate, standing_still
 from samphire import AsyncClient
 from samphire.transport.address import broker_of
 from samphire_broker.embedded.ports import choose_port
@@ -120,14 +119,8 @@ class Servers:
         self.workers += more
         await asyncio.gather(*(worker.start() for worker in more))
 
-    def signal_workers(self, number: signal.Signals) -> None:
-        """Let all workers stand still, or go on."""
-        for worker in self.workers:
-            os.kill(worker.pid, number)
-
     async def stop(self) -> None:
         """End everything."""
-        self.signal_workers(signal.SIGCONT)
         await asyncio.gather(*(worker.stop() for worker in self.workers))
         await asyncio.gather(*(part.stop() for part in self.parts))
 
@@ -195,13 +188,10 @@ async def drained(servers: Servers, model: Model, count: int, best: float) -> Ro
     """Publish a backlog while the workers stand still, and measure how fast they drain it."""
     queue = f"inference.{model.name}"
     with redis.Redis.from_url(servers.broker_url, socket_timeout=60) as server:
-        servers.signal_workers(signal.SIGSTOP)
-        try:
+        with standing_still(worker.pid for worker in servers.workers):
             expected = await publish(servers, model, count)
             messages = queued(server, queue)
             assert len(messages) == count
-        finally:
-            servers.signal_workers(signal.SIGCONT)
         with Ends(servers.broker_url, stream_of(messages[0])) as ends, Busy() as busy:
             rate = drain_rate(count, lambda: unsettled(server, queue))
         check_ended(server, expected, ends.counted(), model.same)

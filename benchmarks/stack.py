@@ -6,13 +6,12 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -48,11 +47,23 @@ class BenchStack:
     @contextlib.contextmanager
     def worker_stopped(self) -> Iterator[None]:
         """The worker stands still meanwhile."""
-        os.kill(self.worker_pid, signal.SIGSTOP)
-        try:
+        with standing_still([self.worker_pid]):
             yield
-        finally:
-            os.kill(self.worker_pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def standing_still(pids: Iterable[int]) -> Iterator[None]:
+    """These processes do nothing meanwhile: one goes on for a moment after SIGSTOP, which is waited for."""
+    processes = [psutil.Process(pid) for pid in pids]
+    try:
+        for process in processes:
+            process.suspend()
+        while any(process.status() != psutil.STATUS_STOPPED for process in processes):
+            time.sleep(0.001)
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 @contextlib.contextmanager

@@ -175,16 +175,21 @@ class Up:
         return (self.data_dir / "logs" / "worker1.log").read_text()
 
 
+def stand_still(pid: int) -> None:
+    """Stop a process until SIGCONT, and wait for that: its other threads go on until one has taken the signal."""
+    process = psutil.Process(pid)
+    process.suspend()
+    eventually(lambda: process.status() == psutil.STATUS_STOPPED, 5, "the stop")
+
+
 @contextlib.contextmanager
 def standing_still(pid: int) -> Iterator[None]:
     """A process that does nothing meanwhile, and goes on afterwards."""
-    process = psutil.Process(pid)
-    process.suspend()
     try:
-        eventually(lambda: process.status() == psutil.STATUS_STOPPED, 5, "the stop")
+        stand_still(pid)
         yield
     finally:
-        process.resume()
+        os.kill(pid, signal.SIGCONT)
 
 
 def model_repository(folder: Path) -> Path:

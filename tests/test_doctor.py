@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 from samphire import Client
 from samphire.wire import keys
 from samphire_broker.inspection import checks as doctor
-from tests.stacks import ENDS_S, SAMPHIRE, Up, Valkey, clean_environment, eventually, running_valkey
+from tests.stacks import ENDS_S, SAMPHIRE, Up, Valkey, clean_environment, eventually, running_valkey, standing_still
 from tests.support.names import KEYS
 
 Findings = dict[str, dict[str, Any]]
@@ -191,14 +191,11 @@ def test_a_support_file_holds_no_secret(tmp_path: Path, stack: Up) -> None:
 
 def test_doctor_is_patient_with_a_hung_broker(valkey: Valkey) -> None:
     """It says so after a timeout instead of waiting for ever."""
-    valkey.process.send_signal(19)  # SIGSTOP
-    try:
+    with standing_still(valkey.process.pid):
         code, found = examine(valkey.url)
         assert code == 1
         assert found["broker"]["state"] == "error"
-    finally:
-        valkey.process.send_signal(18)
-        eventually(valkey.client.ping, 10, "the broker's answer")
+    eventually(valkey.client.ping, 10, "the broker's answer")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tests.stacks import (
     only,
     running_stack,
     running_valkey,
+    stand_still,
     start_up,
     stop,
 )
@@ -166,7 +167,7 @@ def test_queued_tasks_survive_a_restart_of_the_stack(tmp_path: Path) -> None:
     options = ("--broker-port", str(choose_port(0, "")), *only(tmp_path, "identity"))
     with running_stack(tmp_path / "first", *options, data_dir=tmp_path / "data") as up:
         for pid in up.ready["pids"]["worker"]:
-            psutil.Process(pid).suspend()  # so that they stay queued
+            stand_still(pid)  # so that they stay queued
         with Client(up.broker_url) as client:
             ids = [client.submit("identity", {"input_fp32": X + i}).id for i in range(50)]
             assert client.task(ids[-1]).status() == "queued"

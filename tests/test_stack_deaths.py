@@ -19,6 +19,7 @@ from tests.stacks import (
     eventually,
     only,
     running_stack,
+    stand_still,
     standing_still,
 )
 from tests.support.names import KEYS
@@ -254,13 +255,13 @@ def test_suspects_are_alone_among_all_workers(tmp_path: Path) -> None:
         for value, tried in ((666.5, {"crashes": 2, "shared": 2}), (999.5, {"losses": 2})):
             triton, processes = up.ready["pids"]["triton"], {process.pid for process in stubs(up, "deadly")}
             assert processes
-            os.kill(one, signal.SIGSTOP)
-            os.kill(two, signal.SIGSTOP)
+            stand_still(one)
+            stand_still(two)
             try:
                 poison = submit_suspect(value, tried)
                 os.kill(one, signal.SIGCONT)
                 eventually(lambda: poison.status() == "running", 20, "its start")  # noqa: B023
-                os.kill(one, signal.SIGSTOP)
+                stand_still(one)
                 innocent = submit_suspect(1, tried)
                 os.kill(two, signal.SIGCONT)
                 eventually(

@@ -31,7 +31,7 @@ from samphire import (
 )
 from samphire_broker.retry import Retry, RetryPolicy, decide
 from samphire_workers.triton.errors import EndpointDiedError, StubDiedError, translate
-from tests.stacks import Up, eventually, only, running_stack
+from tests.stacks import Up, eventually, only, running_stack, stand_still
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
 POLICY = RetryPolicy(3, Backoff())
@@ -227,7 +227,7 @@ def test_the_server_hangs_and_dies(up: Up, stub: Stub) -> None:
     under_way = stub.ModelInfer.future(slow(20), timeout=60)
     wait_until_busy(stub, "slow")
     server = psutil.Process(up.ready["pids"]["triton"])
-    server.suspend()
+    stand_still(server.pid)
     assert_documented("server hangs", *provoke(lambda: stub.ModelInfer(slow(0), timeout=1)), EndpointTimeoutError)
     os.kill(server.pid, signal.SIGKILL)
     ending = under_way.exception()
