@@ -22,6 +22,7 @@ import redis
 from samphire_broker.settings import shipped_model_repository
 
 START_TIMEOUT_S = 120
+STOP_S = 30
 SAMPHIRE = str(Path(sys.executable).parent / "samphire")
 PORT_FLAGS = ("--broker-port", "--triton-grpc-port", "--triton-http-port", "--triton-metrics-port", "--flower-port")
 
@@ -58,12 +59,15 @@ def standing_still(pids: Iterable[int]) -> Iterator[None]:
     try:
         for process in processes:
             process.suspend()
+        until = time.monotonic() + STOP_S
         while any(process.status() != psutil.STATUS_STOPPED for process in processes):
+            assert time.monotonic() < until, f"not all of {processes} stand still"
             time.sleep(0.001)
         yield
     finally:
         for process in processes:
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 @contextlib.contextmanager

@@ -242,13 +242,14 @@ def running_stack(
         assert up.process.poll() is None, up.output.read_text()
         yield up
     finally:
-        stop(up)
+        ended = stop(up)
+    assert ended, up.output.read_text()[-5000:]
     for log in (up.data_dir / "logs").glob("worker*.log"):
         assert "the lane did not end in time" not in log.read_text(), log.read_text()[-5000:]
 
 
-def stop(up: Up, number: int = signal.SIGTERM) -> None:
-    """End `samphire up` with a signal, or by force."""
+def stop(up: Up, number: int = signal.SIGTERM) -> bool:
+    """End `samphire up` with a signal, or by force; whether the signal was enough."""
     if up.process.poll() is None:
         up.process.send_signal(number)
         try:
@@ -256,3 +257,5 @@ def stop(up: Up, number: int = signal.SIGTERM) -> None:
         except subprocess.TimeoutExpired:
             up.process.kill()
             up.process.wait()
+            return False
+    return True

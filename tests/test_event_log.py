@@ -1,25 +1,21 @@
-"""The event log and its readers: positions, gaps, fences, restarts of the broker."""
+"""The event log: positions, gaps, fences, restarts of the broker."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
-from samphire import AsyncClient, ClientClosedError, InvalidInputError, ModelFaultError, TaskEvent, UnknownTaskError
-from samphire.client.log_reader import Entry
+from samphire import AsyncClient, InvalidInputError, ModelFaultError, TaskEvent, UnknownTaskError
 from samphire.wire.positions import ATTEMPTS, Place, parse_position
 from samphire_broker.settings import Settings
 from samphire_broker.store import Appended, LogEntry, Settlement, Store, Turn, WorkerInfo
 from tests.proxy import cutting_proxy
 from tests.stacks import Valkey, running_valkey
-from tests.support.lane import Streams, broken, counting, given, in_a_loop, last, until, x
+from tests.support.lane import broken, counting, held, in_a_loop, until, x
 from tests.support.names import KEYS
 from tests.test_streams import ENDS, all_of, check_whole, streaming, values
 
@@ -135,24 +131,6 @@ async def test_what_is_trimmed_is_said(valkey: Valkey) -> None:
         assert [event.position for event in await all_of(client.task(task.id), fresh[3].position)] == [
             event.position for event in fresh[4:]
         ]
-
-
-def held(*parts: int | asyncio.Event) -> Streams:
-    """A model that gives out so many, waits, gives out so many more, and so on; at the end one more."""
-
-    async def streams(context: Any) -> AsyncIterator[Any]:
-        number = 0
-        for part in parts:
-            if isinstance(part, asyncio.Event):
-                await part.wait()
-                continue
-            for _ in range(part):
-                yield given(number)
-                number += 1
-        yield given(number)
-        yield last()
-
-    return streams
 
 
 @in_a_loop
@@ -372,131 +350,3 @@ def test_positions_over_a_restart_of_the_broker(tmp_path: Path, fsync: str) -> N
                         assert not {event.position for event in whole} & set(delivered)
 
     asyncio.run(scene())
-
-
-@in_a_loop
-async def test_wishes_to_follow_are_bounded_and_harm_nothing(valkey: Valkey) -> None:
-    """Junk, ended and unknown tasks; ids over the limit; each wish is served once."""
-    async with streaming(valkey, counting(1)) as (triton, _, client):
-        triton.models.add("plain")
-        task = await client.submit("plain", x())
-        await task.result(timeout_s=20)
-        for wish in [task.id, "x" * 300, "", "unknown", "unknown", b"\xff\xfe"]:
-            valkey.client.rpush(KEYS.follows, wish)
-        await until(lambda: not valkey.client.exists(KEYS.follows), "they are served")
-        assert not valkey.client.exists(KEYS.log_prefix + task.id)
-        assert valkey.client.xlen(KEYS.log_prefix + "unknown") == 1
-        assert 0 < valkey.client.ttl(KEYS.log_prefix + "unknown") <= 86_400
-        valkey.client.set(KEYS.follows, "of another type")
-        again = await client.submit("plain", x())
-        await again.result(timeout_s=20)
-
-
-@in_a_loop
-async def test_a_stalled_reader_holds_up_nobody_and_keeps_nothing(valkey: Valkey) -> None:
-    """Of 100,000 outputs it gets each one when it asks for it, or a gap, and the end; others are done long before."""
-    outputs = 100_000
-    async with streaming(valkey, counting(outputs)) as (_, _, client), AsyncClient(valkey.url) as apart:
-        task = await client.submit("m", x())
-        stalled = apart.task(task.id).events()
-        await anext(stalled)
-        passed_by = Passed()
-        async with asyncio.timeout(300):  # the stalled one takes no other event before this is done
-            async for event in client.task(task.id).events():
-                passed_by.take(event)
-        assert passed_by.is_whole(outputs)
-        gc.collect()
-        assert sum(isinstance(kept, Entry) for kept in gc.get_objects()) < 1000  # of about 10,000 in the log
-        late = Passed()
-        async for event in stalled:
-            late.take(event)
-        assert late.is_whole(outputs)
-
-
-class Passed:
-    """What a reader was told: the outputs, with the gaps between them, and the end."""
-
-    def __init__(self) -> None:
-        self._next = 0
-        self._after_gap = False
-        self._end: TaskEvent | None = None
-
-    def take(self, event: TaskEvent) -> None:
-        """Nothing comes after the end; outputs are in order, and none is left out that no gap has told of."""
-        assert self._end is None
-        if event.kind == "gap":
-            self._after_gap = True
-        elif event.kind == "output":
-            assert event.index is not None
-            assert event.index == self._next or (self._after_gap and event.index > self._next)
-            self._next, self._after_gap = event.index + 1, False
-        elif event.kind in ENDS:
-            self._end = event
-
-    def is_whole(self, outputs: int) -> bool:
-        """Whether it has come to the end, which tells the count."""
-        return self._next == outputs and self._end is not None and self._end.output_count == outputs
-
-
-@in_a_loop
-async def test_a_stream_is_read_over_its_redrive(valkey: Valkey) -> None:
-    """From the beginning on: the first run's end is not the end, and its outputs do not count."""
-    fails = True
-
-    async def streams(context: Any) -> AsyncIterator[Any]:
-        yield given(0)
-        if fails:
-            await context.abort(grpc.StatusCode.INTERNAL, "the model raised")
-        yield given(1)
-        yield last()
-
-    async with streaming(valkey, streams) as (_, _, client):
-        task = await client.submit("m", x(), max_attempts=1)
-        with pytest.raises(ModelFaultError):
-            await task.result(timeout_s=30)
-        fails = False
-        await client.dead_letters.redrive([task.id])
-        seen = [event async for event in client.task(task.id).stream()]
-        assert [event.kind for event in seen] == ["output", "restarted", "output", "output"]
-        assert seen[-1].run == 2
-        assert (await client.task(task.id).result(timeout_s=30)).outputs["y"].ravel().tolist() == [0, 1]
-
-
-@in_a_loop
-async def test_a_client_that_closes_ends_its_readers(valkey: Valkey) -> None:
-    """Whoever waits in a stream, or is just reading, gets an error; nobody waits for ever."""
-    async with streaming(valkey, held(1, asyncio.Event())) as (_, _, client):
-        task = await client.submit("m", x())
-        other = AsyncClient(valkey.url)
-        streams = [other.task(task.id).stream() for _ in range(5)]
-        for stream in streams:
-            await anext(stream)
-        waiting = [asyncio.ensure_future(anext(stream)) for stream in streams]
-        await asyncio.sleep(0)
-        await other.close()
-        async with asyncio.timeout(20):
-            ended = await asyncio.gather(*waiting, return_exceptions=True)
-        assert {type(error) for error in ended} == {ClientClosedError}
-
-
-@in_a_loop
-async def test_readers_cost_no_connections(valkey: Valkey) -> None:
-    """Four hundred readers of two hundred streams wait on as many connections as one; outputs are written meanwhile."""
-    hold = asyncio.Event()
-    async with (
-        streaming(valkey, held(1, hold)) as (_, _, client),
-        cutting_proxy(valkey.url) as counted,
-        AsyncClient(counted.url) as reader,
-    ):
-        tasks = [await client.submit("m", x()) for _ in range(200)]
-        first = reader.task(tasks[0].id).stream()
-        await anext(first)
-        before = len(counted.connections)
-        assert before > 0
-        streams = [reader.task(task.id).stream() for task in tasks for _ in range(2)]
-        for stream in streams:
-            assert (await anext(stream)).index == 0
-        assert len(counted.connections) == before
-        hold.set()
-        for stream in (*streams, first):
-            assert [event.index async for event in stream] == [1]

@@ -255,9 +255,9 @@ def test_suspects_are_alone_among_all_workers(tmp_path: Path) -> None:
         for value, tried in ((666.5, {"crashes": 2, "shared": 2}), (999.5, {"losses": 2})):
             triton, processes = up.ready["pids"]["triton"], {process.pid for process in stubs(up, "deadly")}
             assert processes
-            stand_still(one)
-            stand_still(two)
             try:
+                stand_still(one)
+                stand_still(two)
                 poison = submit_suspect(value, tried)
                 os.kill(one, signal.SIGCONT)
                 eventually(lambda: poison.status() == "running", 20, "its start")  # noqa: B023

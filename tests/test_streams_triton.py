@@ -7,8 +7,8 @@ import json
 import random
 import socket
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,22 @@ import numpy as np
 import psutil
 import pytest
 from celery import Celery
-from tritonclient.grpc import service_pb2
 
-from samphire import AsyncClient, AsyncTask, Client, ModelFaultError, SamphireError, Step, Task, TaskEvent
+from samphire import (
+    AsyncClient,
+    AsyncTask,
+    Client,
+    EndpointUnavailableError,
+    ModelFaultError,
+    SamphireError,
+    Step,
+    Task,
+    TaskEvent,
+)
 from samphire.wire.contract import INFER_TASK
 from samphire_workers.triton.endpoint import Endpoint, Running
 from samphire_workers.triton.errors import GivenUpError
+from samphire_workers.triton.messages import Tensor, infer_request
 from tests.stacks import Up, eventually, only, running_stack, samphire, standing_still
 from tests.support.lane import in_a_loop
 from tests.support.names import KEYS
@@ -40,6 +50,9 @@ def own_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         with Client(up.broker_url) as client:
             eventually(lambda: client.signature("streamer"), 30, "the catalogue")
         yield up
+    for log in (up.data_dir / "logs").glob("worker*.log"):
+        # Whatever has ended for its client has ended in its worker, which has nothing to wait for.
+        assert "the worker ends before its tasks have" not in log.read_text(), log.read_text()[-5000:]
 
 
 def plan(**parts: Any) -> dict[str, Any]:
@@ -207,7 +220,7 @@ async def test_a_cancelled_stream_frees_its_slot(own_stack: Up, tmp_path: Path) 
 async def test_random_cancels_and_short_deadlines(own_stack: Up, tmp_path: Path) -> None:
     """Before the call, while it opens, in the middle: each task has one end, and nothing runs on at the model.
 
-    Nor in the workers: they end at once afterwards, as `running_stack` sees to.
+    Nor in the workers, as `own_stack` sees to at its end.
     """
     log = tmp_path / "log"
     chance = random.Random(7)
@@ -259,22 +272,61 @@ async def test_kill_9_of_a_worker_and_of_triton_mid_stream(own_stack: Up) -> Non
             )
 
 
+@pytest.mark.parametrize("quiet_s", [0.0, 0.1])
 @in_a_loop
-async def test_a_stream_that_is_given_up_while_it_connects_ends() -> None:
-    """At every step of its start; the server takes the connection, and says nothing."""
+async def test_a_stream_that_is_given_up_while_it_connects_ends(
+    quiet_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every step of its start, and when a connection stands; the server takes it, and says nothing."""
+    monkeypatch.setattr("samphire_workers.triton.endpoint.QUIET_S", quiet_s)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for steps in range(8):
-            endpoint, running = Endpoint(f"127.0.0.1:{silent.getsockname()[1]}"), Running()
-            outputs = endpoint.stream(service_pb2.ModelInferRequest(model_name="streamer"), inf, 60, running)
-            reading = asyncio.create_task(anext(outputs))
-            for _ in range(steps):
-                await asyncio.sleep(0)
+            running = Running()
+            async with asking(f"127.0.0.1:{silent.getsockname()[1]}", running) as reading:
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                running.stop(GivenUpError("nobody waits for it"))
+                done, _ = await asyncio.wait({reading}, timeout=30)
+                assert done, steps
+                with pytest.raises(GivenUpError, match="nobody waits"):
+                    await reading
+
+
+@in_a_loop
+async def test_a_request_that_grpc_gives_up_is_an_error(own_stack: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cancels the call itself then: nobody has cancelled the task that waits for it."""
+
+    async def fails(_: object) -> None:
+        raise RuntimeError("as where the connection breaks just then")
+
+    monkeypatch.setattr("grpc.aio._call.StreamStreamCall._done_writing", fails)
+    async with asking(own_stack.triton_grpc, Running()) as reading:
+        with pytest.raises(EndpointUnavailableError, match="gRPC has given up the request"):
+            await reading
+
+
+@in_a_loop
+async def test_a_task_that_is_cancelled_with_its_stream_is_cancelled() -> None:
+    """Though somebody has just stopped the stream: a lane that ends is not held up by it."""
+    running = Running()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with asking(f"127.0.0.1:{silent.getsockname()[1]}", running) as reading:
+            await asyncio.sleep(0)
             running.stop(GivenUpError("nobody waits for it"))
-            done, _ = await asyncio.wait({reading}, timeout=30)
-            assert done, steps
-            with pytest.raises(GivenUpError, match="nobody waits"):
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
                 await reading
-            await endpoint.close()
+
+
+@asynccontextmanager
+async def asking(url: str, running: Running) -> AsyncIterator[asyncio.Task[list[Tensor]]]:
+    """The wait for the first output of a stream that is asked for without a worker."""
+    endpoint = Endpoint(url)
+    stream = endpoint.stream(infer_request("streamer", "", [], [], {}), inf, 60, running)
+    try:
+        yield asyncio.create_task(anext(stream))
+    finally:
+        await endpoint.close()
 
 
 def _running(log: Path) -> set[str]:

@@ -78,6 +78,24 @@ def counting(outputs: int, *, end: bool = True) -> Streams:
     return streams
 
 
+def held(*parts: int | asyncio.Event) -> Streams:
+    """A model that gives out so many, waits, gives out so many more, and so on; at the end one more."""
+
+    async def streams(context: Any) -> AsyncIterator[Any]:
+        number = 0
+        for part in parts:
+            if isinstance(part, asyncio.Event):
+                await part.wait()
+                continue
+            for _ in range(part):
+                yield given(number)
+                number += 1
+        yield given(number)
+        yield last()
+
+    return streams
+
+
 async def broken(context: Any) -> None:
     """A model that raises."""
     await context.abort(grpc.StatusCode.INTERNAL, "the model raised")

@@ -33,13 +33,13 @@ CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
 RELOAD_S = 60.0
 END_S = 0.25
-"""A stream that has failed may come to its end for so long before it is cancelled."""
+"""A stream that has failed may come to its end for so long before a moment is sought to cancel it."""
 QUIET_S = 0.1
 """A stream is cancelled just after an output, which is waited for as long as this: Triton 24.10 may die where it is
-cancelled while one comes. Source: triton-inference-server/server issues 7368 and 8034. Of random cancellations at 50
-outputs per s it died in 6 of 23,000, of those after an output in 2 of 30,000."""
+cancelled while one comes. Source: triton-inference-server/server issues 7368 and 8034."""
 SPARE_S = 2.0
-"""Triton learns of so much more time than a stream has, and leaves its end to the worker, for the same reason."""
+"""gRPC's deadline of a stream is so much later than its end, which the worker's own timer brings, for that reason."""
+GIVEN_UP = "gRPC has given up the request while it was sent"
 PUSHBACK_MAX_S = 3600.0
 """Longest time that a server or proxy is left alone because it asks for it."""
 ERROR_TEXT_MAX_BYTES = 8 * 2**20
@@ -87,7 +87,7 @@ class Running:
     def attach(self, call: Any, quiet_s: float = 0.0) -> None:
         """This is the call; raises `why` where it was stopped before.
 
-        Whoever reads it may end it first, within `quiet_s` of a stop.
+        A stop cancels it `quiet_s` later, unless its reader has ended it before.
         """
         if self.why is not None:
             call.cancel()
@@ -100,9 +100,9 @@ class Running:
         try:
             return await call
         except asyncio.CancelledError:
-            if self.why is None:
+            if _is_cancelled():
                 raise
-            raise self.why from None
+            raise self.why or EndpointUnavailableError(GIVEN_UP) from None
 
 
 class Endpoint:
@@ -262,14 +262,14 @@ class Endpoint:
         except grpc.aio.AioRpcError as error:
             raise running.why or await self._model_error(error, model, version) from error
         except asyncio.CancelledError:
-            if running.why is None:
+            if _is_cancelled():
                 raise
-            raise running.why from None
+            raise running.why or EndpointUnavailableError(GIVEN_UP) from None
         finally:
             watch.end()
             try:
                 if running.why is None:
-                    await _read_to_end(call, running)
+                    await _read_to_end(call)
             finally:
                 call.cancel()
                 self._running.discard(running)
@@ -280,6 +280,12 @@ class Endpoint:
         if isinstance(found, UnclearUnavailableError) and await self.is_model_ready(model, version):
             return ModelFaultError(f"model {model!r} answered: {found}")
         return found
+
+
+def _is_cancelled() -> bool:
+    """Whether this task itself is being cancelled, and not only the call that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _translated(error: grpc.aio.AioRpcError) -> SamphireError:
@@ -298,18 +304,18 @@ async def _next_answer(call: Any, running: Running) -> Any:
     return message.infer_response
 
 
-async def _read_to_end(call: Any, running: Running) -> None:
+async def _read_to_end(call: Any) -> None:
     """Let a call that is not needed any more come to its end, if that is near; else to a quiet moment."""
     loop = asyncio.get_running_loop()
-    enough = loop.time() + END_S
+    enough_at = loop.time() + END_S
     try:
         async with asyncio.timeout(END_S + QUIET_S):
-            while await call.read() is not grpc.aio.EOF and loop.time() < enough:
+            while await call.read() is not grpc.aio.EOF and loop.time() < enough_at:
                 pass
     except (grpc.aio.AioRpcError, TimeoutError):
         pass
-    except asyncio.CancelledError:
-        if running.why is None:
+    except asyncio.CancelledError:  # of the call, where the task goes on
+        if _is_cancelled():
             raise
 
 
@@ -323,7 +329,7 @@ class _Watch:
         self._is_paused = False
         self._timer = self._loop.call_later(stall_s, self._look)
         late = EndpointTimeoutError(f"the stream of model {model!r} did not end within {timeout_s:g} s")
-        self._end = None if timeout_s == math.inf else self._loop.call_later(timeout_s, running.stop, late)
+        self._late_timer = None if timeout_s == math.inf else self._loop.call_later(timeout_s, running.stop, late)
 
     def seen(self) -> None:
         """It has given out something."""
@@ -337,8 +343,8 @@ class _Watch:
     def end(self) -> None:
         """It is over."""
         self._timer.cancel()
-        if self._end is not None:
-            self._end.cancel()
+        if self._late_timer is not None:
+            self._late_timer.cancel()
 
     def _look(self) -> None:
         left_s = self._stall_s if self._is_paused else self._seen_at + self._stall_s - self._loop.time()
