@@ -68,7 +68,8 @@ class Appended(IntEnum):
     WRITTEN = 1
     """It stands there; of a copy of the message that runs beside the attempt nothing needs to."""
     OUTPUTS_LOST = 2
-    """What must stand before it is not there, since the broker has lost it."""
+    """This attempt cannot go on: what must stand before it is not there, since the broker has lost it, something else
+    stands in its place, or the task has ended."""
     NOT_WRITABLE = 3
     """A key of another type lies where the log is."""
 

@@ -39,7 +39,8 @@ QUIET_S = 0.1
 cancelled while one comes. Source: triton-inference-server/server issues 7368 and 8034."""
 SPARE_S = 2.0
 """gRPC's deadline of a stream is so much later than its end, which the worker's own timer brings, for that reason."""
-GIVEN_UP = "gRPC has given up the request while it was sent"
+GIVEN_UP = "gRPC has given up the request"
+"""Of a call that ends as cancelled though nobody has cancelled it, as where the connection breaks while it is sent."""
 PUSHBACK_MAX_S = 3600.0
 """Longest time that a server or proxy is left alone because it asks for it."""
 ERROR_TEXT_MAX_BYTES = 8 * 2**20
