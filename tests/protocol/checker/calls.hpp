@@ -156,7 +156,7 @@ inline Call call_append(int worker, int incarnation, const Held& held) {
 inline Call call_follow() {
   return {"follow",
           {"sub:follows", "ended", "ended:before", "scheduled:messages"},
-          {META, "task:", "500", "100000"}};
+          {META, "task:", "500", "10000"}};
 }
 
 inline Call call_route(int worker, int incarnation, const Held& held) {
