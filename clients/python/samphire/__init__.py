@@ -41,6 +41,7 @@ from samphire.errors import (
     TransientError,
     UnknownModelError,
     UnknownTaskError,
+    WebhookVerificationError,
     WorkerCrashError,
 )
 from samphire.wire.contract import Backoff
@@ -88,5 +89,6 @@ __all__ = [
     "TransientError",
     "UnknownModelError",
     "UnknownTaskError",
+    "WebhookVerificationError",
     "WorkerCrashError",
 ]

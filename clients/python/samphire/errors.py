@@ -26,6 +26,7 @@
     ├── LetterRefusedError         the dead letter cannot be redriven; it stays
     ├── BrokerRightError           the broker does not allow its user what it takes
     ├── ResultTimeoutError         the result did not come within `timeout_s`; the task goes on
+    ├── WebhookVerificationError   a webhook is not what Samphire has sent, or is too old
     ├── ProtocolError              stored data is not what this version of Samphire writes
     └── ClientClosedError          the client was closed while it was in use
 
@@ -201,6 +202,12 @@ class ResultTimeoutError(SamphireError, TimeoutError):
 
     default_message: ClassVar[str] = "The result did not come in time."
     retryable: ClassVar[bool] = True
+
+
+class WebhookVerificationError(SamphireError):
+    """The webhook is not to be trusted."""
+
+    default_message: ClassVar[str] = "The webhook is not to be trusted."
 
 
 class ProtocolError(SamphireError):

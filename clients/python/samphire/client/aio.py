@@ -107,6 +107,7 @@ class AsyncClient:
         max_attempts: int | None = None,
         backoff: Backoff | None = None,
         collect: bool = False,
+        webhook: str | None = None,
     ) -> AsyncTask:
         """Queue one inference and return its handle, as soon as the broker has it.
 
@@ -129,16 +130,27 @@ class AsyncClient:
             backoff: how long it waits in between; by default the same.
             collect: of a model that streams: keep all outputs, joined along their first dimension, in the result as
                 well, which lives longer than the log may hold them.
+            webhook: who is told of its end, however it ends: the name of a registered endpoint, or an `https://` URL,
+                which is signed with the tenant's default secret.
 
         Raises:
-            InvalidInputError: the request can never succeed; nothing was queued.
+            InvalidInputError: the request can never succeed, or its webhook never arrive; nothing was queued.
             IdempotencyConflictError: the key belongs to a task that was asked for something else.
             QueueFullError, BrokerMemoryFullError, BrokerRightError: refused; nothing was queued.
             BrokerUnavailableError: no answer; the task may or may not be queued.
         """
         headers = await self._session.when(eta, delay_s, deadline_s)
         encode = await self._encoder(
-            model, version, priority, outputs, parameters, headers, max_attempts, backoff, collect=collect
+            model,
+            version,
+            priority,
+            outputs,
+            parameters,
+            headers,
+            max_attempts,
+            backoff,
+            collect=collect,
+            webhook=webhook,
         )
         task_id, message, blobs = await self._session.encode(encode, inputs)
         key = None
@@ -155,12 +167,14 @@ class AsyncClient:
         eta: datetime | None = None,
         delay_s: float | None = None,
         deadline_s: float | None = None,
+        webhook: str | None = None,
     ) -> AsyncTask:
         """Queue a chain of inferences and return the handle of its last step; see `samphire.client.pipeline`.
 
         Args:
             stages: steps, each in its turn; a list of steps is a stage whose steps run side by side.
             priority, eta, delay_s, deadline_s: as in `submit`, for the whole chain.
+            webhook: who is told of the end of the last step, also where it never comes to that.
 
         Raises:
             InvalidInputError: a step takes an input from where there is none, or what does not fit its model;
@@ -170,7 +184,8 @@ class AsyncClient:
         self._session.check_usable()
         listed = stages_of(stages)
         headers = {**await self._session.when(eta, delay_s, deadline_s), "samphire_stream": self._session.stream}
-        options = StepOptions(self.tenant, priority_step(priority), headers, self._limits)
+        options = StepOptions(self.tenant, priority_step(priority), headers, self._limits, webhook)
+        await self._check_webhook(webhook)
         models = {step.model for stage in listed for step in stage}
         signatures = {model: await self._session.signature(model) for model in models}
         try:
@@ -215,6 +230,7 @@ class AsyncClient:
         outputs: Iterable[str] = (),
         parameters: Parameters | None = None,
         deadline_s: float | None = None,
+        webhook: str | None = None,
     ) -> AsyncIterator[InferResult | SamphireError]:
         """Submit every element of `batches` and yield the results in the same order.
 
@@ -227,12 +243,13 @@ class AsyncClient:
             window_bytes: most bytes of their inputs and outputs, as far as these can be known ahead.
             version, priority, outputs, parameters: as in `submit`.
             deadline_s: as in `submit`, for each task from when it is queued.
+            webhook: as in `submit`, for each task.
 
         Raises:
             SamphireError: the first error of a task, unless `return_exceptions`; the rest goes on.
         """
         chunks = self._map_chunks(
-            model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s
+            model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s, webhook
         )
         counted = Counted(batches, progress)
         async for chunk in chunks:
@@ -279,15 +296,20 @@ class AsyncClient:
         outputs: Iterable[str],
         parameters: Parameters | None,
         deadline_s: float | None,
+        webhook: str | None,
     ) -> AsyncIterator[list[InferResult | SamphireError]]:
         """Like `map`, with the results that are there together in one list."""
         if window < 1 or window_bytes < 1:
             raise InvalidInputError(f"expected a window of at least 1, given {window} tasks, {window_bytes} bytes")
-        encode = await self._encoder(model, version, priority, outputs, parameters, {}, collect=True)
+        encode = await self._encoder(model, version, priority, outputs, parameters, {}, collect=True, webhook=webhook)
         under_way = Map(self._session, encode, batches, Sizes(window, window_bytes), deadline_s)
         async with contextlib.aclosing(under_way.chunks()) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def _check_webhook(self, webhook: str | None) -> None:
+        if webhook is not None:
+            await self._session.webhooks.check(plain_text("the webhook", webhook), self.tenant)
 
     async def _encoder(
         self,
@@ -301,9 +323,13 @@ class AsyncClient:
         backoff: Backoff | None = None,
         *,
         collect: bool,
+        webhook: str | None,
     ) -> Encoder:
         self._session.check_usable()
-        template = request_for(model, version, outputs, parameters, self.tenant, max_attempts, backoff, collect=collect)
+        template = request_for(
+            model, version, outputs, parameters, self.tenant, max_attempts, backoff, collect=collect, webhook=webhook
+        )
+        await self._check_webhook(webhook)
         signature = await self._session.signature(model)
         if signature is not None and not signature.decoupled:
             template.collect = UNSET  # it means nothing there

@@ -184,6 +184,7 @@ def request_for(
     backoff: Backoff | None = None,
     *,
     collect: bool = False,
+    webhook: str | None = None,
 ) -> InferRequest:
     """A request without inputs.
 
@@ -214,6 +215,7 @@ def request_for(
         max_attempts=UNSET if max_attempts is None else int(max_attempts),
         backoff=UNSET if backoff is None else backoff,
         collect=collect or UNSET,
+        webhook=plain_text("the webhook", webhook) if webhook is not None else "",
     )
 
 

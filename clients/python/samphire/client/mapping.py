@@ -33,6 +33,7 @@ class MapOptions(TypedDict, total=False):
     outputs: Iterable[str]
     parameters: Parameters | None
     deadline_s: float | None
+    webhook: str | None
 
 
 class Counted:

@@ -152,6 +152,8 @@ class StepOptions:
     priority: int
     headers: Mapping[str, Any]
     limits: Limits
+    webhook: str | None = None
+    """Who is told of the end of the last one."""
 
 
 def encode_chain(
@@ -170,7 +172,8 @@ def encode_chain(
         tasks = []
         for step in stage:
             last_id = new_task_id()
-            tasks.append(_signature(step, last_id, before, options, signatures, blobs))
+            webhook = options.webhook if number == len(stages) - 1 else None
+            tasks.append(_signature(step, last_id, before, options, signatures, blobs, webhook))
         group = {"task": "celery.group", "args": [], "kwargs": {"tasks": tasks}, "options": {}, "subtask_type": "group"}
         links.append(tasks[0] if len(tasks) == 1 else {**group, "immutable": False})
     chain = {"task": "celery.chain", "args": [], "kwargs": {"tasks": links}, "options": {}, "subtask_type": "chain"}
@@ -195,8 +198,9 @@ def _signature(
     options: StepOptions,
     signatures: Mapping[str, ModelSignature | None],
     blobs: list[Blob],
+    webhook: str | None,
 ) -> dict[str, Any]:
-    request = request_for(step.model, step.version, step.outputs, step.parameters, options.tenant)
+    request = request_for(step.model, step.version, step.outputs, step.parameters, options.tenant, webhook=webhook)
     tensors = TensorEncoder(task_id, options.limits)
     for name, value in step.inputs.items():
         outputs = _outputs_in(value)

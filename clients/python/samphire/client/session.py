@@ -13,6 +13,7 @@ from samphire.client.log_reader import LogReader
 from samphire.client.models import ModelCatalogue
 from samphire.client.results import InferResult
 from samphire.client.waiter import Look, Waiter
+from samphire.client.webhook_names import WebhookNames
 from samphire.errors import (
     BrokerUnavailableError,
     ClientClosedError,
@@ -37,6 +38,7 @@ class Session:
         self.waiter = Waiter(broker, self.stream)
         self.logs = LogReader(broker)
         self.catalogue = ModelCatalogue(self.publisher.connection, broker.keys)
+        self.webhooks = WebhookNames(self.publisher.connection, broker.keys)
         self.clock = BrokerClock(self.publisher.connection)
         self._validate = validate
         self._process = os.getpid()

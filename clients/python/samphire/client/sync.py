@@ -233,6 +233,7 @@ class Client:
         max_attempts: int | None = None,
         backoff: Backoff | None = None,
         collect: bool = False,
+        webhook: str | None = None,
     ) -> Task:
         """See `AsyncClient.submit`."""
         task = self._run(
@@ -250,6 +251,7 @@ class Client:
                 max_attempts=max_attempts,
                 backoff=backoff,
                 collect=collect,
+                webhook=webhook,
             )
         )
         return Task(self, task.id, task._look)
@@ -261,10 +263,13 @@ class Client:
         eta: datetime | None = None,
         delay_s: float | None = None,
         deadline_s: float | None = None,
+        webhook: str | None = None,
     ) -> Task:
         """See `AsyncClient.chain`."""
         task = self._run(
-            lambda: self._client.chain(*stages, priority=priority, eta=eta, delay_s=delay_s, deadline_s=deadline_s)
+            lambda: self._client.chain(
+                *stages, priority=priority, eta=eta, delay_s=delay_s, deadline_s=deadline_s, webhook=webhook
+            )
         )
         return Task(self, task.id, "often")
 
@@ -302,10 +307,11 @@ class Client:
         outputs: Iterable[str] = (),
         parameters: Parameters | None = None,
         deadline_s: float | None = None,
+        webhook: str | None = None,
     ) -> Iterator[InferResult | SamphireError]:
         """See `AsyncClient.map`. `batches` is read on the client's thread, `progress` is called on the caller's."""
         chunks = self._client._map_chunks(
-            model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s
+            model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s, webhook
         )
         counted = Counted(batches, progress)
         with self._iterating(chunks) as iterator:

@@ -11,7 +11,7 @@ Sources: Open Inference Protocol v2 (inference request and response JSON objects
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -41,6 +41,8 @@ them."""
 DELETED = b'{"deleted":true}'
 """What stands in the place of a result that was deleted on reading."""
 BACKOFF_MAX_S = 7 * 86_400.0
+DELIVER_TASK = "samphire.deliver"
+"""A webhook on its way to its receiver; no producer needs it."""
 CANVAS_TASK = "samphire.canvas"
 """A whole canvas, which a worker starts: so a client without Celery can send one."""
 
@@ -119,6 +121,8 @@ class InferRequest(Struct, omit_defaults=True, forbid_unknown_fields=True):
     collect: bool | UnsetType = UNSET
     """Of a model that streams: whether the result has all outputs; by default where a plain producer or the next step
     of a canvas waits for it."""
+    webhook: str = ""
+    """Who is told of its end: the name of a registered endpoint, or a URL."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model_version, str):
@@ -197,6 +201,8 @@ class Headers(Struct, forbid_unknown_fields=False, frozen=True):
     """When the answer is of no use any more, in s since 1970."""
     samphire_sent_at: float | None = None
     """When it was submitted, in s since 1970."""
+    samphire_watermark: int = 0
+    """Of a delivery: its number at its endpoint."""
 
 
 class Properties(Struct):
@@ -258,6 +264,32 @@ class CanvasStart(Struct, forbid_unknown_fields=True):
     """A Celery signature in JSON."""
 
 
+Replay = Literal["", "test", "once", "again"]
+
+
+class DeliveryRequest(Struct, forbid_unknown_fields=True):
+    """Keyword arguments of `samphire.deliver`; the message's task id is that of the webhook, unless it is a replay."""
+
+    endpoint: str
+    event: str
+    """The type of the event."""
+    about: str
+    """Id of the task that it tells of."""
+    body: str
+    """What is sent, byte for byte."""
+    url: str
+    """Of a task that has named one; "" where the endpoint has it."""
+    tenant: str
+    order: str
+    """The task in whose order it goes; "" for none."""
+    replay: Replay = ""
+    """Of one that somebody has sent by hand: "test" and "once" have one attempt, "again" has the schedule's; none of
+    them counts for the endpoint's health."""
+    webhook_id: str = ""
+    """Of a replay: the id of the webhook, which it has again."""
+
+
+DeliveryBody = tuple[list[Raw], DeliveryRequest, Any]
 ChordPartBody = tuple[list[Raw], ChordPart, Any]
 CanvasStartBody = tuple[list[Raw], CanvasStart, Any]
 

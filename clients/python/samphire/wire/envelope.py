@@ -28,6 +28,8 @@ from samphire.wire.contract import (
     CanvasStartBody,
     ChordPart,
     ChordPartBody,
+    DeliveryBody,
+    DeliveryRequest,
     Envelope,
     InferRequest,
 )
@@ -39,6 +41,7 @@ _decode_arguments = msgspec.json.Decoder(tuple[list[Any], dict[str, Any], Canvas
 _decode_body = msgspec.json.Decoder(Body).decode
 _decode_canvas_start = msgspec.json.Decoder(CanvasStartBody).decode
 _decode_chord_part = msgspec.json.Decoder(ChordPartBody).decode
+_decode_delivery = msgspec.json.Decoder(DeliveryBody).decode
 _NO_CANVAS: dict[str, Any] = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 _NO_HEADERS: dict[str, Any] = {}
 _ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
@@ -193,6 +196,13 @@ def decode_canvas_start(envelope: Envelope, max_bytes: int) -> CanvasStart:
     """Read the body of a `samphire.canvas` message; raises as `decode_body` does."""
     data = _open_body(envelope, max_bytes)
     body: CanvasStartBody = parse(_decode_canvas_start, data, "the arguments are not a canvas")
+    return body[1]
+
+
+def decode_delivery(envelope: Envelope, max_bytes: int) -> DeliveryRequest:
+    """Read the body of a `samphire.deliver` message; raises as `decode_body` does."""
+    data = _open_body(envelope, max_bytes)
+    body: DeliveryBody = parse(_decode_delivery, data, "the arguments are not a delivery")
     return body[1]
 
 

@@ -55,6 +55,15 @@ Those that only workers write:
                                          expires
     logs                         HASH    of each task with a log whose run has not ended: where the log stands; expires
     epoch                        STRING  "<epoch of positions> <run_id of the broker>"
+    webhook:names                HASH    what producers may read of endpoints of webhooks: name -> tenant, whether it
+                                         is disabled (JSON); "@<tenant>" -> there is a default secret; "*" -> which URLs
+                                         are taken
+    webhook:config               HASH    the same names -> all that is set, with the secrets, encrypted (JSON)
+    webhook:health               HASH    endpoint -> how it fares (JSON), where it does not fare well
+    webhook:warned               HASH    endpoint -> the last level at which operators were warned of it
+    webhook:marks                HASH    these and more of deliveries: `shared/outbox.lua`
+    webhook:tried                SET     as `tried`, of deliveries
+    operator                     STREAM  events for operators (JSON); trimmed
     workers                      SET     ids of the workers whose in-flight hash may hold something
     worker:<wid>                 STRING  lease: a counter that each heartbeat raises; expires with the lease
     worker:<wid>:info            STRING  host name, process id; expires with the lease
@@ -77,10 +86,11 @@ Celery's keys stand under its own `global_keyprefix`, none by default (`SAMPHIRE
     samphire.namespace           STRING  the namespace of the workers that serve the queues under this prefix; expires
                                          with their leases: workers of another do not start
 
-A queue is `inference.<model>`, `inference.<model>@<tenant>`, or the intake `inference`. Beside these there are Celery's
-own, written by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups and chords;
-expire; .b, the body of a chord, is ours) and _kombu.binding.<exchange> (one for each queue name that a next step
-names).
+A queue is `inference.<model>`, `inference.<model>@<tenant>`, the intake `inference`, `samphire.webhooks.<endpoint>`
+with the deliveries to an endpoint, or `samphire.webhooks` with those that were asked for by hand. Beside these there
+are Celery's own, written by workers and by Celery's producers: celery-taskset-meta-<group>{,.j,.t,.s,.d,.c} (groups and
+chords; expire; .b, the body of a chord, is ours) and _kombu.binding.<exchange> (one for each queue name that a next
+step names).
 
 Channels and the names of connections belong to the whole server, so they carry the number of the database too:
 
@@ -105,16 +115,23 @@ SCHEMA_VERSION = 1
 DEFAULT_NAMESPACE = "samphire:"
 
 INTAKE = "inference"
+WEBHOOKS = "samphire.webhooks"
+"""The queue of deliveries that were asked for by hand; those to an endpoint are in `samphire.webhooks.<endpoint>`."""
 BLOB_PREFIX = "sub:blob:"
 RESULT_BLOB_PREFIX = "result:blob:"
 STREAM_PREFIX = "events:"
 CATALOGUE_COMPLETE = "*"
 
+_OF_DELIVERIES = f"({WEBHOOKS}"
+
 PRIORITY_STEPS = (0, 3, 6, 9)
 """kombu's `priority_steps` on Redis; 0 is served first."""
 
 _SEPARATOR = "\x06\x16"
-_QUEUE_NAME = re.compile(r"inference(\.[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}(@[A-Za-z0-9][A-Za-z0-9_.-]{0,63})?)?")
+_QUEUE_NAME = re.compile(
+    r"inference(\.[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}(@[A-Za-z0-9][A-Za-z0-9_.-]{0,63})?)?"
+    r"|samphire\.webhooks(\.[A-Za-z0-9][A-Za-z0-9_.-]{0,63})?"
+)
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: dict[str, int] = {"high": 0, "normal": 3, "low": 6}
@@ -196,12 +213,33 @@ class Keys:
             own + "log:",
             own + "epoch",
         )
+        self.webhook_names, self.webhook_config, self.webhook_health, self.webhook_warned, self.webhook_marks = (
+            f"{own}webhook:{name}" for name in ("names", "config", "health", "warned", "marks")
+        )
+        self.tried_deliveries = own + "webhook:tried"
+        self.operator_events = own + "operator"
         self.channel_prefix = self.connection_prefix = f"{own}{database}:"
         self.wake_channel = self.channel_prefix + "wake"
         # As `RedisBackend` does: https://docs.celeryq.dev, result_backend_transport_options, global_keyprefix.
         separator = "_" if celery_prefix and celery_prefix[-1] not in ":_-." else ""
         self.meta_prefix = f"{celery_prefix}{separator}celery-task-meta-"
         self.namespace_mark = mark_of(celery_prefix)
+
+    def waiting_deliveries(self, endpoint: str) -> str:
+        """Key of the ids of an endpoint's deliveries that have not ended."""
+        return f"{self.namespace}webhook:waiting:{endpoint}"
+
+    def ended_deliveries(self, endpoint: str) -> str:
+        """Key of the ids of those that have."""
+        return f"{self.namespace}webhook:ended:{endpoint}"
+
+    def order_of_deliveries(self, endpoint: str, task_id: str) -> str:
+        """Key of the deliveries of one task to an endpoint that wants them one after the other."""
+        return f"{self.namespace}webhook:order:{endpoint}:{task_id}"
+
+    def delivery(self, delivery_id: str) -> str:
+        """Key of what is kept of a delivery that has ended."""
+        return f"{self.namespace}webhook:delivery:{delivery_id}"
 
     def own(self, name: str) -> str:
         """Key of what is named without the namespace: a stream, a claim check."""
@@ -226,6 +264,7 @@ def may_be_queue(name: str, namespace: str, celery_prefix: str) -> bool:
     """Whether a worker may push to a queue that a producer has named: never to what holds state."""
     # Celery puts a `_` between some prefixes and its own names.
     holds_state = name.startswith((*_CELERYS_OWN, _MARK)) or name.removeprefix("_").startswith(_CELERYS_OWN)
+    holds_state = holds_state or name == WEBHOOKS or name.startswith((f"{WEBHOOKS}.", WEBHOOKS + _SEPARATOR))
     return not ((celery_prefix + name).startswith(namespace) or holds_state)
 
 
@@ -248,6 +287,21 @@ def parse_queue(queue: str) -> tuple[str, str]:
         return f"({queue})", ""
     model, _, tenant = queue.removeprefix(INTAKE).removeprefix(".").partition("@")
     return model, tenant
+
+
+def delivery_queue(endpoint: str) -> str:
+    """Name of the queue with the deliveries to an endpoint."""
+    return f"{WEBHOOKS}.{endpoint}"
+
+
+def is_of_deliveries(model: str) -> bool:
+    """Whether what `parse_queue` says of a queue is said of one with deliveries."""
+    return model.startswith(_OF_DELIVERIES)
+
+
+def endpoint_of(queue: str) -> str | None:
+    """The endpoint of webhooks that a queue is of, or None."""
+    return queue.removeprefix(f"{WEBHOOKS}.") if queue.startswith(f"{WEBHOOKS}.") else None
 
 
 def queue_list(queue: str, priority: int) -> str:
