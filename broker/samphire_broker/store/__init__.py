@@ -4,6 +4,7 @@ from samphire_broker.store.records import (
     NOWHERE,
     Appended,
     Claimed,
+    Delivery,
     Later,
     LeaseLostError,
     Led,
@@ -20,6 +21,7 @@ from samphire_broker.store.records import (
     Started,
     Tried,
     Turn,
+    Webhook,
     WorkerInfo,
 )
 from samphire_broker.store.rights import Right, missing_rights
@@ -29,6 +31,7 @@ __all__ = [
     "NOWHERE",
     "Appended",
     "Claimed",
+    "Delivery",
     "Later",
     "LeaseLostError",
     "Led",
@@ -47,6 +50,7 @@ __all__ = [
     "Store",
     "Tried",
     "Turn",
+    "Webhook",
     "WorkerInfo",
     "missing_rights",
 ]

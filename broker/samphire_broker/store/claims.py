@@ -113,10 +113,11 @@ class Claims(Calls):
             await self._rest.execute("HDEL", self._started, *lost)
         return found
 
-    async def tried(self, task_ids: Sequence[str]) -> list[Tried]:
-        """What was tried of tasks before they are started."""
+    async def tried(self, task_ids: Sequence[str], *, deliveries: bool = False) -> list[Tried]:
+        """What was tried of tasks before they are started, or of deliveries."""
         found = [Tried(0, 0)] * len(task_ids)
-        members = await self._starts.execute("SMISMEMBER", self.keys.tried, *task_ids)
+        key = self.keys.tried_deliveries if deliveries else self.keys.tried
+        members = await self._starts.execute("SMISMEMBER", key, *task_ids)
         for n, is_member in enumerate(members):
             if is_member:
                 counts = await self._starts.execute(
@@ -178,9 +179,9 @@ class Claims(Calls):
     async def end_others(self, ends: Sequence[OtherEnd]) -> list[int]:
         """End tasks that nobody holds, unless they have ended: 1 for each that was not, 0 for each that was."""
         args: list[Argument] = [self.keys.meta_prefix, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
-        args += [self.keys.task_prefix, self._settings.remembered_s]
+        args += [self.keys.task_prefix, self._settings.remembered_s, self.keys.wake_channel]
         for end in ends:
-            args += (end.task_id, end.state, end.meta, end.stream)
+            args += (end.task_id, end.state, end.meta, end.stream, _pack(end.webhooks))
         key_names = [self.keys.ended, self.keys.ended_before, self.keys.ended_turn, self.keys.tried]
         verdicts: list[int] = await self._run("end_others", key_names, args)
         return verdicts

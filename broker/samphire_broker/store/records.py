@@ -188,6 +188,33 @@ class LogEntry(NamedTuple):
     data: bytes
 
 
+class Webhook(NamedTuple):
+    """A delivery that is to be put out; its message says run 1 and no watermark, which the script fills in."""
+
+    delivery_id: str
+    endpoint: str
+    message: str
+    order: str = ""
+    """The task in whose order it goes, of an endpoint that wants each task's events one after the other."""
+
+
+class Delivery(NamedTuple):
+    """What is kept of a delivery with its end."""
+
+    delivery_id: str
+    endpoint: str
+    order: str
+    state: str
+    """`delivered`, `failed` or `cancelled`."""
+    attempt: str
+    """The last one, JSON; those before it are on the store."""
+    kept_max: int
+    """How many are kept of its endpoint."""
+    kept_s: int
+    by_hand: int = 0
+    """1: somebody has sent it again, so it is noted in what is kept already."""
+
+
 class OtherEnd(NamedTuple):
     """The end of another task that this one's end brings about: the steps after a failed one."""
 
@@ -195,6 +222,7 @@ class OtherEnd(NamedTuple):
     state: str
     meta: str
     stream: str
+    webhooks: tuple[Webhook, ...] = ()
 
 
 class Settlement(NamedTuple):
@@ -217,6 +245,9 @@ class Settlement(NamedTuple):
     """Of a task whose state is "retrying": it waits with the scheduled ones."""
     streamed: tuple[int] | tuple[()] = ()
     """Of one that has succeeded and has given out outputs: how many, as its log must have them."""
+    webhooks: tuple[Webhook, ...] = ()
+    delivery: Delivery | tuple[()] = ()
+    """Of one that is a delivery itself."""
 
 
 class LetterCounts(NamedTuple):

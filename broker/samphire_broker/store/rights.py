@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import msgspec
 import redis
 
-from samphire.wire.keys import BLOB_PREFIX, INTAKE, RESULT_BLOB_PREFIX, STREAM_PREFIX, Keys
+from samphire.wire.keys import (
+    BLOB_PREFIX,
+    INTAKE,
+    RESULT_BLOB_PREFIX,
+    STREAM_PREFIX,
+    WEBHOOKS,
+    Keys,
+    delivery_queue,
+)
 from samphire_broker.store.calls import Calls, script_text
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -99,6 +107,15 @@ def rights(keys: Keys) -> Sequence[Right]:
         *_all("dead letters", f"HSET {dead} x x", f"HGET {dead} x", f"DEL {dead}", f"EXPIRE {dead} 1"),
         *_all("dead letters", f"ZADD {keys.dead} 0 x", f"ZREM {keys.dead} x", f"ZREMRANGEBYSCORE {keys.dead} 0 0"),
         *_all("dead letters", f"LRANGE {keys.letters} 0 0", f"LTRIM {keys.letters} 0 0", f"LTRIM {keys.deletes} 0 0"),
+        *_all("webhooks", f"HGETALL {keys.webhook_config}", f"HGET {keys.webhook_config} x"),
+        *_all("webhooks", f"HSET {keys.webhook_config} x x", f"HDEL {keys.webhook_config} x"),
+        *_all("webhooks", f"HSET {keys.webhook_names} x x", f"HDEL {keys.webhook_names} x"),
+        *_all("webhooks", f"HGET {keys.webhook_health} x", f"HSET {keys.webhook_health} x x"),
+        *_all("webhooks", f"HDEL {keys.webhook_health} x", f"HINCRBY {keys.webhook_marks} x 1"),
+        *_all("webhooks", f"HGET {keys.webhook_warned} x", f"HSET {keys.webhook_warned} x 1"),
+        *_all("webhooks", f"HDEL {keys.webhook_warned} x", f"XADD {keys.operator_events} * x x"),
+        *_all("webhooks", *(f"{command} x" for command in _of_deliveries(keys))),
+        *_all("webhooks", f"LPUSH {keys.of_celery(delivery_queue('x'))} x", f"LPUSH {keys.of_celery(WEBHOOKS)} x"),
         *_all("the catalogue", f"HSET {keys.catalogue} x x", f"HDEL {keys.catalogue} x", f"EXPIRE {keys.catalogue} 1"),
         *_all(
             "finding lost workers within seconds, and not only once their lease has lapsed", "CLIENT LIST", vital=False
@@ -108,6 +125,19 @@ def rights(keys: Keys) -> Sequence[Right]:
             "INFO",
             vital=False,
         ),
+    )
+
+
+def _of_deliveries(keys: Keys) -> Sequence[str]:
+    """What is run on the keys of deliveries, with one argument more."""
+    waiting, ended = keys.waiting_deliveries("x"), keys.ended_deliveries("x")
+    record, order = keys.delivery("x"), keys.order_of_deliveries("x", "x")
+    return (
+        *(f"ZADD {waiting} 0", f"ZREM {waiting}", f"ZSCORE {waiting}", f"EXPIRE {waiting}"),
+        *(f"ZADD {ended} 0", f"ZSCORE {ended}", f"ZPOPMIN {ended}"),
+        *(f"HSET {record} x", f"HGET {record}", f"EXPIRE {record}"),
+        *(f"RPUSH {order}", f"LINDEX {order}", f"EXPIRE {order}"),
+        *(f"SADD {keys.tried_deliveries}", f"SREM {keys.tried_deliveries}", f"SMISMEMBER {keys.tried_deliveries}"),
     )
 
 

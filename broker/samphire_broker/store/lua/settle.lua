@@ -1,6 +1,6 @@
 -- settle: end claimed tasks, or this attempt of theirs; acknowledgement, result, event, next steps and dead letter, or
 -- the time of the next attempt, in one step.
--- With: ended, attempts, log
+-- With: ended, attempts, log, outbox
 -- KEYS  1 worker:<wid>:inflight   2 worker:<wid>:started   3 dead   4 cancelled   5 scheduled   6 scheduled:messages
 --       7 tried   8 ended   9 ended:before   10 ended:turn   11 cancelled:running
 -- ARGV  1 prefix of result keys   2 lifetime of results in s   3 longest event stream   4 lifetime of streams in s
@@ -10,8 +10,10 @@
 --      12 MessagePack: array of [field, task id ("" where it cannot be read), state, result (JSON, "" for a result
 --         that is to be ignored), stream ("" for none)], and for those that have any of it, as sixth, [claim checks
 --         to delete, pushes [[list, message], …], other tasks that end with this one [[task id, state, result,
---         stream], …], [] or letter [letter id, model, reason, error, attempts, the last of them (JSON)], [] or, of a
---         task that is retried, [delay in s, this attempt (JSON)], [] or, of one that has streamed, [its outputs]]
+--         stream, webhooks], …], [] or letter [letter id, model, reason, error, attempts, the last of them (JSON)], [] or, of a
+--         task that is retried, [delay in s, this attempt (JSON)], [] or, of one that has streamed, [its outputs], webhooks
+--         to put out [entry, …] (`shared/outbox.lua`), [] or, of a delivery, [its id, endpoint, task in whose order it
+--         goes, state, this attempt (JSON), how many are kept, for how long in s, 1 if it was sent again by hand]]
 -- Returns for each task 1; 0 where the claim was lost; 2 where the task was cancelled meanwhile: it stays claimed, and
 -- is to be settled as cancelled, with what that owes to others; 3 where what it owes cannot be pushed (no right, or
 -- other keys lie there); 4 where the log lacks some of the outputs that it has given out, since the broker has lost them.
@@ -25,9 +27,10 @@ local ended_turn_key, running_key = KEYS[10], KEYS[11]
 local meta_prefix, result_ttl_s, stream_max, stream_ttl_s, inline_max = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local letter_prefix, letter_ttl_s, worker_id, wake_channel, task_prefix = ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local remember_s, packed = ARGV[11], ARGV[12]
+local tried_deliveries_key = NAMESPACE .. 'webhook:tried' -- as `tried`, of deliveries
 -- Places of what a task has in `packed`, and of what its `EXTRA` has.
 local FIELD, ID, STATE, META, STREAM, EXTRA = 1, 2, 3, 4, 5, 6
-local BLOBS, PUSHES, OTHERS, LETTER, RETRY, STREAMED = 1, 2, 3, 4, 5, 6
+local BLOBS, PUSHES, OTHERS, LETTER, RETRY, STREAMED, WEBHOOKS, DELIVERY = 1, 2, 3, 4, 5, 6, 7, 8
 local tasks = cmsgpack.unpack(packed)
 local fields, metas, ids = {}, {}, {}
 local some_buried, some_retried = false, false
@@ -107,16 +110,20 @@ local function end_task(id, state, meta, stream, run, failed)
 end
 -- The number of a task's run, the attempts of it that came to nothing, and what of it has failed before; they are
 -- forgotten with its end.
-local function close_run(id)
-  if not (some_tried and id ~= '' and try('SREM', tried_key, id) == 1) then
+local function close_run(id, is_delivery)
+  local is_known = some_tried and id ~= '' and try('SREM', tried_key, id) == 1
+  if not is_known and not (is_delivery and try('SREM', tried_deliveries_key, id) == 1) then
     return nil, nil, nil
   end
   local found = try('HMGET', task_prefix .. id, 'run', 'history', 'failed')
   try('UNLINK', task_prefix .. id)
   return tonumber(found[1] or nil), found[2], found[3] or nil
 end
-local function pay(extra) -- what the end of a task owes to others; returns those that it has ended
+local function pay(extra, own_run) -- what the end of a task owes to others; returns those that it has ended
   local ended = {}
+  for _, entry in ipairs(extra[WEBHOOKS]) do
+    put_out(entry, own_run, wake_channel)
+  end
   for _, step in ipairs(extra[PUSHES]) do
     local list, message = step[1], step[2]
     try('PUBLISH', wake_channel, push('LPUSH', list, message) or list)
@@ -128,6 +135,9 @@ local function pay(extra) -- what the end of a task owes to others; returns thos
       local run = close_run(id)
       end_task(id, state, meta, stream, run)
       ended[#ended + 1] = {id, stream, run or 1}
+      for _, entry in ipairs(other[5]) do
+        put_out(entry, run, wake_channel)
+      end
     end
   end
   return ended
@@ -155,8 +165,11 @@ local function try_again(n)
   local delay_s, attempt = unpack(task[EXTRA][RETRY])
   call('HSET', messages_key, id, list_of(fields[n]) .. ' ' .. call('HGET', inflight_key, fields[n]))
   call('ZADD', scheduled_key, string.format('%.6f', seconds() + delay_s), id)
-  note_attempt(task_prefix .. id, tried_key, id, attempt, {'attempts'}, letter_ttl_s)
-  some_tried = true
+  -- Of deliveries there may be some for a day, and inferences look closely while there are any that were tried.
+  local is_delivery = match(list_of(fields[n]), '^samphire%.webhooks') ~= nil
+  local tried = is_delivery and tried_deliveries_key or tried_key
+  note_attempt(task_prefix .. id, tried, id, attempt, {'attempts'}, letter_ttl_s)
+  some_tried = some_tried or not is_delivery
   if task[META] == '' then
     call('DEL', metas[n])
   else
@@ -167,11 +180,20 @@ local function try_again(n)
   single_events[#single_events + 1] = {stream_for(id, task[STREAM]), 'retrying', id}
 end
 -- Whether what a task owes can be pushed.
+local function can_push_to(name)
+  local list = CELERY .. name
+  local fits = type(try('LLEN', list)) == 'number' or type(try('LLEN', list .. ':returned')) == 'number'
+  return fits and not denied({{'LPUSH', list, ''}})
+end
 local function can_push(n)
-  for _, step in ipairs(tasks[n][EXTRA] and tasks[n][EXTRA][PUSHES] or {}) do
-    local list = CELERY .. step[1]
-    local fits = type(try('LLEN', list)) == 'number' or type(try('LLEN', list .. ':returned')) == 'number'
-    if not fits or denied({{'LPUSH', list, ''}}) then
+  local extra = tasks[n][EXTRA]
+  for _, step in ipairs(extra and extra[PUSHES] or {}) do
+    if not can_push_to(step[1]) then
+      return false
+    end
+  end
+  for _, entry in ipairs(extra and extra[WEBHOOKS] or {}) do
+    if not can_push_to(delivery_list(entry[2])) then
       return false
     end
   end
@@ -241,11 +263,14 @@ local function settle(n)
     end
     if not states[id] then
       try_again(n)
+      for _, entry in ipairs(extra[WEBHOOKS]) do
+        put_out(entry, tonumber(try('HGET', task_prefix .. id, 'run') or nil), wake_channel)
+      end
     end
     return 1
   end
   local is_fresh, is_owing = not states[id] and id ~= '', owes(id)
-  local run, history, failed = close_run(id)
+  local run, history, failed = close_run(id, extra and #extra[DELIVERY] > 0)
   run = opened or run
   if is_fresh and opened then
     log_redriven(id, opened)
@@ -266,11 +291,18 @@ local function settle(n)
       try('UNLINK', NAMESPACE .. blob)
     end
   end
+  local delivery = extra[DELIVERY]
+  local closes = #delivery > 0 and (is_fresh or is_owing)
+  if closes and delivery[8] == 1 then
+    note_replay(delivery, dead_key, letter_prefix)
+  elseif closes then
+    close_delivery(delivery, call('HGET', inflight_key, fields[n]), history, wake_channel)
+  end
   local ended = {}
   if is_fresh or is_owing or id == '' then
-    ended = pay(extra)
+    ended = pay(extra, run or (is_owing and run_in(values[id])) or nil)
   end
-  if is_owing and #extra[PUSHES] + #extra[OTHERS] > 0 then
+  if is_owing and #extra[PUSHES] + #extra[OTHERS] + #extra[WEBHOOKS] + #delivery > 0 then
     ends[#ends + 1], ends[#ends + 2] = id, 'C' .. (values[id] and match(values[id], '^%a(%d+)') or '')
     values[id] = ends[#ends]
   end

@@ -33,7 +33,8 @@ local function list_of(field)
   return match(field, '^%d+!?:(.*)$')
 end
 local function model_of(field)
-  return match(field, '^%d+!?:inference%.([^@\6]*)')
+  local endpoint = match(field, '^%d+!?:(samphire%.webhooks%.[^\6]*)')
+  return endpoint and '(' .. endpoint .. ')' or match(field, '^%d+!?:inference%.([^@\6]*)')
 end
 
 -- What a script reads and moves in one call, in bytes: the server does nothing else meanwhile.
@@ -44,7 +45,7 @@ local CALL_BYTES = 16 * 2 ^ 20
 -- taken out of it.
 local named = {}
 local function push(how, list, message)
-  local queue = match(list, '^(inference%.[^\6]*)')
+  local queue = match(list, '^(inference%.[^\6]*)') or match(list, '^(samphire%.webhooks%.[^\6]*)')
   if queue and not named[queue] then
     named[queue] = true
     try('SADD', NAMESPACE .. 'sub:queues', queue)
