@@ -9,16 +9,20 @@ from typing import Any
 
 import click
 import numpy as np
+from aiohttp import web
 from celery import Celery
 from numpy.typing import NDArray
 
-from samphire import AsyncClient, InvalidInputError, SamphireError, Step
+from samphire import AsyncClient, InvalidInputError, SamphireError, Step, WebhookVerificationError
 from samphire.transport.connection import key_text
+from samphire.webhooks import WebhookEvent, verify
 from samphire.wire.contract import INFER_TASK
 from samphire.wire.keys import INTAKE
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.stack import Stack, serve
 from samphire_broker.inspection.overview import broker_connection
+from samphire_broker.webhooks.endpoint import Endpoint
+from samphire_broker.webhooks.registry import open_registry
 
 ROUNDS = 20
 """How often the held-out images go through, one task an image, to have something to time."""
@@ -45,6 +49,7 @@ async def show(stack: Stack, *, keep: bool) -> None:
         await asyncio.to_thread(_plain_celery, stack.broker_url, images[0], int(labels[0]))
         await _chain(client, images, labels)
         await _stream(client)
+        await _webhook(client, stack, images)
         await _bad_request(client)
         await _dead_letter(client)
     hint = "" if keep else "; --keep leaves it running"
@@ -125,6 +130,47 @@ async def _stream(client: AsyncClient) -> None:
     click.echo(f" ({count} outputs of {end.output_count})")
     if count != end.output_count:
         raise SamphireError("the stream is not whole")
+
+
+class _Receiver:
+    """A small web server on loopback, which verifies what it gets."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+        self.event: asyncio.Future[WebhookEvent] = asyncio.get_running_loop().create_future()
+
+    async def take(self, request: web.BaseRequest) -> web.Response:
+        """Answer one request."""
+        try:
+            event = verify(await request.read(), request.headers, self._secret)
+        except WebhookVerificationError as error:
+            return web.Response(status=400, text=str(error))
+        if not self.event.done():
+            self.event.set_result(event)
+        return web.Response(text="thanks")
+
+
+async def _webhook(client: AsyncClient, stack: Stack, images: NDArray[np.float32]) -> None:
+    """Who has submitted may forget the task: a signed webhook tells of its end."""
+    with open_registry(stack.settings()) as registry:
+        url = f"http://127.0.0.1:{stack.webhook_port}/hook"
+        (secret,) = registry.add(Endpoint("demo", url, result_bytes=4096), "v1").secrets
+        receiver = _Receiver(secret)
+        runner = web.ServerRunner(web.Server(receiver.take))
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", stack.webhook_port).start()
+            task = await client.submit("digits", {"image": images[:1]}, webhook="demo")
+            event = await asyncio.wait_for(receiver.event, TIMEOUT_S)
+        finally:
+            await runner.cleanup()
+            registry.remove("demo")
+    if event.data["task_id"] != task.id:
+        raise SamphireError("the webhook tells of another task")
+    outputs = event.data["result"]["outputs"]
+    click.echo(
+        f"\na webhook, verified by its receiver: {event.type}, its result has {outputs[0]['name']}, id {event.id}"
+    )
 
 
 async def _bad_request(client: AsyncClient) -> None:

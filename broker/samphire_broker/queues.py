@@ -27,7 +27,8 @@ def intake() -> Queue:
 
 def refuse_queue(queue: str) -> str | None:
     """Why a stock consumer must not consume from a queue; None where it may."""
-    if queue == keys.INTAKE or queue.startswith(f"{keys.INTAKE}.") or queue == TRAINING:
+    is_of_deliveries = queue == keys.WEBHOOKS or keys.endpoint_of(queue) is not None
+    if queue == keys.INTAKE or queue.startswith(f"{keys.INTAKE}.") or queue == TRAINING or is_of_deliveries:
         return (
             f"the queue {queue!r} belongs to Samphire's lanes, which serve it in every worker of samphire_workers: "
             f"the stock consumer loses messages when it is killed. Leave out -Q, or name other queues"

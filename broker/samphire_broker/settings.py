@@ -10,13 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from samphire.errors import InvalidInputError
 from samphire.transport.address import DEFAULT_BROKER_URL, Address, Broker, broker_of
 from samphire.wire.contract import ATTEMPTS_MAX, BACKOFF_MAX_S, LONGEST_S, Backoff
+from samphire.wire.endpoints import Policy
 from samphire.wire.keys import DEFAULT_NAMESPACE, Keys, checked_namespace
+from samphire_broker.webhooks.endpoint import check_schedule
+from samphire_broker.webhooks.secrets import SecretBox
 
 FsyncPolicy = Literal["always", "everysec"]
 
@@ -144,6 +147,80 @@ class Settings(BaseSettings):
     queue_weights: dict[str, int] = Field(default_factory=dict)
     """JSON object of model name to its weight in the round robin over models (default 1 each)."""
 
+    data_dir: Path = Path("~/.local/share/samphire")
+    """The data directory of `samphire up`; the key of the secrets stands there where `secret_key` is not set."""
+
+    secret_key: SecretStr = SecretStr("")
+    """Under which secrets of webhooks are encrypted on the broker: base64 of 32 bytes; several, comma-separated, while
+    one replaces another (the first encrypts)."""
+
+    gateway_url: str = ""
+    """Where clients reach the gateway: webhooks link to results there; without it they name the command."""
+
+    webhook_schemes: Annotated[tuple[Literal["https", "http"], ...], NoDecode] = ("https",)
+    """Schemes of the URLs that webhooks are sent to, comma-separated."""
+
+    webhook_ports: Annotated[tuple[int, ...], NoDecode] = (443, 8443)
+    """Their ports, comma-separated."""
+
+    webhook_allow_private: bool = False
+    """Whether webhooks may go to private and loopback addresses; to link-local and reserved ones they never do."""
+
+    webhook_nameservers: Annotated[tuple[str, ...], NoDecode] = ()
+    """DNS servers (`address` or `address:port`, comma-separated) that are asked for them; by default the system's."""
+
+    webhook_timeout_s: float = Field(default=15.0, gt=0, le=300)
+    """How long one attempt of a delivery may take in all."""
+
+    webhook_schedule_s: Annotated[tuple[float, ...], NoDecode] = (0, 5, 300, 1800, 7200, 18000, 36000, 36000)
+    """Waits before the attempts of a delivery, comma-separated; after the last it is a dead letter."""
+
+    webhook_concurrency: int = Field(default=32, ge=1, le=256)
+    """Most deliveries to one endpoint at once, where the endpoint says nothing else."""
+
+    webhook_inflight_max: int = Field(default=512, ge=1, le=4096)
+    """Most deliveries that one worker has under way."""
+
+    webhook_disable_after_s: float = Field(default=5 * 86400.0, ge=60, le=LONGEST_S)
+    """An endpoint that has only failed for so long is disabled."""
+
+    webhook_keep_s: int = Field(default=3 * 86400, gt=0, le=LONGEST_S)
+    """How long a delivery that has ended can be looked at and sent again."""
+
+    webhook_keep_max: int = Field(default=10_000, ge=1)
+    """How many of these are kept for each endpoint."""
+
+    @field_validator("webhook_schemes", "webhook_ports", "webhook_nameservers", "webhook_schedule_s", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("webhook_schemes", "webhook_ports")
+    @classmethod
+    def _check_some(cls, values: tuple[object, ...]) -> tuple[object, ...]:
+        if not values:
+            raise ValueError("expected at least one, given none")
+        return values
+
+    @field_validator("webhook_schedule_s")
+    @classmethod
+    def _check_schedule(cls, waits_s: tuple[float, ...]) -> tuple[float, ...]:
+        return check_schedule(waits_s)
+
+    @field_validator("secret_key")
+    @classmethod
+    def _check_secret_key(cls, value: SecretStr) -> SecretStr:
+        if value.get_secret_value():
+            SecretBox(value.get_secret_value(), Path())
+        return value
+
+    @field_validator("gateway_url")
+    @classmethod
+    def _check_gateway_url(cls, url: str) -> str:
+        if url and not re.fullmatch(r"https?://[^\s?#]+", url):
+            raise ValueError(f"expected a URL such as https://inference.example.com, given {url[:200]!r}")
+        return url.rstrip("/")
+
     @field_validator("broker_url")
     @classmethod
     def _check_broker_url(cls, url: str) -> str:
@@ -207,6 +284,14 @@ class Settings(BaseSettings):
     def remembered_s(self) -> int:
         """How long ends are remembered: what has a result is always remembered too."""
         return max(self.remember_s, self.result_ttl_s)
+
+    def secret_box(self) -> SecretBox:
+        """What encrypts secrets, and reads them."""
+        return SecretBox(self.secret_key.get_secret_value(), self.data_dir)
+
+    def webhook_policy(self, key_ids: tuple[str, ...] = ()) -> Policy:
+        """Which URLs webhooks may go to."""
+        return Policy(tuple(self.webhook_schemes), self.webhook_ports, self.webhook_allow_private, key_ids)
 
     @cached_property
     def broker(self) -> Broker:

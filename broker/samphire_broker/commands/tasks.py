@@ -283,6 +283,9 @@ def queues(broker_url: str | None, as_json: bool) -> None:
     for queue in seen.queues:
         click.echo(f"{shown(queue.name):<{width}}  " + "".join(f"{count:>8}" for count in queue.waiting))
     click.echo(f"scheduled {seen.scheduled}, dead letters {seen.dead_letters}")
+    for endpoint in seen.endpoints:
+        trouble = f", {endpoint.trouble}" if endpoint.trouble else ""
+        click.echo(shown(f"webhook endpoint {endpoint.name}: {endpoint.waiting} waiting{trouble}"))
     for worker in seen.workers:
         lease = "" if worker.alive else " (lost: its tasks are about to return)"
         click.echo(shown(f"worker {worker.hostname or worker.id}: {worker.in_flight} in flight{lease}"))

@@ -108,6 +108,7 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
         data_dir=data_dir.expanduser().resolve(),
         external_broker_url=os.environ.get("SAMPHIRE_BROKER_URL") or None,
         external_triton_urls=os.environ.get("SAMPHIRE_TRITON_URLS") or None,
+        loopback_webhooks=job is not None,  # the demo receives one
         **options,
     )
     try:

@@ -27,7 +27,7 @@ from samphire_broker.embedded.process import Part, PartError, PartSpec
 from samphire_broker.embedded.tritonserver import seed_model_repository, triton_spec
 from samphire_broker.embedded.valkey import valkey_spec
 from samphire_broker.embedded.worker import worker_spec
-from samphire_broker.settings import FsyncPolicy, shipped_model_repository
+from samphire_broker.settings import FsyncPolicy, Settings, read_settings, shipped_model_repository
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class StackOptions:
     ready_file: Path | None = None
     external_broker_url: str | None = None
     external_triton_urls: str | None = None
+    loopback_webhooks: bool = False
+    """Whether webhooks go to one port of this machine, for a receiver of the stack's own job."""
 
 
 class Stack:
@@ -70,6 +72,7 @@ class Stack:
         self.flower_url = ""
         self.flower_password_file: Path | None = None
         """None: the password is that of the environment."""
+        self.webhook_port = choose_port(0, "") if options.loopback_webhooks else 0
 
     @property
     def parts(self) -> list[Part]:
@@ -88,6 +91,17 @@ class Stack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stop()
+
+    def settings(self) -> Settings:
+        """The settings of its workers, for an operator."""
+        webhooks: dict[str, Any] = {}
+        if self.webhook_port:
+            webhooks = {
+                "webhook_schemes": ("http",),
+                "webhook_ports": (self.webhook_port,),
+                "webhook_allow_private": True,
+            }
+        return read_settings(broker_url=self.broker_url, data_dir=self._options.data_dir, **webhooks)
 
     async def wait_failed(self) -> None:
         """Return only by raising: when a keeper itself has failed."""
@@ -145,7 +159,16 @@ class Stack:
         self.metrics_ports = [choose_port(0, "") for _ in range(options.workers)]
         triton_urls = options.external_triton_urls or self.triton_grpc
         self._workers = [
-            Part(worker_spec(options.data_dir, n + 1, broker_of(self.broker_url), triton_urls, port))
+            Part(
+                worker_spec(
+                    options.data_dir,
+                    n + 1,
+                    broker_of(self.broker_url),
+                    triton_urls,
+                    port,
+                    webhook_port=self.webhook_port,
+                )
+            )
             for n, port in enumerate(self.metrics_ports)
         ]
         await self._start_together([*self._workers, self._flower])

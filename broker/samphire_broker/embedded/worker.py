@@ -15,8 +15,13 @@ from samphire.wire.keys import Keys
 from samphire_broker.embedded.process import PartSpec
 
 
-def worker_spec(data_dir: Path, number: int, broker: Broker, triton_urls: str, metrics_port: int = 0) -> PartSpec:
-    """One worker process; ready once its lane has taken up its lease. It answers Prometheus if a port is given."""
+def worker_spec(
+    data_dir: Path, number: int, broker: Broker, triton_urls: str, metrics_port: int = 0, webhook_port: int = 0
+) -> PartSpec:
+    """One worker process; ready once its lane has taken up its lease.
+
+    It answers Prometheus if a port is given for that, and webhooks go to one port of this machine if that is given.
+    """
     name = f"worker{number}"
     command = [sys.executable, "-m", "celery", "-A", "samphire_workers.app", "worker"]
     command += ["--loglevel", "INFO", "--hostname", f"{name}@%h", "--without-gossip", "--without-mingle"]
@@ -36,6 +41,8 @@ def worker_spec(data_dir: Path, number: int, broker: Broker, triton_urls: str, m
             **environment_of(broker),
             "SAMPHIRE_TRITON_URLS": triton_urls,
             "SAMPHIRE_METRICS_PORT": str(metrics_port),
+            "SAMPHIRE_DATA_DIR": str(data_dir),  # where the key of the secrets is
+            **(_loopback(webhook_port) if webhook_port else {}),
             # glibc keeps freed memory: in an arena a thread, and in the heap where it once saw a large buffer
             # freed. Few arenas and a fixed threshold give the buffers of large tensors back at once.
             "MALLOC_ARENA_MAX": "2",
@@ -48,6 +55,14 @@ def worker_spec(data_dir: Path, number: int, broker: Broker, triton_urls: str, m
         wait_ready=wait_ready,
         stop_timeout_s=70.0,  # a warm stop finishes what is in flight
     )
+
+
+def _loopback(port: int) -> dict[str, str]:
+    return {
+        "SAMPHIRE_WEBHOOK_SCHEMES": "http",
+        "SAMPHIRE_WEBHOOK_PORTS": str(port),
+        "SAMPHIRE_WEBHOOK_ALLOW_PRIVATE": "true",
+    }
 
 
 async def _is_registered(connection: DirectConnection, keys: Keys, pid: int) -> bool:

@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from samphire import BrokerRightError, Client, InvalidInputError, SamphireError, UnknownModelError
 from samphire.transport.connection import key_text
-from samphire.wire.keys import CATALOGUE_COMPLETE, Keys, parse_queue
+from samphire.wire.keys import CATALOGUE_COMPLETE, Keys, is_of_deliveries, parse_queue
 from samphire_broker.inspection.misplaced import misplaced
 from samphire_broker.inspection.overview import Overview, broker_connection, look
 from samphire_broker.settings import Settings, read_settings
@@ -63,6 +63,7 @@ def examine(broker_url: str | None = None) -> Iterator[Finding]:
             yield from check_broker(client)
             seen = look(client, settings.broker.keys)
             yield from check_work(client, settings.broker.keys, seen)
+            yield from check_webhooks(seen)
             yield from itertools.starmap(Finding, misplaced(client, settings.broker.keys))
     except SamphireError as error:
         remedy = "start it (`samphire up` runs one), or set SAMPHIRE_BROKER_URL; check its password and network"
@@ -245,12 +246,21 @@ def check_work(client: redis.Redis, keys: Keys, seen: Overview) -> Iterator[Find
     if CATALOGUE_COMPLETE in known:
         for queue, count in waiting.items():
             model = parse_queue(queue)[0]
-            if model and model not in known:
+            if model and not is_of_deliveries(model) and model not in known:
                 found = f"{count} tasks wait for {model!r}, which no endpoint of the workers has"
                 yield Finding(f"queue {queue}", "warning", found, "load the model, or point a worker at its Triton")
     if seen.dead_letters:
         found = f"{seen.dead_letters} in all: tasks that failed for good, or were no tasks"
         yield Finding("dead letters", "warning", found, "look at why: samphire dead-letters list")
+
+
+def check_webhooks(seen: Overview) -> Iterator[Finding]:
+    """Endpoints in trouble, and what waits for them."""
+    for endpoint in seen.endpoints:
+        if endpoint.trouble:
+            found = f"{endpoint.trouble}; {endpoint.waiting} deliveries wait, and are not lost"
+            remedy = f"samphire webhooks deliveries {endpoint.name} shows the answers; then endpoints enable, or test"
+            yield Finding(f"webhook endpoint {endpoint.name}", "warning", found, remedy)
 
 
 def check_endpoint(url: str) -> Iterator[Finding]:

@@ -27,6 +27,9 @@ _KINDS = {
     "scheduled": ("zset", "what waits for its time"),
     "scheduled_messages": ("hash", "what waits for its time"),
     "dead": ("zset", "the settlement of failures"),
+    "webhook_config": ("hash", "the delivery of webhooks"),
+    "webhook_names": ("hash", "submitting with a webhook"),
+    "webhook_health": ("hash", "the delivery of webhooks that have failed"),
 }
 """Types of the keys that others may write, or that all depends on, and what depends on each."""
 

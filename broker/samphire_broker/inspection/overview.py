@@ -45,6 +45,17 @@ class WorkerState:
 
 
 @dataclass(frozen=True)
+class EndpointSeen:
+    """An endpoint of webhooks."""
+
+    name: str
+    waiting: int
+    """Deliveries that have not ended."""
+    trouble: str
+    """What is wrong with it; "" for nothing."""
+
+
+@dataclass(frozen=True)
 class Overview:
     """One look at a broker."""
 
@@ -52,6 +63,8 @@ class Overview:
     scheduled: int
     dead_letters: int
     workers: list[WorkerState]
+    endpoints: list[EndpointSeen]
+    """Of webhooks, those to which deliveries wait, or that are in trouble."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same for JSON."""
@@ -94,7 +107,27 @@ def look(client: redis.Redis, keys: Keys) -> Overview:
         int(client.zcard(keys.scheduled)),
         int(client.zcard(keys.dead)),
         [_worker(client, keys, worker_id) for worker_id in ids],
+        _endpoints(client, keys),
     )
+
+
+def _endpoints(client: Any, keys: Keys) -> list[EndpointSeen]:
+    public = {key_text(name): msgspec.json.decode(raw) for name, raw in client.hgetall(keys.webhook_names).items()}
+    health = {key_text(name): msgspec.json.decode(raw) for name, raw in client.hgetall(keys.webhook_health).items()}
+    marked = {key_text(name) for name in client.hkeys(keys.webhook_marks)}
+    names = sorted(marked | health.keys() | {name for name in public if not name.startswith(("@", "*"))})
+    with client.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.zcard(keys.waiting_deliveries(name))
+        waiting = pipe.execute()
+    found = []
+    for name, count in zip(names, waiting, strict=True):
+        trouble = "disabled" if public.get(name, {}).get("disabled") else ""
+        if not trouble and (failures := health.get(name, {}).get("failures")):
+            trouble = f"failing, {failures} times in a row: {health[name].get('last_error', '')}"
+        if count or trouble:
+            found.append(EndpointSeen(name, int(count), trouble))
+    return found
 
 
 def _queue_names(client: redis.Redis, keys: Keys) -> set[str]:
