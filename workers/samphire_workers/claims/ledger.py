@@ -55,6 +55,8 @@ class Ledger:
         self.unwritten = Unwritten()
         """What has been at Triton, and whose end is not on the broker yet."""
         self.nbytes = 0
+        self.deliveries = 0
+        """Those that are deliveries of webhooks, which take no room of other tasks."""
         self.room_is_wanted = False
         """The last claim left out what there was no room for."""
         self.order: Order
@@ -79,9 +81,15 @@ class Ledger:
         """Whether there are any of a model."""
         return any(held == model for held, _ in self._claims.values())
 
+    @property
+    def tasks(self) -> int:
+        """How many there are beside deliveries."""
+        return len(self._claims) - self.deliveries
+
     def add(self, claim: Claimed) -> None:
         """It was claimed."""
         model, _ = home_of(claim.list_key)
+        self.deliveries += keys.is_of_deliveries(model)
         self._claims[claim.field] = (model, len(claim.message))
         self.nbytes += len(claim.message)
         self.limits.claimed(model)
@@ -97,6 +105,7 @@ class Ledger:
             if field not in self._claims:
                 continue
             model, nbytes = self._claims.pop(field)
+            self.deliveries -= keys.is_of_deliveries(model)
             self._requests.pop(field, None)
             self.nbytes -= nbytes
             self.limits.let_go(model)

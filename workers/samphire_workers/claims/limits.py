@@ -31,6 +31,10 @@ class AdaptiveLimits:
         self._limits[model] = min(limit, self._most)
         self._fixed.add(model)
 
+    def held(self, model: str) -> int:
+        """How many tasks of the model are held."""
+        return self._held[model]
+
     def claimed(self, model: str) -> None:
         """A task of the model is held."""
         self._held[model] += 1

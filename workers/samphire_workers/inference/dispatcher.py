@@ -67,7 +67,7 @@ class Dispatcher:
         self._budget = ByteBudget(settings.inflight_max_bytes // 2)
         self._observers = observers
         locks = ModelLocks()
-        streaming = Streaming(settings, store, endings.log_writer, observers)
+        streaming = Streaming(settings, store, endings, observers)
         self._asker = Asker(settings, store, endpoints, served, endings, ledger, locks, streaming, observers)
         self._suspects = Suspects(store, locks, ledger.unwritten, settings.triton_timeout_s, work)
         self._under_way: Counter[str] = Counter()

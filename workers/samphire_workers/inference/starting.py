@@ -87,6 +87,8 @@ class Starter:
             request.started_at = request.started_at or time.time()
             started.append(request)
         self._observers.started(started)
+        if any(request.destination is not None for request in started):
+            self._endings.tell_started(started)
         self._ledger.let_go(dropped)
         return started
 

@@ -18,7 +18,8 @@ from samphire_workers.intake.request import Request
 from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
 from samphire_workers.settlement import outcome
-from samphire_workers.settlement.log_writer import ClaimLostError, LogWriter, TaskLog
+from samphire_workers.settlement.endings import Endings
+from samphire_workers.settlement.log_writer import ClaimLostError, TaskLog
 from samphire_workers.triton.answers import check_answer
 from samphire_workers.triton.endpoint import Endpoint, Running
 from samphire_workers.triton.messages import Tensor
@@ -39,14 +40,15 @@ class Streaming:
     Args:
         settings: have the limits.
         store: keeps large tensors.
-        writer: writes the logs.
-        observers: are told of progress.
+        endings: writes the logs, and tells of progress.
+        observers: are told of it too.
     """
 
-    def __init__(self, settings: Settings, store: Store, writer: LogWriter, observers: Observers) -> None:
+    def __init__(self, settings: Settings, store: Store, endings: Endings, observers: Observers) -> None:
         self._settings = settings
         self._store = store
-        self._writer = writer
+        self._endings = endings
+        self._writer = endings.log_writer
         self._observers = observers
 
     async def run(
@@ -117,6 +119,7 @@ class Streaming:
             message = _text(found.get(MESSAGE))
             log.progress(fraction, message)
             self._observers.progress(request, fraction, message)
+            self._endings.tell_progress(request, fraction, message)
         return [tensor for tensor in tensors if tensor.name not in found]
 
     async def _streamed(self, request: Request, tensors: Sequence[Tensor], nbytes: int) -> list[StreamedTensor]:

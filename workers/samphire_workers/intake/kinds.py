@@ -28,10 +28,10 @@ class Kinds:
             InvalidInputError: there is none, or it has another queue.
         """
         found = self._by_task.get(task)
-        if found is not None and not self.queues:
+        if found is not None and not found.queue and list_key.startswith(keys.INTAKE):
             return found
         queue, _ = keys.split_list(list_key)
-        own = queue if queue in self.queues else ""
+        own = next((name for name in self.queues if queue == name or queue.startswith(f"{name}.")), "")
         if found is None or found.queue != own:
             where = f"the queue {own}" if own else "an inference queue"
             fitting = sorted(kind.task for kind in self._by_task.values() if kind.queue == own and not kind.is_errand)

@@ -27,6 +27,7 @@ from samphire.wire.envelope import (
     decode_body,
     decode_canvas_start,
     decode_chord_part,
+    decode_delivery,
     decode_envelope,
     parse,
 )
@@ -116,6 +117,12 @@ def read_chord_part(request: Request, envelope: Envelope, settings: Settings) ->
 def read_canvas_start(request: Request, envelope: Envelope, settings: Settings) -> None:
     """Read a `samphire.canvas`; raises as `Kind.read` does."""
     request.payload = decode_canvas_start(envelope, settings.max_message_bytes)
+    request.times = times_of(envelope.headers)
+
+
+def read_delivery(request: Request, envelope: Envelope, settings: Settings) -> None:
+    """Read a `samphire.deliver`; raises as `Kind.read` does."""
+    request.payload = decode_delivery(envelope, settings.max_message_bytes)
     request.times = times_of(envelope.headers)
 
 

@@ -15,7 +15,8 @@ from samphire.wire import keys
 from samphire.wire.contract import Envelope, InferRequest, Streamed
 from samphire.wire.signature import ModelSignature
 from samphire_broker.settings import Settings
-from samphire_broker.store import Claimed
+from samphire_broker.store import Claimed, Delivery, Webhook
+from samphire_broker.webhooks.endpoint import Destination
 from samphire_workers.triton.endpoint import Endpoint
 
 
@@ -36,6 +37,9 @@ Run = Callable[["Request"], Coroutine[Any, Any, Any]]
 """Brings a task to its result."""
 
 
+Close = Callable[["Request", str, str], "Delivery | tuple[()]"]
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of task; the lane has them in a table (`lane/kinds.py`)."""
@@ -50,7 +54,11 @@ class Kind:
     is_errand: bool = False
     """It has no attempts, and no result: `run` returns the next steps that go out with its end, if any."""
     queue: str = ""
-    """A queue of its own; "": the queues of inferences."""
+    """A queue of its own, with those whose names have a dot and more behind it; "": the queues of inferences."""
+    ends_itself: bool = False
+    """`run` writes its ends and its retries, and nothing its start: a lost worker is no attempt of it."""
+    close: Close | None = None
+    """What is kept of one that ends otherwise, by its state and its last attempt (JSON)."""
 
 
 @dataclass(slots=True)
@@ -101,6 +109,12 @@ class Request:
     """What observers are told of it, from its start on."""
     streamed: Streamed | None = None
     """What it has given out as a stream, once all of it is written."""
+    destination: Destination | None = None
+    """Who is told of it by a webhook."""
+    untold: list[Webhook] = field(default_factory=list)
+    """Webhooks of what has happened to it that are not put out yet: they go with its end, before that of the end."""
+    progress_told_at: float = -math.inf
+    """When a webhook told of its progress, by the monotonic clock."""
     payload: Any = None
     """What the message carries, of a kind that is no inference."""
     tensors: list[bytes] = field(default_factory=list)

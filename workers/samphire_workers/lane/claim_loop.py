@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from samphire.errors import BrokerRightError, BrokerUnavailableError
 from samphire.transport.repeat import Pauses
@@ -25,6 +26,7 @@ from samphire_workers.repeat import RETRY_CAP_S, RETRY_S, RIGHT_RETRY_S
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.unexpected import ShortageError
+from samphire_workers.webhooks.leading import Leading
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class ClaimLoop:
         endings: Endings,
         dispatcher: Dispatcher,
         sequences: Sequences,
+        leading: Leading,
         sorter: Sorter,
         observers: Observers,
     ) -> None:
@@ -71,6 +74,7 @@ class ClaimLoop:
         self._endings = endings
         self._dispatcher = dispatcher
         self._sequences = sequences
+        self._leading = leading
         self._sorter = sorter
         self._observers = observers
         self._more = False
@@ -93,8 +97,7 @@ class ClaimLoop:
         adopted_at = 0.0
         short_rounds = 0
         while not self._stopping:
-            heard, named = self._watch.clear()  # before looking, so that no wake-up is lost
-            self._discovery.serve(heard)  # a queue may be new
+            named = await self._hear()
             await self._rest_if_short()
             try:
                 if not self._store.clock.is_known:
@@ -103,11 +106,10 @@ class ClaimLoop:
                 if adopt or time.monotonic() - adopted_at > ADOPT_S:
                     claimed = await self._store.adopt(self._ledger.fields())
                     adopt, adopted_at, self._more = False, time.monotonic(), True
-                elif not self._endpoints.some_ready.is_set():
-                    await self._watch.wait(IDLE_CHECK_S)
-                    continue
-                else:
+                elif self._endpoints.some_ready.is_set():
                     claimed = await self._claim(named)
+                else:  # deliveries need no Triton
+                    claimed = await self._claim(self._leading.open_queues() | {keys.WEBHOOKS}, only_these=True)
             except (BrokerUnavailableError, LeaseLostError) as error:
                 # The reply of a claim may be lost: what it moved is found in the in-flight hash.
                 adopt = True
@@ -140,6 +142,14 @@ class ClaimLoop:
                 short_rounds = 0
                 await self._watch.wait(IDLE_CHECK_S)
 
+    async def _hear(self) -> set[str]:
+        """What the wake-ups since the last round have named: queues to look into, none for all."""
+        heard, named = self._watch.clear()  # before looking, so that no wake-up is lost
+        self._discovery.serve(heard)  # a queue may be new
+        if keys.WEBHOOKS in heard:  # so says whoever changes an endpoint
+            await self._leading.look_at_endpoints()
+        return named
+
     async def _rest_if_short(self) -> None:
         """Claim nothing for a while where this worker is short of something; where that does not end, end instead."""
         shortages = self._endings.shortages
@@ -152,25 +162,31 @@ class ClaimLoop:
             self._rests = 0
         self._shortages = shortages
 
-    async def _claim(self, named: set[str]) -> list[Claimed]:
-        """Claim from the queues that a wake-up named, which is quicker, but every so often from all."""
+    async def _claim(self, named: set[str], *, only_these: bool = False) -> list[Claimed]:
+        """Claim from the queues that a wake-up named, which is quicker, but every so often from all.
+
+        `only_these`: they are queues of deliveries, and nothing else can be done now.
+        """
         now = time.monotonic()
-        if now - self._looked_everywhere > LOOK_EVERYWHERE_S:
+        if now - self._looked_everywhere > LOOK_EVERYWHERE_S and not only_these:
             named = set()
         if not named:
             self._looked_everywhere = now
         busy = self._dispatcher.busy()
-        room = min(self._settings.claim_max, self._settings.inflight_max - len(self._ledger))
+        room = min(self._settings.claim_max, self._settings.inflight_max - self._ledger.tasks)
         room_bytes = self._settings.inflight_max_bytes // 2 - self._ledger.nbytes
         self._more = False
         held_up = bool(busy) or room <= 0 or room_bytes <= 0
+        if only_these or (room <= 0 and (named := self._leading.open_queues())):
+            room = self._settings.claim_max  # deliveries have room of their own
         # For queues that this claim does not look into, the earlier answer stands.
         self._ledger.room_is_wanted = held_up or (bool(named) and self._ledger.room_is_wanted)
         skipped = busy | self._endpoints.away() | self._discovery.unseen | self._sequences.not_led()
+        skipped |= self._leading.closed()
         plan = self._round_robin.plan(room, skipped, named)
         if room <= 0 or room_bytes <= 0 or not plan.turns:
             return []
-        rooms = [room if model == INTAKE_MODEL else self._ledger.limits.room(model) for model in plan.models]
+        rooms = self._rooms(plan.models, room)
         claimed = await self._store.claim(plan.turns, rooms, room, room_bytes)
         # Fewer than there was room for: the queues that were looked into are empty now, or have had their part.
         self._more = len(claimed) == room or self._store.cut_short
@@ -179,9 +195,25 @@ class ClaimLoop:
         for list_key, tasks in Counter(claim.list_key for claim in claimed).items():
             given[home_of(list_key)[0]] += tasks
             self._observers.claimed(list_key, tasks)
+        for model in filter(keys.is_of_deliveries, given):
+            self._leading.claimed(model, given[model])
         full = any(given[model] >= part for model, part in zip(plan.models, rooms, strict=True))
         self._ledger.room_is_wanted |= full or sum(len(claim.message) for claim in claimed) >= room_bytes
         return claimed
+
+    def _rooms(self, models: Sequence[str], room: int) -> list[int]:
+        """How many tasks of each model to claim, and deliveries of each endpoint."""
+        rooms: list[int] = []
+        deliveries = self._leading.room
+        for model in models:
+            if model == INTAKE_MODEL:
+                rooms.append(room)
+            elif keys.is_of_deliveries(model) and self._leading.get(model) is not None:
+                rooms.append(max(0, self._leading.room_of(model, deliveries)))
+                deliveries -= rooms[-1]
+            else:
+                rooms.append(self._ledger.limits.room(model))
+        return rooms
 
     def may_claim(self, queue: str) -> bool:
         """Whether a message in a queue would be claimed now."""

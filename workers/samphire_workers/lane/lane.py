@@ -32,6 +32,8 @@ from samphire_workers.lane.kinds import kinds_of
 from samphire_workers.lane.running import Runner
 from samphire_workers.lane.sorting import Sorter, read_or_error
 from samphire_workers.monitoring.observers import LaneSeen, Observers
+from samphire_workers.outbox.book import EndpointBook
+from samphire_workers.outbox.outbox import Outbox
 from samphire_workers.queues.discovery import QueueDiscovery
 from samphire_workers.queues.round_robin import RoundRobin
 from samphire_workers.queues.search import cancel_everywhere, requests_for
@@ -42,6 +44,8 @@ from samphire_workers.settlement.canvas import Canvas
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.upkeep.periodic import keep_clock, keep_time, tell_clients, tell_observers, watch_letters
+from samphire_workers.webhooks.deliveries import Deliveries
+from samphire_workers.webhooks.leading import Leading
 from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
@@ -90,8 +94,15 @@ class Lane:
         self._discovery = QueueDiscovery(store, endpoints, self._served, self._round_robin, watch, work)
         limits = AdaptiveLimits(settings.inflight_max)
         self._ledger = ledger = Ledger(store, limits, self._discovery, watch, observers)
-        self._endings = endings = Endings(settings, store, ledger, work, canvas, observers, info.hostname)
-        self._kinds = Kinds([*kinds_of(endings), *extra_kinds])
+        self._book = EndpointBook(store, settings)
+        outbox = Outbox(self._book, store.clock.now, settings.gateway_url)
+        self._endings = endings = Endings(settings, store, ledger, work, canvas, observers, outbox, info.hostname)
+        self._leading = Leading(settings, store, ledger, self._book, watch)
+        self._deliveries = Deliveries(
+            settings, store, ledger, work, endings, observers, self._book, self._leading, info.hostname
+        )
+        self._kinds = Kinds([*kinds_of(endings, self._deliveries), *extra_kinds])
+        self._discovery.on_deliveries = self._leading.note
         self._discovery.serve_always(self._kinds.queues)
         starter = Starter(settings, store, endings, ledger, work, info, observers)
         self._dispatcher = Dispatcher(
@@ -112,6 +123,7 @@ class Lane:
             self._sequences,
             self._dispatcher,
             self._runner,
+            self._book,
         )
         self._claims = ClaimLoop(
             settings,
@@ -124,6 +136,7 @@ class Lane:
             endings,
             self._dispatcher,
             self._sequences,
+            self._leading,
             sorter,
             observers,
         )
@@ -134,6 +147,12 @@ class Lane:
         Raises:
             ExceptionGroup: a background task failed; whatever was held is still in the in-flight hash.
         """
+        try:
+            await self._run()
+        finally:
+            await self._deliveries.close()
+
+    async def _run(self) -> None:
         async with self._work as work:
             for forever in (
                 self._endpoints.watch(),
@@ -144,6 +163,8 @@ class Lane:
                 self._discovery.look(),
                 self._watch.listen(),
                 self._sequences.lead(self._watch.wake, self._ledger.some_of),
+                self._book.keep_fresh(),
+                self._leading.lead(),
                 self._observers.run(),
                 keep_clock(self._store, self.cancel),
                 keep_time(self._store.clock),
@@ -154,6 +175,7 @@ class Lane:
             if self._observers.want_states:
                 work.keep(tell_observers(self._store, self._observers, self._seen, self._round_robin.lists))
             await self._claims.run()
+            await self._leading.stop()
             await self._endings.settler.drain()
             while await work.wait_for_begun():
                 await self._endings.settler.drain()  # what it refuses is work again
@@ -225,6 +247,7 @@ class Lane:
         self._work.is_handed_back = True
         self._dispatcher.hand_back()
         self._runner.hand_back()
+        self._deliveries.hand_back()
 
     def stop(self) -> None:
         """Claim nothing more; `run` returns once everything held is settled."""

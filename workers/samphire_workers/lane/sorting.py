@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from samphire.errors import EndpointUnavailableError, InvalidInputError, SamphireError, UnknownModelError
 from samphire.wire import keys
+from samphire.wire.contract import InferRequest
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, Scheduled, Store
 from samphire_workers.claims.ledger import Ledger
@@ -22,6 +23,7 @@ from samphire_workers.intake.reading import find_who_waits, read
 from samphire_workers.intake.request import Kind, Request, Run
 from samphire_workers.intake.served import ServedModels
 from samphire_workers.lane.running import Runner
+from samphire_workers.outbox.book import EndpointBook
 from samphire_workers.queues.discovery import QueueDiscovery
 from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.repeat import persist
@@ -63,6 +65,7 @@ class Sorter:
         sequences: takes the requests of models that keep state.
         dispatcher: takes micro-batches.
         runner: takes tasks of other kinds.
+        book: knows who is told of a task.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Sorter:
         sequences: Sequences,
         dispatcher: Dispatcher,
         runner: Runner,
+        book: EndpointBook,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -92,6 +96,7 @@ class Sorter:
         self._sequences = sequences
         self._dispatcher = dispatcher
         self._runner = runner
+        self._book = book
         self._in_order: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def take_in(self, claimed: Sequence[Claimed]) -> None:
@@ -103,6 +108,8 @@ class Sorter:
                 await asyncio.sleep(0)
                 began = time.monotonic()
             request, error = read_or_error(claim, self._settings, self._kinds)
+            if request.infer is not None and request.infer.webhook:
+                error = await self._find_destination(request, request.infer, error)
             self._ledger.has_read(request)
             if error is not None and not request.keeps_order:
                 self._refuse(request, error)
@@ -110,6 +117,16 @@ class Sorter:
                 request.refusal = error  # of a sequence: it fails in its turn, so that those after it know
                 requests.append(request)
         self._sort_out(requests)
+
+    async def _find_destination(
+        self, request: Request, infer: InferRequest, error: SamphireError | None
+    ) -> SamphireError | None:
+        """Find who is told of a task; what is wrong with it, also where it names nobody that there is."""
+        try:
+            request.destination = await self._book.resolve_fresh(infer.webhook, infer.tenant)
+        except InvalidInputError as unknown:
+            return error or unknown
+        return error
 
     def _refuse(self, request: Request, error: SamphireError) -> None:
         try:
@@ -167,7 +184,9 @@ class Sorter:
         return True
 
     async def _run(self, request: Request, kind: Kind, run: Run) -> None:
-        if kind.is_errand:
+        if kind.ends_itself:
+            await run(request)
+        elif kind.is_errand:
             await self._endings.run_errand(request, run)
             self._watch.wake()  # the body of a chord may have been sent, in Celery's way
         else:

@@ -79,6 +79,8 @@ class QueueDiscovery:
         """Queues that were used since the last look at all names."""
         self._since: dict[str, float] = {}
         """For each queue the time since when it is not used; nobody knows that of one that was just found."""
+        self.on_deliveries: Callable[[str, bool], None] = lambda queue, is_used: None
+        """Called with a queue of deliveries that is found, or (False) forgotten."""
         self._turn: deque[str] = deque()
         """The same queues, in the order in which they are looked into."""
         self._forgotten: dict[str, None] = {}
@@ -110,6 +112,8 @@ class QueueDiscovery:
         for queue in new:
             self._since[queue] = since
             self._forgotten.pop(queue, None)
+            if keys.endpoint_of(queue) is not None:
+                self.on_deliveries(queue, True)
         self._turn.extend(new)
         aside = set(new).intersection(may_be_empty) if new and self._round_robin.are_many else set[str]()
         self._round_robin.set_aside(aside)
@@ -120,7 +124,11 @@ class QueueDiscovery:
 
     def _look_at_models(self, models: Iterable[str]) -> None:
         """Find out what models are before anything is claimed of them: of some the order of requests must be kept."""
-        new = {model for model in models if model != INTAKE_MODEL and self._served.known(model) is None}
+        new = {
+            model
+            for model in models
+            if model != INTAKE_MODEL and not keys.is_of_deliveries(model) and self._served.known(model) is None
+        }
         for model in new - self.unseen:
             self.unseen.add(model)
             self._work.keep(self._look_at(model))
@@ -135,14 +143,15 @@ class QueueDiscovery:
 
     async def discover(self, may_claim: Callable[[str], bool]) -> None:
         """Find queues: the SDK names those it uses; a slow scan finds those of plain producers."""
-        for queue in self._fixed:
+        for queue in self._fixed - {keys.WEBHOOKS}:
             self._watch.add(queue, self._work, may_claim)
         while True:
             began = time.monotonic()
             async with self._looking:  # else what was read before it was forgotten would be served again
                 await self._find()
             for queue in itertools.takewhile(lambda _: not self._watch.is_full, self._round_robin.in_use):
-                self._watch.add(queue, self._work, may_claim)
+                if not keys.is_of_deliveries(keys.parse_queue(queue)[0]):  # who puts a delivery there says so
+                    self._watch.add(queue, self._work, may_claim)
             # The more names there are, the longer it takes: it is not to be all that this worker does.
             await asyncio.sleep(min(max(DISCOVER_S, REST_TIMES * (time.monotonic() - began)), DISCOVER_MAX_S))
 
@@ -244,6 +253,8 @@ class QueueDiscovery:
             for queue in gone:
                 del self._since[queue]
                 self._forgotten[queue] = None
+                if keys.endpoint_of(queue) is not None:
+                    self.on_deliveries(queue, False)
             for queue in list(itertools.islice(self._forgotten, max(0, len(self._forgotten) - FORGOTTEN_KEPT))):
                 del self._forgotten[queue]
             self._turn = deque(queue for queue in self._turn if queue not in gone)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from samphire.errors import InvalidInputError, SamphireError, error_from_name
 from samphire.wire import keys
 from samphire.wire.contract import CHORD_PART_TASK, INFER_TASK, CanvasStart, ChordMember, ChordPart
 from samphire.wire.envelope import encode_task, new_task_id
-from samphire_broker.store import OtherEnd
+from samphire_broker.store import OtherEnd, Webhook
 from samphire_workers.intake.request import Request
 from samphire_workers.intake.who_waits import checked_stream
 from samphire_workers.settlement.celery_threads import (
@@ -53,9 +53,16 @@ from samphire_workers.settlement.next_steps import (
 )
 from samphire_workers.settlement.outcome import NextSteps
 
+WebhooksOf = Callable[[OtherEnd, Mapping[str, Any]], tuple[Webhook, ...]]
+"""What tells of the end of a task that nobody runs, by the arguments that it would have had."""
+
+
+def _none_of(_end: OtherEnd, _kwargs: Mapping[str, Any]) -> tuple[Webhook, ...]:
+    return ()
+
 
 @dataclass
-class _Outbox:
+class _Captured:
     """What Celery would have sent and stored for the task that is looked at now."""
 
     task_id: str = ""
@@ -63,6 +70,7 @@ class _Outbox:
     nbytes: int = 0
     others: list[OtherEnd] = field(default_factory=list)
     children: list[Any] = field(default_factory=list)
+    webhooks_of: WebhooksOf = _none_of
 
     def push(self, key: str, message: str) -> None:
         """Keep a message, within bounds: one that was not counted before (a result of 256 KiB for each of many) too.
@@ -83,7 +91,7 @@ class _Outbox:
 class _Here(threading.local):
     """What the thread that looks at canvases, one task after the other, works on."""
 
-    outbox = _Outbox()
+    captured = _Captured()
 
 
 _here = _Here()
@@ -95,7 +103,7 @@ class _CapturingChannel(CheckedChannel):
     def _push(self, queue: str, message: dict[str, Any], **_kwargs: Any) -> None:
         priority = self._get_message_priority(message, reverse=False)  # type: ignore[no-untyped-call]
         key = self._q_for_pri(queue, priority)  # type: ignore[no-untyped-call]
-        _here.outbox.push(key, msgspec.json.encode(message).decode())
+        _here.captured.push(key, msgspec.json.encode(message).decode())
 
 
 class CapturingTransport(kombu_redis.Transport):
@@ -114,12 +122,15 @@ class CapturingBackend(OwnThreadBackend):
         self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_kwargs: Any
     ) -> Any:
         meta = self._get_result_meta(result=result, state=state, traceback=None, request=request)
-        if task_id == _here.outbox.task_id:
-            _here.outbox.children = meta.get("children") or []
+        if task_id == _here.captured.task_id:
+            _here.captured.children = meta.get("children") or []
             return result
         headers = getattr(request, "headers", None) or {}
         stream = checked_stream(headers.get("samphire_stream"))
-        _here.outbox.others.append(self._other_end(task_id, state, meta, stream))
+        end = self._other_end(task_id, state, meta, stream)
+        kwargs = getattr(request, "kwargs", None)
+        told = _here.captured.webhooks_of(end, kwargs if isinstance(kwargs, dict) else {})
+        _here.captured.others.append(end._replace(webhooks=told))
         return result
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **_kwargs: Any) -> None:
@@ -130,7 +141,7 @@ class CapturingBackend(OwnThreadBackend):
         member = msgspec.convert({name: getattr(request, name, None) for name in names}, ChordMember)
         part = ChordPart(member, state, self.encode_result(result, state))
         message = encode_task(CHORD_PART_TASK, new_task_id(), part, keys.INTAKE, 0)
-        _here.outbox.pushes.append((keys.INTAKE, message.decode()))
+        _here.captured.pushes.append((keys.INTAKE, message.decode()))
 
 
 def _not_of_a_canvas(record: logging.LogRecord) -> bool:
@@ -149,6 +160,15 @@ class Canvas:
         self._large = _CanvasThread(app.conf, hostname, LARGE_CANVAS_THREAD)
         self.chords = Chords(app.conf)
         """Counts their parts, in another thread."""
+
+    @property
+    def webhooks_of(self) -> WebhooksOf:
+        """Makes the webhooks of steps that never come; set by who knows the endpoints, before any is looked at."""
+        return self._small.webhooks_of
+
+    @webhooks_of.setter
+    def webhooks_of(self, webhooks_of: WebhooksOf) -> None:
+        self._small.webhooks_of = self._large.webhooks_of = webhooks_of
 
     def close(self) -> None:
         """End the threads."""
@@ -198,6 +218,7 @@ class _CanvasThread:
     def __init__(self, conf: Any, hostname: str, name: str) -> None:
         self._conf = conf
         self._hostname = hostname
+        self.webhooks_of: WebhooksOf = _none_of
         self._outcome: Any = None
         self._trace: Callable[..., Any] | None = None
         self._capturing: Celery | None = None
@@ -234,15 +255,15 @@ class _CanvasThread:
         self._capturing = capturing
 
     def _start(self, task_id: str, canvas: CanvasStart) -> NextSteps:
-        _here.outbox = _Outbox()
+        _here.captured = _Captured(webhooks_of=self.webhooks_of)
         signature = Signature.from_dict(canvas.signature, app=self._capturing)
         result = signature.apply_async(task_id=task_id)
         if result.id != task_id:
             raise InvalidInputError(f"expected a canvas that ends with the task {task_id}, given one with {result.id}")
-        return NextSteps(tuple(_here.outbox.pushes), tuple(_here.outbox.others), [])
+        return NextSteps(tuple(_here.captured.pushes), tuple(_here.captured.others), [])
 
     def _begin(self, request: Request) -> dict[str, Any]:
-        _here.outbox = _Outbox(request.task_id)
+        _here.captured = _Captured(request.task_id, webhooks_of=self.webhooks_of)
         queue, priority = keys.split_list(request.claim.list_key)
         delivery = {"exchange": "", "routing_key": queue, "priority": priority, "redelivered": False}
         return {**(request.canvas or {}), "delivery_info": delivery, "hostname": self._hostname}
@@ -274,4 +295,4 @@ class _CanvasThread:
 
 
 def _steps() -> NextSteps:
-    return NextSteps(tuple(_here.outbox.pushes), tuple(_here.outbox.others), _here.outbox.children)
+    return NextSteps(tuple(_here.captured.pushes), tuple(_here.captured.others), _here.captured.children)

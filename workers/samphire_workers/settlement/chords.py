@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,11 +35,16 @@ from samphire_workers.settlement.next_steps import FEW_STEPS, check_nesting, che
 logger = logging.getLogger(__name__)
 
 
+EndOther = Callable[[OtherEnd, Mapping[str, Any]], Awaitable[None]]
+
+
 class _Here(threading.local):
     """What the thread that counts works on, one part after the other."""
 
-    end_other: Callable[[OtherEnd], None]
-    """Ends a task that nobody holds."""
+    end_other: Callable[[OtherEnd, Mapping[str, Any]], None]
+    """Ends a task that nobody holds, by the arguments that it would have had."""
+    body: Mapping[str, Any] = {}
+    """The signature of the chord's body."""
     stream = ""
     """Event stream of the client whose chord is counted."""
     app: Celery
@@ -56,7 +61,9 @@ class CountingBackend(OwnThreadBackend):
         self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_kwargs: Any
     ) -> Any:
         meta = self._get_result_meta(result=result, state=state, traceback=None, request=request)
-        _here.end_other(self._other_end(task_id, state, meta, _here.stream))
+        is_body = _options_of(_here.body).get("task_id") == task_id
+        kwargs = _here.body.get("kwargs") if is_body else None
+        _here.end_other(self._other_end(task_id, state, meta, _here.stream), kwargs if isinstance(kwargs, dict) else {})
         return result
 
 
@@ -76,12 +83,13 @@ class Chords:
         for thread in (self._small, self._large):
             thread.shutdown(wait=False, cancel_futures=True)
 
-    async def return_part(self, part: ChordPart, end_other: Callable[[OtherEnd], Awaitable[None]]) -> None:
+    async def return_part(self, part: ChordPart, end_other: EndOther) -> None:
         """Count a part of a chord; the last one sends the chord's body, or ends it.
 
         Args:
             part: the part that has ended.
-            end_other: ends a task that nobody holds, unless it has ended; repeated until the broker has answered.
+            end_other: ends a task that nobody holds, unless it has ended; repeated until the broker has answered. It
+                gets the arguments that the task would have had.
 
         Raises:
             InvalidInputError: nobody knows the chord's body, or it is not one that Celery understands, or it has too
@@ -90,8 +98,8 @@ class Chords:
         """
         loop = asyncio.get_running_loop()
 
-        def end(other: OtherEnd) -> None:
-            asyncio.run_coroutine_threadsafe(_awaited(end_other, other), loop).result()
+        def end(other: OtherEnd, kwargs: Mapping[str, Any]) -> None:
+            asyncio.run_coroutine_threadsafe(_awaited(end_other, other, kwargs), loop).result()
 
         count = _steps_of(part.request.chord)
         thread = self._small if count <= FEW_STEPS else self._large
@@ -102,8 +110,10 @@ class Chords:
     def _make_app(self) -> None:
         _here.app = make_app(self._conf, "samphire.chord", CheckedTransport, CountingBackend)
 
-    def _return_part(self, part: ChordPart, count: int, end_other: Callable[[OtherEnd], None]) -> None:
-        _here.end_other, _here.stream = end_other, _stream_of(part)
+    def _return_part(
+        self, part: ChordPart, count: int, end_other: Callable[[OtherEnd, Mapping[str, Any]], None]
+    ) -> None:
+        _here.end_other, _here.stream, _here.body = end_other, _stream_of(part), part.request.chord
         backend = _here.app.backend
         try:
             check_steps(count)
@@ -168,8 +178,8 @@ def _warn_if_forgotten(backend: Any, group: str) -> None:
         )
 
 
-async def _awaited(end_other: Callable[[OtherEnd], Awaitable[None]], other: OtherEnd) -> None:
-    await end_other(other)
+async def _awaited(end_other: EndOther, other: OtherEnd, kwargs: Mapping[str, Any]) -> None:
+    await end_other(other, kwargs)
 
 
 def _stream_of(part: ChordPart) -> str:
@@ -178,7 +188,7 @@ def _stream_of(part: ChordPart) -> str:
     return checked_stream(headers.get("samphire_stream")) if isinstance(headers, dict) else ""
 
 
-def _options_of(chord: dict[str, Any]) -> dict[str, Any]:
+def _options_of(chord: Mapping[str, Any]) -> dict[str, Any]:
     options = chord.get("options")
     return options if isinstance(options, dict) else {}
 

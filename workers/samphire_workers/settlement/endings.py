@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from samphire.errors import EndpointTimeoutError, InternalError, InvalidInputError, SamphireError, TaskCancelledError
 from samphire.wire import keys
 from samphire.wire.contract import CanvasStart, ChordPart, InferResponse, Ref
 from samphire_broker.retry import GiveUp, Retry, decide, policy_for, reason_of
 from samphire_broker.settings import Settings
-from samphire_broker.store import OtherEnd, Settled, Settlement, Store
+from samphire_broker.store import OtherEnd, Settled, Settlement, Store, Webhook
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.intake.request import Request, Run
 from samphire_workers.monitoring.observers import Observers
+from samphire_workers.outbox.outbox import Outbox
 from samphire_workers.repeat import persist
 from samphire_workers.settlement import outcome
 from samphire_workers.settlement.canvas import Canvas
@@ -29,6 +31,11 @@ from samphire_workers.work import Work
 logger = logging.getLogger(__name__)
 
 
+WEBHOOK_ERROR_CHARACTERS = 500
+PROGRESS_S = 1.0
+"""Between two webhooks of a task's progress."""
+
+
 class Endings:
     """Ends tasks. What takes more than a moment (a canvas) goes on in a task of the lane's own."""
 
@@ -40,6 +47,7 @@ class Endings:
         work: Work,
         canvas: Canvas,
         observers: Observers,
+        outbox: Outbox,
         worker: str,
     ) -> None:
         self._settings = settings
@@ -48,6 +56,8 @@ class Endings:
         self._work = work
         self._canvas = canvas
         self._observers = observers
+        self._outbox = outbox
+        canvas.webhooks_of = outbox.of_other_end
         self._worker = worker
         self.settler = Settler(store, ledger, observers, self._not_settled)
         """Writes ends, for as long as the lane runs."""
@@ -89,6 +99,10 @@ class Endings:
         """Whether its end is on its way; else its next steps have to be found out first."""
         request.outcome = "succeeded"
         self.shortages = 0
+        if request.destination is not None:
+            settlement = settlement._replace(
+                webhooks=(*request.untold, *self._outbox.of_end(request, "succeeded", answer=passed_on))
+            )
         if request.canvas is None:
             self.settler.add(settlement)
             return True
@@ -114,7 +128,8 @@ class Endings:
 
     async def _fail_unstarted(self, request: Request, error: SamphireError) -> None:
         """End an attempt that failed before it was started: what was tried before is not known yet."""
-        (before,) = await persist(lambda: self._store.tried([request.task_id]))
+        is_delivery = request.kind is not None and request.kind.ends_itself
+        (before,) = await persist(lambda: self._store.tried([request.task_id], deliveries=is_delivery))
         request.attempts = before.attempts
         self._fail(request, error)
 
@@ -127,11 +142,18 @@ class Endings:
             decision = GiveUp(reason_of(error))  # a message that is no task has no attempts
         if isinstance(decision, Retry):
             logger.info("task %s is tried again: %s", request.task_id, error, extra={"action": "task_retried"})
-            self.settler.add(outcome.retry(request, error, decision.at - now, self._worker))
+            again = outcome.retry(request, error, decision.at - now, self._worker)
+            self.settler.add(again._replace(webhooks=tuple(request.untold)))
             self._observers.retried(request, error)
             return
         logger.info("task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"})
         settlement = outcome.failure(request, error, decision.reason, self._worker)
+        if request.destination is not None:
+            told = {"type": outcome.public_name(error), "message": str(error)[:WEBHOOK_ERROR_CHARACTERS]}
+            settlement = settlement._replace(
+                webhooks=(*request.untold, *self._outbox.of_end(request, "failed", error=told))
+            )
+        settlement = _closed(request, settlement, "failed", outcome.attempt_text(self._worker, error))
         if request.canvas is None:
             self.settler.add(settlement)
         else:
@@ -142,12 +164,50 @@ class Endings:
     def revoke(self, request: Request, state: Literal["cancelled", "expired"]) -> None:
         """End a task that is not to be run, or, cancelled, not to its end."""
         settlement = outcome.revoked(request, state)
+        if request.destination is not None:
+            settlement = settlement._replace(webhooks=(*request.untold, *self._outbox.of_end(request, state)))
+        settlement = _closed(request, settlement, state, self.attempt_of(TaskCancelledError(f"it is {state}")))
         if request.canvas is None:
             self.settler.add(settlement)
         else:
             after = partial(self._canvas.after_revocation, request, state)
             self._work.begin(self._end_with_steps(request, settlement, after))
         self._observers.revoked(request, expired=state == "expired")
+
+    async def notify(self, webhooks: Sequence[tuple[Request, Webhook]]) -> None:
+        """Put out webhooks that tell of tasks under way."""
+        wishes = [(request.claim.field, request.task_id, webhook) for request, webhook in webhooks]
+        try:
+            await persist(lambda: self._store.notify(wishes))
+        except SamphireError as error:
+            logger.warning(
+                "%d webhooks of tasks under way are not sent: %s", len(wishes), error, extra={"action": "not_notified"}
+            )
+        for request, webhook in webhooks:
+            request.untold.remove(webhook)
+
+    def tell_progress(self, request: Request, fraction: float | None, message: str) -> None:
+        """A running task tells how far it is; of what it tells within `PROGRESS_S` only the first goes out."""
+        now = time.monotonic()
+        if request.destination is None or now < request.progress_told_at + PROGRESS_S:
+            return
+        # Numbers grow with the time: 1 is the attempt's start.
+        number = 2 + int(10 * (time.time() - (request.started_at or time.time())))
+        told = self._outbox.of_event(request, "progress", number, {"progress": fraction, "message": message[:500]})
+        if told is not None:
+            request.progress_told_at = now
+            request.untold.append(told)
+            self._work.begin(self.notify([(request, told)]))
+
+    def tell_started(self, requests: Sequence[Request]) -> None:
+        """Tasks begin to run."""
+        told = []
+        for request in requests:
+            if (webhook := self._outbox.of_event(request, "started", 1, {})) is not None:
+                told.append((request, webhook))
+                request.untold.append(webhook)
+        if told:
+            self._work.begin(self.notify(told))
 
     def cancel_running(self, request: Request) -> None:
         """End a task that runs."""
@@ -204,6 +264,15 @@ class Endings:
 
     def _not_pushed(self, request: Request, settlement: Settlement) -> None:
         """End a task whose next steps cannot be pushed: as in Celery it has failed, and without these steps."""
+        if settlement.webhooks:
+            logger.error(
+                "task %s ends, and its webhook is lost: keys of other types lie where deliveries are queued, or the "
+                "worker's broker user has no right to push there",
+                request.task_id,
+                extra={"action": "webhook_lost"},
+            )
+            self.settler.add(settlement._replace(webhooks=()))
+            return
         queues = ", ".join(sorted({name for name, _ in settlement.pushes}))
         error = InvalidInputError(
             f"its next steps cannot be pushed to {queues}: the worker's broker user has no right to, or keys that are "
@@ -217,8 +286,9 @@ class Endings:
         pushes = own if len(own) < len(settlement.pushes) else ()
         self.settler.add(settlement._replace(pushes=pushes))
 
-    async def _end_other(self, end: OtherEnd) -> None:
-        await persist(lambda: self._store.end_others([end]))
+    async def _end_other(self, end: OtherEnd, kwargs: Mapping[str, Any]) -> None:
+        told = end._replace(webhooks=self._outbox.of_other_end(end, kwargs))
+        await persist(lambda: self._store.end_others([told]))
 
     async def _claim_checks(self, request: Request, outputs: Sequence[Tensor]) -> dict[str, Ref]:
         above = self._settings.inline_output_bytes
@@ -278,3 +348,10 @@ class Endings:
                     extra={"action": "not_told"},
                 )
         return settlement
+
+
+def _closed(request: Request, settlement: Settlement, state: str, attempt: str) -> Settlement:
+    """The settlement with what its kind keeps of it."""
+    if request.kind is None or request.kind.close is None:
+        return settlement
+    return settlement._replace(delivery=request.kind.close(request, state, attempt))

@@ -162,17 +162,30 @@ def _told(error: SamphireError, characters: int) -> str:
     return f"{type(error).__name__}: {str(error)[:characters]}"
 
 
-def _public_name(error: SamphireError) -> str:
+def public_name(error: SamphireError) -> str:
     """The class that a client knows: a worker's own classes are more exact than it needs."""
     return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == SamphireError.__module__)
 
 
 def _failure_info(error: SamphireError) -> FailureInfo:
-    return error.info if isinstance(error, TimeLimitError) else FailureInfo(_public_name(error), str(error)[:4000])
+    return error.info if isinstance(error, TimeLimitError) else FailureInfo(public_name(error), str(error)[:4000])
 
 
-def failure(request: Request, error: SamphireError, reason: str, worker: str) -> Settlement:
-    """The settlement, with a dead letter, of a task that failed or of a message that cannot be read."""
+def done(request: Request) -> Settlement:
+    """The settlement of what has no result."""
+    return Settlement(request.claim.field, request.task_id, "succeeded", "", "")
+
+
+def put_off(request: Request, delay_s: float, attempt: str) -> Settlement:
+    """The settlement of an attempt (JSON) of what has no result, and is tried again."""
+    return done(request)._replace(state="retrying", retry=Later(delay_s, attempt))
+
+
+def failure(request: Request, error: SamphireError, reason: str, worker: str, attempt: str = "") -> Settlement:
+    """The settlement, with a dead letter, of a task that failed or of a message that cannot be read.
+
+    `attempt` is what to keep of the last one, JSON; by default the error.
+    """
     tried = request.started_at is not None
     return Settlement(
         field=request.claim.field,
@@ -186,7 +199,7 @@ def failure(request: Request, error: SamphireError, reason: str, worker: str) ->
             reason=reason,
             error=_told(error, 4000),
             attempts=request.attempts + tried,
-            attempt=attempt_text(worker, error),
+            attempt=attempt or attempt_text(worker, error),
         ),
     )
 

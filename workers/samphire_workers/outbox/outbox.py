@@ -1,0 +1,105 @@
+"""The outbox: what is put out of each task that names a webhook."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from samphire.errors import InvalidInputError
+from samphire_broker.store import OtherEnd, Webhook
+from samphire_broker.webhooks.endpoint import Destination, Event
+from samphire_workers.intake.request import Request
+from samphire_workers.outbox.book import EndpointBook
+from samphire_workers.outbox.payload import LAST, About, iso_time, number_of, webhook
+
+logger = logging.getLogger(__name__)
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Outbox:
+    """Makes the webhooks of tasks.
+
+    Args:
+        book: the endpoints.
+        now: the broker's time, in s since 1970.
+        gateway_url: where results can be read; "" where there is no gateway.
+    """
+
+    def __init__(self, book: EndpointBook, now: Callable[[], float], gateway_url: str) -> None:
+        self.book = book
+        self._now = now
+        self._gateway_url = gateway_url
+
+    def of_end(
+        self, request: Request, state: str, *, answer: object = None, error: Mapping[str, str] | None = None
+    ) -> tuple[Webhook, ...]:
+        """What tells of a task's end; nothing where nobody is to be told."""
+        destination = request.destination
+        if destination is None or "terminal" not in destination.events:
+            return ()
+        more: dict[str, Any] = {"state": state, "finished_at": iso_time(self._now())}
+        if error is not None:
+            more["error"] = error
+        if answer is not None and destination.result_bytes:
+            encoded = _encode(answer)
+            if len(encoded) <= destination.result_bytes:
+                more["result"] = msgspec.Raw(encoded)
+        return (self._webhook(destination, about(request), state, LAST, more),)
+
+    def of_event(self, request: Request, event: Event, number: int, more: Mapping[str, Any]) -> Webhook | None:
+        """What tells of a task under way, where somebody is to be told.
+
+        Args:
+            request: the task.
+            event: what happened.
+            number: of the event in its attempt; the start is 1.
+            more: what else is said.
+        """
+        destination = request.destination
+        if destination is None or event not in destination.events:
+            return None
+        sequence = number_of(request.attempts, number)
+        return self._webhook(destination, about(request), event, sequence, {"state": "running", **more})
+
+    def of_other_end(self, end: OtherEnd, kwargs: Mapping[str, Any]) -> tuple[Webhook, ...]:
+        """What tells of the end of a task that nobody will ever run, by the arguments that it would have had."""
+        named, tenant, model = (kwargs.get(name) or "" for name in ("webhook", "tenant", "model_name"))
+        if not named or not all(isinstance(text, str) for text in (named, tenant, model)):
+            return ()
+        try:
+            destination = self.book.resolve(named, tenant)
+        except InvalidInputError as error:
+            logger.warning(
+                "no webhook tells of the end of task %s, a step that never comes: %s",
+                end.task_id,
+                error,
+                extra={"action": "no_webhook"},
+            )
+            return ()
+        more = {"state": end.state, "finished_at": iso_time(self._now())}
+        if "terminal" not in destination.events:
+            return ()
+        return (self._webhook(destination, About(end.task_id, tenant, model), end.state, LAST, more),)
+
+    def _webhook(
+        self, destination: Destination, of: About, event: str, sequence: int, more: Mapping[str, Any]
+    ) -> Webhook:
+        return webhook(destination, of, event, sequence, self._now(), more, self._gateway_url)
+
+
+def about(request: Request) -> About:
+    """What is known of a task."""
+    headers = request.envelope.headers if request.envelope is not None else None
+    infer = request.infer
+    return About(
+        request.task_id,
+        infer.tenant if infer is not None else "",
+        request.model,
+        request.version,
+        headers.samphire_sent_at if headers is not None else None,
+        request.started_at,
+    )

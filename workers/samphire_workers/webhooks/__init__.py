@@ -1,0 +1,1 @@
+"""Deliveries of webhooks: to which endpoint now, how, and what follows from the answer."""
