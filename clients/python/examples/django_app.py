@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 from uuid import UUID
@@ -13,11 +14,25 @@ from django.conf import settings
 from django.core.wsgi import get_wsgi_application
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.urls import path, reverse
+from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_GET, require_POST
 
-from samphire import Client, InvalidInputError, ResultTimeoutError, SamphireError, TransientError
+from samphire import (
+    Client,
+    InvalidInputError,
+    ResultTimeoutError,
+    SamphireError,
+    TransientError,
+    WebhookVerificationError,
+)
+from samphire.webhooks import verify
 
 client = Client()  # SAMPHIRE_BROKER_URL; each worker process connects with its first use
+
+SECRETS = os.environ.get("WEBHOOK_SECRETS", "").split()
+"""As `samphire webhooks endpoints add` has shown them; several while one replaces another."""
+handled: dict[str, str] = {}
+"""Ids of webhooks and what they told; in an application a table with the id as its key."""
 
 
 def image_of(body: Any) -> Any:
@@ -78,6 +93,18 @@ def answer(_: HttpRequest, task_id: UUID) -> HttpResponse:
     return JsonResponse({**answer, **found})
 
 
-urlpatterns = [path("digits", enqueue), path("digits/<uuid:task_id>", answer, name="answer")]
+@csrf_exempt  # it is the signature that says who has sent it
+@require_POST
+def told(request: HttpRequest) -> HttpResponse:
+    """Take a webhook: what is signed and new is handled once; whatever else comes is refused."""
+    try:
+        event = verify(request.body, request.headers, SECRETS)
+    except WebhookVerificationError as error:
+        return JsonResponse({"error": str(error)}, status=400)
+    handled.setdefault(event.id, f"{event.type} {event.data.get('task_id')}")  # it may come again, under the same id
+    return JsonResponse({"handled": len(handled)})
+
+
+urlpatterns = [path("digits", enqueue), path("webhooks", told), path("digits/<uuid:task_id>", answer, name="answer")]
 settings.configure(ALLOWED_HOSTS=["localhost", "127.0.0.1"], ROOT_URLCONF=__name__)
 application = get_wsgi_application()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -14,7 +15,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from samphire import AsyncClient, ResultTimeoutError, SamphireError, TransientError
+from samphire import AsyncClient, ResultTimeoutError, SamphireError, TransientError, WebhookVerificationError
+from samphire.webhooks import verify
+
+SECRETS = os.environ.get("WEBHOOK_SECRETS", "").split()
+"""As `samphire webhooks endpoints add` has shown them; several while one replaces another."""
+handled: dict[str, str] = {}
+"""Ids of webhooks and what they told; in an application a table with the id as its key."""
 
 
 @asynccontextmanager
@@ -77,3 +84,14 @@ async def answer(task_id: UUID, request: Request) -> Any:
         raise HTTPException(404, "no digit")
     probabilities = result.outputs["probabilities"][0]
     return {**answer, "digit": int(probabilities.argmax()), "probability": float(probabilities.max())}
+
+
+@app.post("/webhooks")
+async def told(request: Request) -> Any:
+    """Take a webhook: what is signed and new is handled once; whatever else comes is refused."""
+    try:
+        event = verify(await request.body(), request.headers, SECRETS)
+    except WebhookVerificationError as error:
+        return JSONResponse({"error": str(error)}, 400)
+    handled.setdefault(event.id, f"{event.type} {event.data.get('task_id')}")  # it may come again, under the same id
+    return {"handled": len(handled)}

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 from uuid import UUID
 
 import numpy as np
 from flask import Flask, abort, request, url_for
 
-from samphire import Client, InvalidInputError, ResultTimeoutError, SamphireError, TransientError
+from samphire import (
+    Client,
+    InvalidInputError,
+    ResultTimeoutError,
+    SamphireError,
+    TransientError,
+    WebhookVerificationError,
+)
+from samphire.webhooks import verify
 
 app = Flask(__name__)
 client = Client()  # SAMPHIRE_BROKER_URL; each worker process connects with its first use
+
+SECRETS = os.environ.get("WEBHOOK_SECRETS", "").split()
+"""As `samphire webhooks endpoints add` has shown them; several while one replaces another."""
+handled: dict[str, str] = {}
+"""Ids of webhooks and what they told; in an application a table with the id as its key."""
 
 
 def image_of(body: Any) -> Any:
@@ -61,3 +75,14 @@ def answer(task_id: UUID) -> Any:
         abort(404)
     probabilities = result.outputs["probabilities"][0]
     return {**answer, "digit": int(probabilities.argmax()), "probability": float(probabilities.max())}
+
+
+@app.post("/webhooks")
+def told() -> Any:
+    """Take a webhook: what is signed and new is handled once; whatever else comes is refused."""
+    try:
+        event = verify(request.get_data(), request.headers, SECRETS)
+    except WebhookVerificationError as error:
+        return {"error": str(error)}, 400
+    handled.setdefault(event.id, f"{event.type} {event.data.get('task_id')}")  # it may come again, under the same id
+    return {"handled": len(handled)}
