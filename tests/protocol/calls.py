@@ -15,7 +15,18 @@ from samphire.transport.address import broker_of
 from samphire.transport.publisher import IdempotencyKey, Publisher
 from samphire.wire.keys import DEFAULT_NAMESPACE, Keys
 from samphire_broker.settings import Settings
-from samphire_broker.store import Later, Letter, LogEntry, OtherEnd, Settlement, Store, Turn, WorkerInfo
+from samphire_broker.store import (
+    Delivery,
+    Later,
+    Letter,
+    LogEntry,
+    OtherEnd,
+    Settlement,
+    Store,
+    Turn,
+    Webhook,
+    WorkerInfo,
+)
 from samphire_broker.store.calls import script_text as store_script_text
 
 Form = tuple[str, list[str], list[bytes]]
@@ -94,16 +105,18 @@ def _texts(args: Iterable[bytes]) -> list[str]:
 def _settlements(packed: bytes) -> list[Settlement]:
     found = []
     for task in msgspec.msgpack.decode(packed):
-        blobs, pushes, others, letter, retry, streamed = task[5] if len(task) > 5 else ((), (), (), (), (), ())
+        blobs, pushes, others, letter, retry, streamed, webhooks, delivery = task[5] if len(task) > 5 else ((),) * 8
         found.append(
             Settlement(
                 *task[:5],
                 blobs=tuple(blobs),
                 pushes=tuple((name, message) for name, message in pushes),
-                others=tuple(OtherEnd(*other) for other in others),
+                others=tuple(OtherEnd(*other[:4], tuple(other[4])) for other in others),
                 letter=Letter(*letter) if letter else (),
                 retry=Later(*retry) if retry else (),
                 streamed=tuple(streamed),
+                webhooks=tuple(Webhook(*entry) for entry in webhooks),
+                delivery=Delivery(*delivery) if delivery else (),
             )
         )
     return found

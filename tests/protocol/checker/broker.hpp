@@ -55,7 +55,7 @@ struct View {
   uint8_t attempts[TASKS] = {}, crashes[TASKS] = {}, losses[TASKS] = {}, shared[TASKS] = {}, is_tried[TASKS] = {};
   uint8_t stray_start = 0, lately = 0, alone = 0, alone_incarnation = 0;  // alone: 1 + the worker
   uint8_t lease[WORKERS] = {}, member[WORKERS] = {};                      // a bit for each incarnation
-  uint8_t cancel_requests = 0, letter_requests = 0, events = 0, parts = 0, follow_requests = 0;
+  uint8_t cancel_requests = 0, letter_requests = 0, events = 0, parts = 0, follow_requests = 0, webhooks = 0;
   uint8_t logged[TASKS] = {};  // entries of its log
   string log_fault;            // what is wrong with a log
   vector<Claim> claims;
@@ -201,6 +201,7 @@ inline View look(const Keyspace& keys) {
   read.count("inference.m", view.queued, view.sent_again);
   read.count("inference", view.in_intake, view.sent_again);
   view.parts = read.length("inference.parts");
+  view.webhooks = read.length("samphire.webhooks.h");
   for (int task = 0; task < TASKS; task++) look_at_task(read, task, view);
   for (int task = 0; task < TASKS; task++) look_at_log(read, task, view);
   view.lately = read.has("cancelled:lately");

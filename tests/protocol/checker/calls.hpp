@@ -5,6 +5,7 @@
 
 inline const string LISTS[2] = {"inference.m", "inference"};
 inline const string META = "celery-task-meta-", CLIENT_STREAM = "events:c", PART_LIST = "inference.parts";
+inline const string WEBHOOK_LIST = "samphire.webhooks.h";
 
 // A message begins with the names of its task and of the steps that follow; what is sent again is another message.
 inline string message_of(int task, int sending = 0) {
@@ -80,7 +81,8 @@ inline Call call_start(int worker, int incarnation, const Held& held) {
 inline std::pair<vector<string>, vector<string>> owed(int task, int ending) {
   vector<string> pushes, others;
   auto other = [](const string& state, const string& status) {
-    return packed_array({packed(TASK_NAMES[1]), packed(state), packed(meta_text(status, 1)), packed(CLIENT_STREAM)});
+    return packed_array({packed(TASK_NAMES[1]), packed(state), packed(meta_text(status, 1)), packed(CLIENT_STREAM),
+                         packed_array({})});
   };
   if (scene.chain && task == 0) {
     if (ending == SUCCEEDED) pushes.push_back(packed_array({packed(LISTS[0]), packed(message_of(1))}));
@@ -99,6 +101,10 @@ inline string settlement(const Held& held, int ending) {
   vector<string> parts = {packed(field_of(held)), packed(TASK_NAMES[task]), packed(ENDING_NAMES[ending]),
                           packed(meta_text(STATUS[ending], task, why)), packed(CLIENT_STREAM)};
   auto [pushes, others] = owed(task, ending);
+  vector<string> webhooks;
+  if (scene.hook && task == 0 && ending != RETRYING)
+    webhooks.push_back(packed_array(
+        {packed("w"), packed("h"), packed("w {\"samphire_watermark\":0}"), packed("")}));
   string letter = packed_array({}), retry = packed_array({}), streamed = packed_array({});
   if (ending == SUCCEEDED && held.outputs) streamed = packed_array({packed(held.outputs)});
   if (ending == FAILED)
@@ -106,9 +112,10 @@ inline string settlement(const Held& held, int ending) {
         {packed(TASK_NAMES[task]), packed("m"), packed("r"), packed("e"), packed(held.attempts + 1), packed("y")});
   if (ending == RETRYING) retry = packed_array({packed(1000000), packed("y")});
   bool has_streamed = ending == SUCCEEDED && held.outputs;
-  if (!pushes.empty() || !others.empty() || ending == FAILED || ending == RETRYING || has_streamed)
-    parts.push_back(
-        packed_array({packed_array({}), packed_array(pushes), packed_array(others), letter, retry, streamed}));
+  if (!pushes.empty() || !others.empty() || ending == FAILED || ending == RETRYING || has_streamed ||
+      !webhooks.empty())
+    parts.push_back(packed_array({packed_array({}), packed_array(pushes), packed_array(others), letter, retry, streamed,
+                                  packed_array(webhooks), packed_array({})}));
   return packed_array(parts);
 }
 
@@ -116,7 +123,7 @@ inline string settlement(const Held& held, int ending) {
 inline string errand_settlement(const Held& held) {
   string push = packed_array({packed(LISTS[0]), packed(message_of(0))}), none = packed_array({});
   return packed_array({packed(field_of(held)), packed(""), packed("succeeded"), packed(""), packed(""),
-                       packed_array({none, packed_array({push}), none, none, none, none})});
+                       packed_array({none, packed_array({push}), none, none, none, none, none, none})});
 }
 
 inline Call call_settle(int worker, int incarnation, const vector<string>& settlements) {

@@ -87,7 +87,7 @@ inline void begin_run(const Seen& seen, int task) {
   for (const auto& claim : seen.before.claims)
     state.starts[task] += claim.task == task && claim.started && !(state.failed[task] >> claim.sending & 1);
   state.runs[task]++;
-  if (task == 0) state.next_pushes = state.part_pushes = state.next_ran = 0;
+  if (task == 0) state.next_pushes = state.part_pushes = state.next_ran = state.webhooks = 0;
   if (scene.rewait && state.waits[task] == TOLD) state.waits[task] = WAITING;
 }
 
@@ -252,6 +252,10 @@ inline void watch_settled_push(const Seen& seen, const Effect& effect) {
     if (state.accepted[0]) monitors.violated("P8 first step pushed twice");
     state.accepted[0] = 1;
   }
+  if (effect.where == WEBHOOK_LIST && ++state.webhooks > 1) {
+    monitors.violated("P11 a webhook is put out twice in a run");
+    state.webhooks = 2;
+  }
   if (effect.where == PART_LIST && ++state.part_pushes > 1) {
     monitors.violated("P8 chord part pushed twice in a run");
     state.part_pushes = 2;
@@ -268,7 +272,7 @@ inline int messages_ended(const Seen& seen, int task) {
 inline void watch_effects(const Seen& seen) {
   for (const auto& effect : seen.done.effects)
     if (effect.kind == '!') monitors.violated("P10 an event is refused by the log, by " + seen.verb);
-  bool succeeded = false, next_pushed = false;
+  bool succeeded = false, next_pushed = false, ended = false;
   int failed_now = 0;  // bits of the tasks of which a run has failed in this call
   for (const auto& effect : seen.done.effects) {
     if (effect.kind == 'P' && effect.where.compare(0, META.size(), META) == 0) {
@@ -280,12 +284,16 @@ inline void watch_effects(const Seen& seen) {
       watch_published_end(seen, task, meta);
       if (meta == IS_FAILURE) failed_now |= 1 << task;
       succeeded |= task == 0 && meta == IS_SUCCESS;
+      ended |= task == 0;
     }
     if (seen.verb == "settle" && effect.kind == 'L') {
       next_pushed |= effect.where == LISTS[0] && scene.chain && task_of(effect.what) == 1;
       watch_settled_push(seen, effect);
     }
   }
+  // Of a task that is cancelled before it is claimed it is put out by whoever drops its message.
+  if (scene.hook && ended && seen.verb == "settle" && !seen.state.webhooks)
+    monitors.violated("P11 an end is committed without its webhook");
   if (scene.chain && succeeded && !next_pushed) monitors.violated("P8 ta succeeded and its next step was not pushed");
 }
 

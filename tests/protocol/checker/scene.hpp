@@ -36,6 +36,7 @@ struct Scene {
   int prealone = 0;         // tasks that were there at crashes before: bits of ta, tb, tc
   int epback = 0;           // an endpoint that died comes back
   int stream = 0;           // outputs that ta gives out, one after the other
+  int hook = 0;             // a webhook tells of the end of ta
   int follow = 0;           // somebody wishes to follow ta from the start on
   int rewait = 0;           // after a redrive the client waits again
   int live = 0;             // look for liveness as well
@@ -63,6 +64,7 @@ inline const std::map<string, int Scene::*> SCENE_SETTINGS = {{"tasks", &Scene::
                                                               {"prealone", &Scene::prealone},
                                                               {"epback", &Scene::epback},
                                                               {"stream", &Scene::stream},
+                                                              {"hook", &Scene::hook},
                                                               {"follow", &Scene::follow},
                                                               {"rewait", &Scene::rewait},
                                                               {"live", &Scene::live},
@@ -179,7 +181,7 @@ struct State {
   uint8_t young;          // the broker has just started: nobody is reaped
   uint8_t eta_passed, queue_known, resubmitted, submit;
   // what the monitors remember
-  uint8_t next_pushes, part_pushes, next_ran;
+  uint8_t next_pushes, part_pushes, next_ran, webhooks;
   uint8_t accepted[TASKS], waits[TASKS], cancel[TASKS], ends[TASKS], marked[TASKS], starts[TASKS], redriven[TASKS];
   uint8_t result_expired[TASKS], expired[TASKS], purge_run[TASKS], purge_wanted[TASKS], passed[TASKS], copies[TASKS];
   uint8_t runs[TASKS];

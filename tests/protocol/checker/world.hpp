@@ -104,6 +104,7 @@ inline void forget_what_was_lost(State& after) {
     if (!after.next_pushes) after.next_ran = 0;
   }
   after.part_pushes = view.parts;
+  after.webhooks = view.webhooks;
 }
 
 inline void rollback_steps(const Stepper& step) {
@@ -167,6 +168,7 @@ inline bool is_goal(const State& state) {
     if (state.cancel[task] == ASKED || places(view, task)) return false;
   }
   if (scene.chain && state.accepted[0] && state.waits[1] == WAITING) return false;
+  if (scene.hook && state.ends[0] && !state.webhooks) return false;
   for (const auto& worker : state.workers)  // a late copy may hang for ever where everything does
     for (const auto& held : worker.held)
       if (held.place != NOWHERE && !scene.hang) return false;
