@@ -25,6 +25,8 @@ COUNTS = (
     "unheard",
     "streams",
     "stream_restarts",
+    "webhooks",
+    "webhook_repeats",
     "left_behind",
     "burned",
     "re_executed",
@@ -122,6 +124,10 @@ def _remarks(found: dict[str, Any]) -> str:
     said.append(
         f"Streams that were read to a true end meanwhile: {found['streams']}; their readers were told "
         f"{found['stream_restarts']} times that outputs begin anew."
+    )
+    said.append(
+        f"Tasks whose webhook arrived meanwhile, at a receiver that was away at times: {found['webhooks']}; "
+        f"{found['webhook_repeats']} of them came again, under the same id."
     )
     letters = ", ".join(f"{name} {count}" for name, count in found["dead_lettered"].items())
     said.append(f"Dead letters: {letters or 'none'}.")

@@ -19,6 +19,7 @@ from tests.faults.client import answer
 from tests.faults.matrix import FAULTS
 from tests.faults.stand import NothingUnderWayError, Stand, until_async
 from tests.faults.streams import StreamReaders
+from tests.faults.webhooks import Webhooks
 
 CLIENTS = 2
 QUIET_TIMEOUT_S = 15.0
@@ -62,8 +63,12 @@ class Round:
     """Streams that were read to their end meanwhile."""
     stream_restarts: int = 0
     """Times that a reader was told that outputs begin anew."""
+    webhooks: int = 0
+    """Tasks whose webhook has arrived meanwhile."""
+    webhook_repeats: int = 0
+    """Webhooks that arrived again, under the same id."""
     failures: list[str] = field(default_factory=list)
-    """Trials, and streams, that did not end as they must."""
+    """Trials, streams and webhooks, that did not end as they must."""
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -98,12 +103,17 @@ async def run_round(
     await stand.load(clients)
     readers = StreamReaders(stand)
     readers.start()
+    webhooks = Webhooks(stand)
+    await webhooks.start()
     while result.trials + len(result.failures) < trials and result.met_nobody <= trials and may_go_on():
         await one_trial(stand, fault, result)
     await stand.all_ready()
     await readers.rest()
     result.streams, result.stream_restarts = readers.ended, readers.restarts
     result.failures += readers.untrue
+    await webhooks.rest()
+    result.webhooks, result.webhook_repeats = webhooks.arrived, webhooks.repeats
+    result.failures += webhooks.untrue
     await account(stand, result)
     result.seconds = time.monotonic() - began
     return result

@@ -21,7 +21,18 @@ from samphire import (
     BrokerUnavailableError,
 )
 from samphire.transport.direct import Script
-from samphire_broker.store import Appended, Claimed, LogEntry, Looked, OtherEnd, Settlement, Started, Store, Tried
+from samphire_broker.store import (
+    Appended,
+    Claimed,
+    LogEntry,
+    Looked,
+    OtherEnd,
+    Settlement,
+    Started,
+    Store,
+    Tried,
+    Webhook,
+)
 from samphire_broker.store.calls import VERBS, script_text
 from tests.proxy import Proxy, Where, cutting_proxy
 from tests.stacks import Valkey, running_valkey
@@ -153,6 +164,47 @@ async def serve_follows(s: Setting) -> None:
     await again(s.worker.store.serve_follows)
     assert not s.valkey.client.exists(KEYS.follows)
     assert s.valkey.client.xlen(KEYS.log_prefix + "a") == 1
+
+
+async def notify(s: Setting) -> None:
+    (claim,) = await s.claims("a")
+    webhook = Webhook("msg_1", "hook", '{"samphire_watermark":0}')
+    s.arm()
+    assert await again(lambda: s.worker.store.notify([(claim.field, "a", webhook)])) == 1
+    assert s.valkey.client.lrange("samphire.webhooks.hook", 0, -1) == [b'{"samphire_watermark":1}']
+    assert s.valkey.client.zrange(KEYS.waiting_deliveries("hook"), 0, -1) == [b"msg_1"]
+
+
+async def endpoints(s: Setting) -> None:
+    s.valkey.client.hset(KEYS.webhook_config, "hook", "{}")
+    s.arm()
+    assert await again(s.worker.store.endpoints) == {"hook": b"{}"}
+
+
+async def publish_webhook_policy(s: Setting) -> None:
+    s.arm()
+    await again(lambda: s.worker.store.publish_webhook_policy(b"{}"))
+    assert s.valkey.client.hget(KEYS.webhook_names, "*") == b"{}"
+
+
+async def endpoint_health(s: Setting) -> None:
+    s.valkey.client.hset(KEYS.webhook_health, "hook", "{}")
+    s.arm()
+    assert await again(lambda: s.worker.store.endpoint_health("hook")) == b"{}"
+
+
+async def keep_endpoint_health(s: Setting) -> None:
+    s.arm()
+    await again(lambda: s.worker.store.keep_endpoint_health("hook", b"{}", 50, b"warning"))
+    assert s.valkey.client.hget(KEYS.webhook_health, "hook") == b"{}"
+    assert s.valkey.client.xlen(KEYS.operator_events) == 1
+
+
+async def change_endpoint(s: Setting) -> None:
+    s.arm()
+    await again(lambda: s.worker.store.change_endpoint("hook", b"", b"{}", b"{}", b"event"))
+    assert s.valkey.client.hget(KEYS.webhook_config, "hook") == b"{}"
+    assert s.valkey.client.xlen(KEYS.operator_events) == 1
 
 
 async def release(s: Setting) -> None:
@@ -428,7 +480,8 @@ STORE_CASES: dict[str, Callable[[Setting], Awaitable[None]]] = {
         *(delete_results, serve_letters, publish_catalogue, others, connected, hostname, reap, leave),
         *(known_queues, name_queues, find_queues, read_blob, write_blob, tried, trim_letters, alone),
         *(lead, give_back, scheduled, broker_run, missing_rights, is_another_alone, end_others, enter, look_at_queues),
-        *(depths, append, serve_follows),
+        *(depths, append, serve_follows, notify, endpoints, publish_webhook_policy, endpoint_health),
+        *(keep_endpoint_health, change_endpoint),
     )
 }
 

@@ -69,5 +69,5 @@ def test_nothing_is_lost_and_nothing_published_twice(runner: asyncio.Runner, sta
     found = str(result)  # whole, where an object would be shown shortened
     assert not result.broken, found
     assert result.trials == 1 and result.held[0] > 0, found
-    assert result.streams, found
+    assert result.streams and result.webhooks, found
     assert not result.dead_lettered, found

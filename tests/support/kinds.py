@@ -14,4 +14,5 @@ async def _never(request: Any) -> None:
 
 
 _ENDINGS: Any = SimpleNamespace(return_chord_part=_never, start_canvas=_never)
-KINDS = Kinds(kinds_of(_ENDINGS))
+_DELIVERIES: Any = SimpleNamespace(run=_never, close_as=None)
+KINDS = Kinds(kinds_of(_ENDINGS, _DELIVERIES))
