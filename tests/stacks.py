@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,12 +100,12 @@ class Valkey:
 
 
 @contextlib.contextmanager
-def running_valkey(folder: Path, *options: str, port: int = 0) -> Iterator[Valkey]:
-    """A Valkey of its own, append-only like the stack's."""
+def running_valkey(folder: Path, *options: str, port: int = 0, before: Sequence[str] = ()) -> Iterator[Valkey]:
+    """A Valkey of its own, append-only like the stack's; `before` stands before its command."""
     need_servers()
     folder.mkdir(parents=True, exist_ok=True)
     port = choose_port(port, "")
-    command = [server_binary(), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
+    command = [*before, server_binary(), "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
     command += ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction", *options]
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(bound(command, "KILL"), stdout=log, stderr=log, start_new_session=True)
@@ -115,11 +115,11 @@ def running_valkey(folder: Path, *options: str, port: int = 0) -> Iterator[Valke
         yield Valkey(f"redis://127.0.0.1:{port}/0", client, process)
     finally:
         client.close()
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # what stands before its command may wait for it
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

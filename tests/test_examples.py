@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +96,8 @@ class Server:
     def get(self, path: str) -> Answer:
         return self._ask(Request(self.address + path))
 
-    def post(self, path: str, body: bytes) -> Answer:
-        return self._ask(Request(self.address + path, body, {"Content-Type": "application/json"}))
+    def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+        return self._ask(Request(self.address + path, body, {"Content-Type": "application/json", **(headers or {})}))
 
     def post_image(self, image: Any) -> Answer:
         return self.post("/digits", json.dumps({"image": image}).encode())
@@ -118,9 +118,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(framework: str, folder: Path, broker_url: str) -> Iterator[Server]:
-    """A web application on a free port."""
-    port = str(choose_port(0, ""))
+def serving(framework: str, folder: Path, broker_url: str, on_port: int = 0) -> Iterator[Server]:
+    """A web application, by default on a free port."""
+    port = str(choose_port(on_port, ""))
     with running(folder, broker_url, *(part.format(port=port) for part in SERVERS[framework])) as process:
         server = Server(f"http://127.0.0.1:{port}")
         eventually(lambda: server.answers() or process.poll() is not None, TIMEOUT_S, "the server's answer")

@@ -25,6 +25,8 @@ from samphire import Backoff, Client, InvalidInputError
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.flower import kept_password
 from samphire_broker.settings import Settings
+from samphire_broker.webhooks.endpoint import Endpoint
+from samphire_broker.webhooks.registry import open_registry
 from samphire_workers.monitoring.celery_events import EVENTS_A_TASK
 from tests.browser import open_page
 from tests.stacks import SAMPHIRE, Up, clean_environment, eventually, running_stack, running_valkey
@@ -245,6 +247,23 @@ def test_a_retried_task_is_shown(flower: Flower, client: Client) -> None:
     assert "not yet" in waiting["exception"] and waiting["name"] == "samphire.infer"
     task.result(TIMEOUT_S)
     assert flower.ended(task.id)["state"] == "SUCCESS"
+
+
+def test_a_webhook_that_does_not_arrive_is_shown(stack: Up, flower: Flower, client: Client) -> None:
+    """As a task of its own that has failed, with the reason and without its URL."""
+    settings = Settings(broker_url=stack.broker_url, data_dir=stack.data_dir)
+    with open_registry(settings) as registry:
+        registry.add(Endpoint("flower", "https://receiver.invalid/secret-token", schedule_s=(0.0,)), "v1")
+        try:
+            client.submit("identity", {"input_fp32": np.ones((1, 2), np.float32)}, webhook="flower").result(TIMEOUT_S)
+            ended = KEYS.ended_deliveries("flower")
+            eventually(lambda: registry.client.zcard(ended), TIMEOUT_S, "the end of the delivery")
+            (delivery,) = registry.client.zrange(ended, 0, -1)
+        finally:
+            registry.remove("flower")
+    info = flower.ended(delivery.decode())
+    assert (info["name"], info["state"]) == ("samphire.deliver", "FAILURE")
+    assert info["exception"] and "secret-token" not in json.dumps(info)
 
 
 @pytest.mark.parametrize("by", ["plain", "flower"])

@@ -153,7 +153,7 @@ def test_what_is_being_started_is_handed_back_too(valkey: Valkey) -> None:
 def test_a_kind_of_the_table_has_its_queue_served(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those that Samphire will have."""
     sums = Sums("sums")
-    monkeypatch.setattr(lane_module, "kinds_of", lambda endings: [*kinds_of(endings), sums.kind])
+    monkeypatch.setattr(lane_module, "kinds_of", lambda *parts: [*kinds_of(*parts), sums.kind])
 
     async def test() -> None:
         async with fake_triton("one") as triton, lane_worker(valkey.url, triton) as w:

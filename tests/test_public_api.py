@@ -46,20 +46,21 @@ TaskGoneError(SamphireError)
 TransientError(SamphireError)
 UnknownModelError(InvalidInputError)
 UnknownTaskError(SamphireError)
+WebhookVerificationError(SamphireError)
 WorkerCrashError(SamphireError)
 """
 
 CLASSES = """
 AsyncClient(broker_url=, *, namespace=, celery_key_prefix=, tenant=, queue_limit=, inline_limit_bytes=, \
 max_request_bytes=, blob_ttl_s=, idempotency_ttl_s=, validate=)
-    async chain(*stages, priority=, eta=, delay_s=, deadline_s=)
+    async chain(*stages, priority=, eta=, delay_s=, deadline_s=, webhook=)
     async close()
     dead_letters
     async for map(model, batches, *, return_exceptions=, progress=, window=, window_bytes=, version=, priority=, \
-outputs=, parameters=, deadline_s=)
+outputs=, parameters=, deadline_s=, webhook=)
     async signature(model)
     async submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=, \
-idempotency_key=, max_attempts=, backoff=, collect=)
+idempotency_key=, max_attempts=, backoff=, collect=, webhook=)
     task(task_id)
 AsyncTask
     async cancel(timeout_s=)
@@ -72,14 +73,14 @@ Attempt(at, worker, error, traceback=)
 Backoff(base_s=, cap_s=, jitter=)
 Client(broker_url=, *, namespace=, celery_key_prefix=, tenant=, queue_limit=, inline_limit_bytes=, \
 max_request_bytes=, blob_ttl_s=, idempotency_ttl_s=, validate=)
-    chain(*stages, priority=, eta=, delay_s=, deadline_s=)
+    chain(*stages, priority=, eta=, delay_s=, deadline_s=, webhook=)
     close()
     dead_letters
     map(model, batches, *, return_exceptions=, progress=, window=, window_bytes=, version=, priority=, outputs=, \
-parameters=, deadline_s=)
+parameters=, deadline_s=, webhook=)
     signature(model)
     submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=, \
-idempotency_key=, max_attempts=, backoff=, collect=)
+idempotency_key=, max_attempts=, backoff=, collect=, webhook=)
     task(task_id)
 DeadLetter(id, task_id, model, queue, reason, error, attempts, worker, died_at, run=, history=, message=, refusals=)
 InferResult(task_id, model_name, model_version, outputs, output_count=)
