@@ -24,6 +24,13 @@ class Part:
     """Appended to the names of its figures."""
 
 
+def _webhooks(name: Literal["outbox", "arrival"], stack: BenchStack, scale: float) -> Figures:
+    from benchmarks import webhooks  # a version that is compared with may have none
+
+    measure: Measure = getattr(webhooks, name)
+    return measure(stack, scale)
+
+
 PARTS: dict[str, Part] = {
     "direct": Part("everysec", rivals.direct),
     "latency": Part("everysec", measure.latency),
@@ -38,6 +45,8 @@ PARTS: dict[str, Part] = {
     "stall": Part("everysec", stall.stall),
     "idle": Part("everysec", idle.idle),
     "drain-always": Part("always", measure.drain, "_always"),
+    "webhooks": Part("always", functools.partial(_webhooks, "outbox")),
+    "webhook": Part("always", functools.partial(_webhooks, "arrival")),
     "fairness": Part("always", measure.fairness),  # as the stack runs by default
 }
 """In the order in which they run."""
@@ -110,6 +119,9 @@ RATIOS: dict[str, Ratio] = {
     "streams_200_lag_p99_ms": Ratio(("streams",), figure("streams_200_lag_p99_ms"), "<=", 100),
     "streams_200_slowest_per_s": Ratio(("streams",), figure("streams_200_slowest_per_s"), ">=", 9.9),
     "resume_p50_ms": Ratio(("resume",), figure("resume_p50_ms"), "<=", 100),
+    "webhooks_per_s": Ratio(("webhooks",), figure("webhooks_per_s"), ">=", 1000),
+    "webhook_p50_ms": Ratio(("webhook",), figure("webhook_p50_ms"), "<=", 20),
+    "webhook_p99_ms": Ratio(("webhook",), figure("webhook_p99_ms"), "<=", 250),
     "read_one_by_one_p50_ms": Ratio(("read-one-by-one",), figure("read_one_by_one_p50_ms")),
     "read_one_by_one_round_trips": Ratio(("read-one-by-one",), figure("read_one_by_one_round_trips")),
 }

@@ -19,6 +19,8 @@ from typing import Self
 import psutil
 import redis
 
+from samphire.wire.keys import Keys
+from samphire_broker.embedded.ports import choose_port
 from samphire_broker.settings import shipped_model_repository
 
 START_TIMEOUT_S = 120
@@ -40,6 +42,14 @@ class BenchStack:
     triton_grpc: str
     broker_pid: int
     worker_pid: int
+    data_dir: Path
+    webhook_ports: tuple[int, ...] = ()
+    """Where webhooks may go on loopback."""
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of the deployment."""
+        return Keys()
 
     def redis(self) -> redis.Redis:
         """A client of the broker."""
@@ -74,6 +84,12 @@ def standing_still(pids: Iterable[int]) -> Iterator[None]:
 def bench_stack(fsync: str) -> Iterator[BenchStack]:
     """Run `samphire up` with one worker; stopped at the end."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SAMPHIRE_")}
+    ports = (choose_port(0, ""), choose_port(0, ""))
+    environment |= {
+        "SAMPHIRE_WEBHOOK_SCHEMES": "http",
+        "SAMPHIRE_WEBHOOK_PORTS": ",".join(map(str, ports)),
+        "SAMPHIRE_WEBHOOK_ALLOW_PRIVATE": "true",
+    }
     known = subprocess.run([SAMPHIRE, "up", "--help"], capture_output=True, text=True, env=environment, check=True)
     with tempfile.TemporaryDirectory(prefix="samphire-bench-") as folder:
         ready_file = Path(folder) / "ready.json"
@@ -96,7 +112,9 @@ def bench_stack(fsync: str) -> Iterator[BenchStack]:
                 time.sleep(0.1)
             ready = json.loads(ready_file.read_text())
             pids = ready["pids"]
-            yield BenchStack(ready["broker_url"], ready["triton_grpc"], pids["broker"], pids["worker"][0])
+            data_dir = Path(folder) / "data"
+            pid = pids["worker"][0]
+            yield BenchStack(ready["broker_url"], ready["triton_grpc"], pids["broker"], pid, data_dir, ports)
         finally:
             process.terminate()
             process.wait()
