@@ -45,9 +45,9 @@ PARTS: dict[str, Part] = {
     "stall": Part("everysec", stall.stall),
     "idle": Part("everysec", idle.idle),
     "drain-always": Part("always", measure.drain, "_always"),
-    "webhooks": Part("always", functools.partial(_webhooks, "outbox")),
-    "webhook": Part("always", functools.partial(_webhooks, "arrival")),
     "fairness": Part("always", measure.fairness),  # as the stack runs by default
+    "webhook": Part("always", functools.partial(_webhooks, "arrival")),
+    "webhooks": Part("always", functools.partial(_webhooks, "outbox")),  # the endpoint that hangs leaves dead letters
 }
 """In the order in which they run."""
 

@@ -115,7 +115,8 @@ def running_valkey(folder: Path, *options: str, port: int = 0, before: Sequence[
         yield Valkey(f"redis://127.0.0.1:{port}/0", client, process)
     finally:
         client.close()
-        os.killpg(process.pid, signal.SIGTERM)  # what stands before its command may wait for it
+        with contextlib.suppress(ProcessLookupError):  # the test may have ended it
+            os.killpg(process.pid, signal.SIGTERM)  # what stands before its command may wait for it
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:

@@ -175,5 +175,13 @@ def test_every_repeated_action_is_one() -> None:
     folder = Path(worker_log.__file__).parent
     text = "".join(path.read_text() for path in folder.rglob("*.py") if path.name != "worker_log.py")
     assert all(f'"action": "{action}"' in text for action in REPEATED)
-    once = {"lookup_failed", "metrics_failed", "refusal_failed", "reload_failed", "seek_failed", "task_failed"}
+    once = {
+        "delivery_failed",
+        "lookup_failed",
+        "metrics_failed",
+        "refusal_failed",
+        "reload_failed",
+        "seek_failed",
+        "task_failed",
+    }
     assert set(re.findall(r'"action": "(\w+_failed)"', text)) - REPEATED == once | {"who_waits_failed"}
