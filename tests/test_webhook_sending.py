@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from samphire.webhooks.targets import REFUSED_ADDRESS, TargetPolicy
-from samphire_workers.webhooks.sending import KEPT_BYTES, Answer, Sender
+from samphire_workers.webhooks.sending import KEPT_BYTES, Answer, CheckedResolver, Sender
 from tests.support.dns import name_server
 from tests.support.lane import in_a_loop
 from tests.support.receiver import Received, Receiver, never, ok, raw, receiver, status
@@ -216,6 +216,11 @@ async def test_a_private_address_is_never_dialled() -> None:
 @in_a_loop
 async def test_of_several_addresses_only_public_ones_are_used() -> None:
     """[public, private]: the private one is not dialled, although somebody listens there."""
+    async with receiver() as to, name_server(lambda name: ["1.1.1.1", "127.0.0.1"]) as (server, _):
+        resolver = CheckedResolver(policy(to.port, private=False), (server,))
+        found = await resolver.resolve("mixed.example", to.port)
+        await resolver.close()
+        assert {node["host"] for node in found} == {"1.1.1.1"}
     async with receiver() as to, name_server(lambda name: ["192.0.2.1", "127.0.0.1"]) as (server, _):
         answer = await send(to, f"http://mixed.example:{to.port}/", private=False, nameservers=(server,))
         assert answer.error == REFUSED_ADDRESS and not to.connections  # 192.0.2.1 is for documentation

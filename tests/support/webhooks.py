@@ -48,7 +48,7 @@ class Hooks:
         """As an operator has them."""
         settings = Settings(broker_url=self.valkey.url, **self.settings(**more))
         with open_registry(settings) as registry:
-            yield Deliveries(registry, settings.broker.keys)
+            yield Deliveries(registry)
 
     def add(self, name: str, to: Receiver, *, signature: str = "v1", **options: Any) -> str:
         """Register an endpoint; returns its secret."""

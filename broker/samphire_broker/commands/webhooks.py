@@ -15,7 +15,14 @@ from samphire_broker.commands.output import FAILED, print_json, say, with_broker
 from samphire_broker.settings import read_settings
 from samphire_broker.shown import shown
 from samphire_broker.webhooks.deliveries import Deliveries, DeliveryState
-from samphire_broker.webhooks.endpoint import CONCURRENCY_MAX, EVENTS, RESULT_BYTES_MAX, Endpoint, check_schedule
+from samphire_broker.webhooks.endpoint import (
+    CONCURRENCY_MAX,
+    EVENTS,
+    RESULT_BYTES_MAX,
+    Endpoint,
+    check_schedule,
+    failing_text,
+)
 from samphire_broker.webhooks.registry import GRACE_S, SIGNATURES, EndpointState, Registry, Shown, open_registry
 
 
@@ -35,12 +42,10 @@ def with_registry(command: Callable[..., None]) -> Callable[..., None]:
 def with_deliveries(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the deliveries, and `--json`."""
 
-    @with_broker_url
+    @with_registry
     @functools.wraps(command)
-    def run(broker_url: str | None, **kwargs: Any) -> None:
-        settings = read_settings() if broker_url is None else read_settings(broker_url=broker_url)
-        with open_registry(settings) as registry:
-            command(Deliveries(registry, settings.broker.keys), **kwargs)
+    def run(registry: Registry, **kwargs: Any) -> None:
+        command(Deliveries(registry), **kwargs)
 
     return run
 
@@ -119,13 +124,8 @@ def list_endpoints(registry: Registry, *, as_json: bool) -> None:
             continue
         endpoint = state.endpoint
         what = f"default secret of {endpoint.tenant or 'tasks without a tenant'}" if not endpoint.url else endpoint.url
-        told = f"disabled ({endpoint.disabled})" if endpoint.disabled else _fares(state)
+        told = f"disabled ({endpoint.disabled})" if endpoint.disabled else failing_text(state.health) or "ok"
         click.echo(shown(f"{endpoint.name:<24} {what}  {told}, {state.waiting} waiting"))
-
-
-def _fares(state: EndpointState) -> str:
-    failures = state.health.get("failures")
-    return f"failing, {failures} times in a row: {state.health.get('last_error')}" if failures else "ok"
 
 
 def _fields(state: EndpointState) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from redis.exceptions import RedisError
 
 from samphire.transport.address import Broker
 from samphire.transport.connection import client_of, key_text, translate
+from samphire.wire.endpoints import POLICY
 from samphire.wire.keys import INTAKE, PRIORITY_STEPS, Keys, known_form, queue_lists
+from samphire_broker.webhooks.endpoint import failing_text
 
 TIMEOUT_S = 5.0
 SCAN_PAGE = 1000
@@ -115,7 +117,7 @@ def _endpoints(client: Any, keys: Keys) -> list[EndpointSeen]:
     public = {key_text(name): msgspec.json.decode(raw) for name, raw in client.hgetall(keys.webhook_names).items()}
     health = {key_text(name): msgspec.json.decode(raw) for name, raw in client.hgetall(keys.webhook_health).items()}
     marked = {key_text(name) for name in client.hkeys(keys.webhook_marks)}
-    names = sorted(marked | health.keys() | {name for name in public if not name.startswith(("@", "*"))})
+    names = sorted(marked | health.keys() | {name for name in public if not name.startswith(("@", POLICY))})
     with client.pipeline(transaction=False) as pipe:
         for name in names:
             pipe.zcard(keys.waiting_deliveries(name))
@@ -123,8 +125,7 @@ def _endpoints(client: Any, keys: Keys) -> list[EndpointSeen]:
     found = []
     for name, count in zip(names, waiting, strict=True):
         trouble = "disabled" if public.get(name, {}).get("disabled") else ""
-        if not trouble and (failures := health.get(name, {}).get("failures")):
-            trouble = f"failing, {failures} times in a row: {health[name].get('last_error', '')}"
+        trouble = trouble or failing_text(health.get(name, {}))
         if count or trouble:
             found.append(EndpointSeen(name, int(count), trouble))
     return found

@@ -8,6 +8,8 @@ import msgspec
 
 from samphire.transport.connection import key_text
 from samphire.transport.direct import Argument
+from samphire.wire.endpoints import POLICY
+from samphire.wire.keys import Keys
 from samphire_broker.store.calls import Calls
 from samphire_broker.store.records import Webhook
 
@@ -31,7 +33,7 @@ class Outbox(Calls):
 
     async def publish_webhook_policy(self, policy: bytes) -> None:
         """Tell clients which URLs are taken, JSON."""
-        await self._rest.execute("HSET", self.keys.webhook_names, "*", policy)
+        await self._rest.execute("HSET", self.keys.webhook_names, POLICY, policy)
 
     async def endpoint_health(self, endpoint: str) -> bytes | None:
         """How an endpoint fares, JSON; None: well."""
@@ -47,10 +49,9 @@ class Outbox(Calls):
     async def change_endpoint(self, name: str, before: bytes, after: bytes, public: bytes, event: bytes) -> bool:
         """Change what is set of an endpoint, and tell operators; False where it was changed by somebody else."""
         args: list[Argument] = [name, before, after, public, event, OPERATOR_EVENTS_MAX, 0]
-        return bool(await self._run("endpoint", endpoint_keys(self), args))
+        return bool(await self._run("endpoint", endpoint_keys(self.keys), args))
 
 
-def endpoint_keys(calls: Calls) -> list[str]:
+def endpoint_keys(keys: Keys) -> list[str]:
     """The keys of `endpoint.lua`."""
-    keys = calls.keys
     return [keys.webhook_config, keys.webhook_names, keys.webhook_warned, keys.operator_events]

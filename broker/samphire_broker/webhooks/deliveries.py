@@ -14,7 +14,6 @@ from samphire.transport.connection import key_text
 from samphire.wire import keys as names
 from samphire.wire.contract import DELIVER_TASK, DeliveryRequest, Replay
 from samphire.wire.envelope import decode_delivery, decode_envelope, encode_task
-from samphire.wire.keys import Keys
 from samphire_broker.webhooks.registry import Registry
 
 MESSAGE_BYTES = 4 * 2**20
@@ -48,10 +47,10 @@ class DeliveryState(NamedTuple):
 class Deliveries:
     """The deliveries of a deployment, for an operator."""
 
-    def __init__(self, registry: Registry, keys: Keys) -> None:
+    def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._client: Any = registry.client  # redis-py's types leave open what it answers with
-        self._keys = keys
+        self._keys = registry.keys
 
     def of(self, endpoint: str, limit: int = 50) -> Iterator[DeliveryState]:
         """The newest deliveries to an endpoint, those first that have not ended."""

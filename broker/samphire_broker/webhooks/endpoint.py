@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -84,6 +84,12 @@ decode_endpoint = msgspec.json.Decoder(Endpoint).decode
 def public_of(endpoint: Endpoint) -> Public:
     """What producers may read."""
     return Public(endpoint.tenant, bool(endpoint.disabled), bool(endpoint.secrets))
+
+
+def failing_text(health: Mapping[str, Any]) -> str:
+    """How an endpoint fares, for people: by what is kept of it, {} for well; "" for well."""
+    failures = health.get("failures")
+    return f"failing, {failures} times in a row: {health.get('last_error', '')}" if failures else ""
 
 
 def ad_hoc_name(tenant: str, target: Target) -> str:

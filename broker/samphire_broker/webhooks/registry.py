@@ -20,7 +20,7 @@ from samphire.wire.keys import WEBHOOKS, delivery_queue
 from samphire_broker.inspection.overview import broker_connection
 from samphire_broker.settings import Settings
 from samphire_broker.store.calls import script_text
-from samphire_broker.store.outbox import OPERATOR_EVENTS_MAX
+from samphire_broker.store.outbox import OPERATOR_EVENTS_MAX, endpoint_keys
 from samphire_broker.webhooks.endpoint import (
     RESULT_BYTES_MAX,
     Endpoint,
@@ -77,9 +77,10 @@ class Registry:
     def __init__(self, client: redis.Redis, settings: Settings) -> None:
         self._client: Any = client  # redis-py's types leave open what it answers with
         self._settings = settings
-        self._keys = settings.broker.keys
+        self.keys = settings.broker.keys
+        """Names of the deployment's keys."""
         self._box = settings.secret_box()
-        self._change = client.register_script(script_text("endpoint", self._keys))
+        self._change = client.register_script(script_text("endpoint", self.keys))
 
     @property
     def client(self) -> redis.Redis:
@@ -89,14 +90,14 @@ class Registry:
 
     def endpoints(self) -> list[EndpointState]:
         """All endpoints, and the default secrets (their names begin with `@`), by name."""
-        names = sorted(key_text(name) for name in self._client.hkeys(self._keys.webhook_config))
+        names = sorted(key_text(name) for name in self._client.hkeys(self.keys.webhook_config))
         return [self.state(name) for name in names]
 
     def state(self, name: str) -> EndpointState:
         """One of them; raises NoSuchEndpointError."""
         endpoint, _ = self._read(name)
-        health = self._client.hget(self._keys.webhook_health, name)
-        waiting = int(self._client.zcard(self._keys.waiting_deliveries(name)))
+        health = self._client.hget(self.keys.webhook_health, name)
+        waiting = int(self._client.zcard(self.keys.waiting_deliveries(name)))
         return EndpointState(endpoint, waiting, msgspec.json.decode(health) if health else {})
 
     def add(self, endpoint: Endpoint, signature: str) -> Shown:
@@ -169,7 +170,7 @@ class Registry:
     def enable(self, name: str) -> int:
         """Send to it again, at once and what waits too, whatever had failed before; how many those are."""
         now = self._now()
-        self._client.hdel(self._keys.webhook_health, name)
+        self._client.hdel(self.keys.webhook_health, name)
         self._update(
             name,
             lambda endpoint: msgspec.structs.replace(endpoint, disabled="", enabled_at=now),
@@ -177,7 +178,7 @@ class Registry:
             forget=True,
         )
         self.wake(name)
-        return int(self._client.zcard(self._keys.waiting_deliveries(name)))
+        return int(self._client.zcard(self.keys.waiting_deliveries(name)))
 
     def remove(self, name: str) -> int:
         """Remove an endpoint; each of its deliveries becomes a dead letter, and how many those are is returned."""
@@ -187,20 +188,20 @@ class Registry:
                 break
         else:
             raise ChangedMeanwhileError(f"{name!r} is changed by others again and again: try again")
-        self._client.hdel(self._keys.webhook_health, name)
-        waiting = self._keys.waiting_deliveries(name)
+        self._client.hdel(self.keys.webhook_health, name)
+        waiting = self.keys.waiting_deliveries(name)
         ids = self._client.zrange(waiting, 0, -1)
         for first in range(0, len(ids), 500):  # what waits for its next attempt ends now, with the rest
             now = dict.fromkeys(ids[first : first + 500], self._now())
-            self._client.zadd(self._keys.scheduled, now, xx=True)
+            self._client.zadd(self.keys.scheduled, now, xx=True)
         self.wake(name)
         return len(ids)
 
     def wake(self, name: str = "") -> None:
         """Tell workers that there is something to deliver to an endpoint, or (without a name) by hand."""
         queue = delivery_queue(name) if name else WEBHOOKS
-        self._client.sadd(self._keys.queues, queue)
-        self._client.publish(self._keys.wake_channel, queue)
+        self._client.sadd(self.keys.queues, queue)
+        self._client.publish(self.keys.wake_channel, queue)
 
     # -- the parts ----------------------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ class Registry:
 
     def _policy(self) -> Policy:
         """Which URLs are taken: as the workers say it, since they send; else as it is set here."""
-        told = self._client.hget(self._keys.webhook_names, POLICY)
+        told = self._client.hget(self.keys.webhook_names, POLICY)
         return decode_policy(told) if told else self._settings.webhook_policy()
 
     def _check_keys(self) -> None:
@@ -238,7 +239,7 @@ class Registry:
         return Shown(tuple(shown)), tuple(secrets)
 
     def _read(self, name: str) -> tuple[Endpoint, bytes]:
-        raw = self._client.hget(self._keys.webhook_config, name)
+        raw = self._client.hget(self.keys.webhook_config, name)
         if raw is None:
             raise NoSuchEndpointError(
                 f"no webhook endpoint {name[:100]!r}; `samphire webhooks endpoints list` shows them"
@@ -258,10 +259,10 @@ class Registry:
     def _write(
         self, name: str, before: bytes, after: Endpoint | None, *, event: bytes = b"", forget: bool = False
     ) -> bool:
-        keys = self._keys
-        names = [keys.webhook_config, keys.webhook_names, keys.webhook_warned, keys.operator_events]
         made = (b"", b"") if after is None else (encode(after), encode(public_of(after)))
-        done = bool(self._change(names, [name, before, *made, event, OPERATOR_EVENTS_MAX, int(forget)]))
+        done = bool(
+            self._change(endpoint_keys(self.keys), [name, before, *made, event, OPERATOR_EVENTS_MAX, int(forget)])
+        )
         if done:
             self.wake()
         return done

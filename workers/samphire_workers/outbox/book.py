@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from samphire.errors import InvalidInputError, SamphireError
-from samphire.webhooks.targets import Target, check_url, is_url
+from samphire.webhooks.targets import check_url, is_url
 from samphire.wire.endpoints import check_webhook, default_secret_name, name_of
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store
@@ -73,10 +73,6 @@ class EndpointBook:
         """What signs for an endpoint: its own secrets, or the default ones of a tenant."""
         return self.get(default_secret_name(tenant) if name.startswith(AD_HOC) else name)
 
-    def target_of(self, url: str) -> Target:
-        """Where a URL leads; raises InvalidInputError where webhooks do not go there."""
-        return check_url(url, self._policy)
-
     def resolve(self, webhook: str, tenant: str) -> Destination:
         """Who is told of a task that names this.
 
@@ -93,7 +89,7 @@ class EndpointBook:
         check_webhook(webhook, tenant, None if found is None else public_of(found), self._policy)
         assert found is not None
         if is_url(webhook):
-            target = self.target_of(webhook)
+            target = check_url(webhook, self._policy)
             return Destination(ad_hoc_name(tenant, target), target.url, ("terminal",), found.result_bytes, False)
         return Destination(found.name, "", found.events, found.result_bytes, found.ordered)
 

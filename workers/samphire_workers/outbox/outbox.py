@@ -30,7 +30,7 @@ class Outbox:
     """
 
     def __init__(self, book: EndpointBook, now: Callable[[], float], gateway_url: str) -> None:
-        self.book = book
+        self._book = book
         self._now = now
         self._gateway_url = gateway_url
 
@@ -39,16 +39,16 @@ class Outbox:
     ) -> tuple[Webhook, ...]:
         """What tells of a task's end; nothing where nobody is to be told."""
         destination = request.destination
-        if destination is None or "terminal" not in destination.events:
+        if destination is None:
             return ()
-        more: dict[str, Any] = {"state": state, "finished_at": iso_time(self._now())}
+        more: dict[str, Any] = {}
         if error is not None:
             more["error"] = error
         if answer is not None and destination.result_bytes:
             encoded = _encode(answer)
             if len(encoded) <= destination.result_bytes:
                 more["result"] = msgspec.Raw(encoded)
-        return (self._webhook(destination, about(request), state, LAST, more),)
+        return self._of_end(destination, about(request), state, more)
 
     def of_event(self, request: Request, event: Event, number: int, more: Mapping[str, Any]) -> Webhook | None:
         """What tells of a task under way, where somebody is to be told.
@@ -71,7 +71,7 @@ class Outbox:
         if not named or not all(isinstance(text, str) for text in (named, tenant, model)):
             return ()
         try:
-            destination = self.book.resolve(named, tenant)
+            destination = self._book.resolve(named, tenant)
         except InvalidInputError as error:
             logger.warning(
                 "no webhook tells of the end of task %s, a step that never comes: %s",
@@ -80,10 +80,13 @@ class Outbox:
                 extra={"action": "no_webhook"},
             )
             return ()
-        more = {"state": end.state, "finished_at": iso_time(self._now())}
+        return self._of_end(destination, About(end.task_id, tenant, model), end.state, {})
+
+    def _of_end(self, destination: Destination, of: About, state: str, more: Mapping[str, Any]) -> tuple[Webhook, ...]:
         if "terminal" not in destination.events:
             return ()
-        return (self._webhook(destination, About(end.task_id, tenant, model), end.state, LAST, more),)
+        told = {"state": state, "finished_at": iso_time(self._now()), **more}
+        return (self._webhook(destination, of, state, LAST, told),)
 
     def _webhook(
         self, destination: Destination, of: About, event: str, sequence: int, more: Mapping[str, Any]

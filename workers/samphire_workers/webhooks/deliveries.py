@@ -124,8 +124,7 @@ class Deliveries:
         if answer is None:
             await self._ledger.release([request])
             return
-        counts = led is not None and not delivery.replay
-        if led is not None and counts:
+        if led is not None and not delivery.replay:
             try:
                 await self._note(led, endpoint, answer)
             except SamphireError as error:

@@ -40,8 +40,6 @@ class Health(msgspec.Struct, omit_defaults=True):
     throttled_until: float = 0.0
     throttled: int = 0
     """How often in a row."""
-    origin: str = ""
-    """Scheme, host and port."""
 
     @property
     def is_well(self) -> bool:

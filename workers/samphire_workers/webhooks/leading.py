@@ -8,6 +8,7 @@ that is lost is none any more once what it held is back in its queue.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 
@@ -49,8 +50,6 @@ class LedEndpoint:
         """By the monotonic clock."""
         self.was_gone = False
         """It has answered 410, and what is set of it does not say so yet."""
-        self.is_kept = True
-        """Whether how it fares stands on the broker as it is here."""
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -181,11 +180,9 @@ class Leading:
                 led.look_at = time.monotonic() + LOOK_AGAIN_S
                 if await self._look_at(led):
                     self._watch.wake()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self._some.wait()
-            except TimeoutError:
-                pass
 
     async def _look_at(self, led: LedEndpoint) -> bool:
         """Whether there is an endpoint more to claim for."""
@@ -225,12 +222,8 @@ class Leading:
             return
         if self._ledger.limits.held(model):
             return
-        led.is_led = False
-        if led.is_own:
-            try:
-                await self._store.lead(model, give_back=True)
-            except SamphireError:
-                return  # it is tried again
+        if not await self._lead_no_more(led):
+            return  # it is tried again
         if led.timer is not None:
             led.timer.cancel()
         if model in self._gone:
@@ -241,9 +234,15 @@ class Leading:
         """Claim nothing more: another worker may lead, once what is held here has ended."""
         self._stopping = True
         for led in self._known.values():
-            led.is_led = False
-            if led.is_own:
-                try:
-                    await self._store.lead(led.model, give_back=True)
-                except SamphireError:
-                    return  # whoever takes over does so once this worker has left
+            if not await self._lead_no_more(led):
+                return  # whoever takes over does so once this worker has left
+
+    async def _lead_no_more(self, led: LedEndpoint) -> bool:
+        """Claim nothing more for an endpoint, and tell the broker so; False where the broker is not reached."""
+        led.is_led = False
+        if led.is_own:
+            try:
+                await self._store.lead(led.model, give_back=True)
+            except SamphireError:
+                return False
+        return True

@@ -8,7 +8,6 @@ of the answer no more than its beginning is read.
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import socket
 import ssl
@@ -25,8 +24,6 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from samphire.errors import InvalidInputError
 from samphire.webhooks.targets import REFUSED_ADDRESS, TargetPolicy, check_url, why_refused
-
-logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 512
 """Of an answer so much is read and kept."""

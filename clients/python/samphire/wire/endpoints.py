@@ -63,7 +63,7 @@ def check_webhook(webhook: str, tenant: str, found: Public | None, policy: Targe
     if is_url(webhook):
         check_url(webhook, policy)
         if found is None or not found.has_secret:
-            raise InvalidInputError(no_default_secret(tenant))
+            raise InvalidInputError(_no_default_secret(tenant))
     elif found is None or found.tenant not in ("", tenant):
         raise InvalidInputError(
             f"no webhook endpoint {webhook[:100]!r} for this tenant; `samphire webhooks endpoints list` shows those "
@@ -71,7 +71,7 @@ def check_webhook(webhook: str, tenant: str, found: Public | None, policy: Targe
         )
 
 
-def no_default_secret(tenant: str) -> str:
+def _no_default_secret(tenant: str) -> str:
     """What is said where a task names a URL and nothing could sign for it."""
     whose = f" --tenant {tenant}" if tenant else ""
     return (
