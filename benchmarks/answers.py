@@ -125,11 +125,16 @@ class Ends:
 
 def unsettled(server: redis.Redis, queue: str = QUEUE) -> int:
     """Tasks of a queue that are queued, and all that are in flight."""
-    inflight = 0
-    for namespace in NAMESPACES:
-        workers: Any = server.smembers(f"{namespace}workers")
-        inflight += sum(int(server.hlen(f"{namespace}worker:{worker.decode()}:inflight")) for worker in workers)
-    return int(server.llen(queue + NORMAL)) + inflight
+    workers = [(namespace, name.decode()) for namespace in NAMESPACES for name in _members(server, namespace)]
+    with server.pipeline(transaction=True) as at_once:  # what a worker claims between two looks would be in neither
+        at_once.llen(queue + NORMAL)
+        for namespace, name in workers:
+            at_once.hlen(f"{namespace}worker:{name}:inflight")
+        return sum(at_once.execute())
+
+
+def _members(server: redis.Redis, namespace: str) -> Any:
+    return server.smembers(f"{namespace}workers")
 
 
 def check_backlog(server: redis.Redis, messages: Sequence[bytes], ends: Counter[str]) -> None:

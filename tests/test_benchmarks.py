@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -26,6 +27,7 @@ from benchmarks.answers import (
     check_once,
     queued,
     rows,
+    unsettled,
 )
 from benchmarks.parts import PARTS, RATIOS, measured, parts_of
 from benchmarks.spread import ratios, spread, verdict
@@ -230,6 +232,31 @@ def test_a_backlog_is_looked_at_task_by_task(valkey: Valkey) -> None:
         server.set("celery-task-meta-t2", json.dumps(meta))
         with pytest.raises(WrongAnswerError, match="a wrong one: t2"):
             check_backlog(server, messages, counted)
+
+
+def test_what_is_claimed_during_a_look_is_in_it(valkey: Valkey) -> None:
+    """A backlog is not gone before its last message is settled: it is queued, or some worker has it."""
+    queue, lease = QUEUE + NORMAL, "samphire:worker:w1:inflight"
+    valkey.client.sadd("samphire:workers", "w1")
+    valkey.client.lpush(queue, "message")
+    stop, claims = threading.Event(), Counter[str]()
+
+    def claim() -> None:
+        while not stop.is_set():
+            with valkey.client.pipeline() as taken:
+                taken.lpop(queue).hset(lease, "1", "message").execute()
+            with valkey.client.pipeline() as back:
+                back.hdel(lease, "1").lpush(queue, "message").execute()
+            claims["w1"] += 1
+
+    worker = threading.Thread(target=claim)
+    worker.start()
+    try:
+        looks = Counter(unsettled(valkey.client) for _ in range(1000))
+    finally:
+        stop.set()
+        worker.join()
+    assert looks == {1: 1000} and claims["w1"]
 
 
 # -- on a GPU -----------------------------------------------------------------------------------------
