@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from celery import Celery
 
 from samphire import (
     AsyncClient,
@@ -36,6 +35,7 @@ from samphire_workers.triton.messages import Tensor, infer_request
 from tests.stacks import Up, eventually, only, running_stack, samphire, standing_still
 from tests.support.lane import in_a_loop
 from tests.support.names import KEYS
+from tests.support.plain import plain_celery
 from tests.test_flower import connect
 from tests.test_streams import ENDS
 
@@ -167,9 +167,8 @@ def test_a_result_is_there_after_its_stream_was_read(own_stack: Up) -> None:
 
 def test_a_plain_producer_and_a_chain_get_collected_outputs(own_stack: Up) -> None:
     """Joined along the first dimension; the next step of a chain takes them all."""
-    app = Celery("plain", broker=own_stack.broker_url, backend=own_stack.broker_url)
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["one two three"]}
-    with app:
+    with plain_celery(own_stack.broker_url) as app:
         sent = app.send_task(INFER_TASK, kwargs={"model_name": "token_stream", "inputs": [tensor]}, queue="inference")
         answer = sent.get(timeout=60)
     outputs = {output["name"]: output["data"] for output in answer["outputs"]}

@@ -14,6 +14,7 @@ def plain_celery(url: str) -> Iterator[Celery]:
     """An application whose connections are all closed at the end."""
     with Celery("plain", broker=url, backend=url, set_as_current=False) as app:
         app.conf.result_chord_join_timeout = 10
+        app.conf.result_backend_thread_safe = True  # one backend for all threads: what each subscribes to ends here
         try:
             yield app
         finally:
