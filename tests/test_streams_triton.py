@@ -7,7 +7,7 @@ import json
 import random
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from math import inf
 from pathlib import Path
@@ -29,7 +29,8 @@ from samphire import (
     TaskEvent,
 )
 from samphire.wire.contract import INFER_TASK
-from samphire_workers.triton.endpoint import Endpoint, Running
+from samphire_workers.triton.calls import Running
+from samphire_workers.triton.endpoint import CONTROL_TIMEOUT_S, Endpoint
 from samphire_workers.triton.errors import GivenUpError
 from samphire_workers.triton.messages import Tensor, infer_request
 from tests.stacks import Up, eventually, only, running_stack, samphire, standing_still
@@ -37,6 +38,7 @@ from tests.support.lane import in_a_loop
 from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 from tests.test_flower import connect
+from tests.test_outages import held
 from tests.test_streams import ENDS
 
 
@@ -271,20 +273,43 @@ async def test_kill_9_of_a_worker_and_of_triton_mid_stream(own_stack: Up) -> Non
             )
 
 
+@in_a_loop
+async def test_streams_of_a_server_that_hangs_are_not_cancelled_there(own_stack: Up, tmp_path: Path) -> None:
+    """Triton may die of it as it goes on: each runs to its end for nobody, while its task begins anew."""
+    log = tmp_path / "log"
+    async with AsyncClient(own_stack.broker_url) as client:
+        tasks = [
+            await client.submit("streamer", plan(outputs=80, interval_s=0.1, log=str(log), name=str(number)))
+            for number in range(5)
+        ]
+        await asyncio.to_thread(eventually, lambda: log.exists() and log.read_text().count("begin") == 5, 20, "a start")
+        pid = own_stack.ready["pids"]["triton"]
+        with standing_still(pid), own_stack.redis() as server:
+            await asyncio.to_thread(eventually, lambda: not held(server), CONTROL_TIMEOUT_S + 5, "their return")
+        for task in tasks:
+            events = await all_of(task)
+            check_whole(events)
+            assert events[-1].kind == "succeeded"
+        await asyncio.to_thread(eventually, lambda: not _running(log), 20, "the end of all at the model")
+        assert own_stack.ready["pids"]["triton"] == pid
+        assert "cancelled" not in log.read_text()
+
+
 @pytest.mark.parametrize("quiet_s", [0.0, 0.1])
+@pytest.mark.parametrize("give_up", [Running.stop, Running.leave])
 @in_a_loop
 async def test_a_stream_that_is_given_up_while_it_connects_ends(
-    quiet_s: float, monkeypatch: pytest.MonkeyPatch
+    give_up: Callable[[Running, SamphireError], None], quiet_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every step of its start, and when a connection stands; the server takes it, and says nothing."""
-    monkeypatch.setattr("samphire_workers.triton.endpoint.QUIET_S", quiet_s)
+    monkeypatch.setattr("samphire_workers.triton.calls.QUIET_S", quiet_s)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for steps in range(8):
             running = Running()
             async with asking(f"127.0.0.1:{silent.getsockname()[1]}", running) as reading:
                 for _ in range(steps):
                     await asyncio.sleep(0)
-                running.stop(GivenUpError("nobody waits for it"))
+                give_up(running, GivenUpError("nobody waits for it"))
                 done, _ = await asyncio.wait({reading}, timeout=30)
                 assert done, steps
                 with pytest.raises(GivenUpError, match="nobody waits"):

@@ -26,7 +26,8 @@ from samphire_workers.settlement.consequences import Model, consequence_of
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.settlement.outcome import TimeLimitError
 from samphire_workers.triton.answers import check_answer
-from samphire_workers.triton.endpoint import Endpoint, Running
+from samphire_workers.triton.calls import Running
+from samphire_workers.triton.endpoint import Endpoint
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.triton.errors import GivenUpError, StalledError
 from samphire_workers.triton.messages import Tensor

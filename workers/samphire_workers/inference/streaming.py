@@ -21,7 +21,8 @@ from samphire_workers.settlement import outcome
 from samphire_workers.settlement.endings import Endings
 from samphire_workers.settlement.log_writer import ClaimLostError, TaskLog
 from samphire_workers.triton.answers import check_answer
-from samphire_workers.triton.endpoint import Endpoint, Running
+from samphire_workers.triton.calls import Running
+from samphire_workers.triton.endpoint import Endpoint
 from samphire_workers.triton.messages import Tensor
 
 PROGRESS, MESSAGE = "samphire_progress", "samphire_message"

@@ -17,7 +17,6 @@ import grpc.aio
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from samphire.errors import (
-    EndpointTimeoutError,
     EndpointUnavailableError,
     InvalidInputError,
     ModelFaultError,
@@ -26,21 +25,22 @@ from samphire.errors import (
     UnknownModelError,
 )
 from samphire.wire.signature import ModelSignature, TensorSpec
-from samphire_workers.triton.errors import StalledError, UnclearUnavailableError, translate, translate_text
+from samphire_workers.triton.calls import (
+    END_S,
+    GIVEN_UP,
+    LEFT_S,
+    SPARE_S,
+    Reader,
+    Running,
+    Watch,
+    is_cancelled,
+)
+from samphire_workers.triton.errors import UnclearUnavailableError, translate
 from samphire_workers.triton.messages import Tensor, flag, set_timeout, tensors_of
 
 CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
 RELOAD_S = 60.0
-END_S = 0.25
-"""A stream that has failed may come to its end for so long before a moment is sought to cancel it."""
-QUIET_S = 0.1
-"""A stream is cancelled just after an output, which is waited for as long as this: Triton 24.10 may die where it is
-cancelled while one comes. Source: triton-inference-server/server issues 7368 and 8034."""
-SPARE_S = 2.0
-"""gRPC's deadline of a stream is so much later than its end, which the worker's own timer brings, for that reason."""
-GIVEN_UP = "gRPC has given up the request"
-"""Of a call that ends as cancelled though nobody has cancelled it, as where the connection breaks while it is sent."""
 PUSHBACK_MAX_S = 3600.0
 """Longest time that a server or proxy is left alone because it asks for it."""
 ERROR_TEXT_MAX_BYTES = 8 * 2**20
@@ -70,42 +70,6 @@ def _pushback_s(error: grpc.aio.AioRpcError) -> float | None:
     return None
 
 
-class Running:
-    """A request under way; `stop` ends the wait for it, and cancels it at the server."""
-
-    def __init__(self) -> None:
-        self._call: Any = None
-        self._quiet_s = 0.0
-        self.why: SamphireError | None = None
-
-    def stop(self, why: SamphireError) -> None:
-        """End it: who waits gets `why`."""
-        if self.why is None:
-            self.why = why
-            if self._call is not None:
-                asyncio.get_running_loop().call_later(self._quiet_s, self._call.cancel)
-
-    def attach(self, call: Any, quiet_s: float = 0.0) -> None:
-        """This is the call; raises `why` where it was stopped before.
-
-        A stop cancels it `quiet_s` later, unless its reader has ended it before.
-        """
-        if self.why is not None:
-            call.cancel()
-            raise self.why
-        self._call, self._quiet_s = call, quiet_s
-
-    async def wait(self, call: Any) -> Any:
-        """The answer of a call."""
-        self.attach(call)
-        try:
-            return await call
-        except asyncio.CancelledError:
-            if _is_cancelled():
-                raise
-            raise self.why or EndpointUnavailableError(GIVEN_UP) from None
-
-
 class Endpoint:
     """One Triton, reached by gRPC.
 
@@ -117,17 +81,20 @@ class Endpoint:
         self._channel = grpc.aio.insecure_channel(url, options=_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._running: set[Running] = set()
+        self._left: set[asyncio.Task[None]] = set()
+        """They read streams for which nobody waits any more."""
         self._seen: set[str] = set()
         """Models that were ready here once."""
 
-    def stop_all(self, why: SamphireError) -> None:
-        """End all requests under way here: who waits for one gets `why`."""
+    def leave_all(self, why: SamphireError) -> None:
+        """End the wait for all requests under way here, since the server does not answer: who waits gets `why`."""
         for running in list(self._running):
-            running.stop(why)
+            running.leave(why)
 
     async def close(self) -> None:
         """Close the channel."""
         await self._channel.close(None)
+        await asyncio.gather(*self._left, return_exceptions=True)
 
     async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
         try:
@@ -245,11 +212,12 @@ class Endpoint:
         )
         del request  # a stream goes on for long: its inputs need not be held
         self._running.add(running)
-        watch = _Watch(running, model, timeout_s, stall_s)
+        watch = Watch(running, model, timeout_s, stall_s)
+        reader = Reader(call, running)
         try:
-            running.attach(call, QUIET_S)
+            running.attach(call, streams=True)
             is_complete = False
-            while (answer := await _next_answer(call, running)) is not None:
+            while (answer := await reader.next_answer()) is not None:
                 watch.seen()
                 is_complete = is_complete or flag(answer.parameters, "triton_final_response")
                 if answer.outputs:
@@ -263,17 +231,20 @@ class Endpoint:
         except grpc.aio.AioRpcError as error:
             raise running.why or await self._model_error(error, model, version) from error
         except asyncio.CancelledError:
-            if _is_cancelled():
+            if is_cancelled():
                 raise
             raise running.why or EndpointUnavailableError(GIVEN_UP) from None
         finally:
             watch.end()
-            try:
-                if running.why is None:
-                    await _read_to_end(call)
-            finally:
+            self._running.discard(running)
+            if running.is_left:
+                task = asyncio.create_task(reader.read_on(LEFT_S))
+                self._left.add(task)
+                task.add_done_callback(self._left.discard)
+            elif running.why is None:
+                await reader.read_on(END_S)
+            else:
                 call.cancel()
-                self._running.discard(running)
 
     async def _model_error(self, error: grpc.aio.AioRpcError, model: str, version: str) -> SamphireError:
         """The translation of an error that a model or its server may have caused: the server is asked where unclear."""
@@ -283,76 +254,8 @@ class Endpoint:
         return found
 
 
-def _is_cancelled() -> bool:
-    """Whether this task itself is being cancelled, and not only the call that it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 def _translated(error: grpc.aio.AioRpcError) -> SamphireError:
     return translate(error.code(), error.details() or "", _pushback_s(error))
-
-
-async def _next_answer(call: Any, running: Running) -> Any:
-    """The next response of a stream, None at its end."""
-    message = await call.read()
-    if running.why is not None:
-        raise running.why
-    if message is grpc.aio.EOF:
-        return None
-    if message.error_message:
-        raise translate_text(message.error_message)
-    return message.infer_response
-
-
-async def _read_to_end(call: Any) -> None:
-    """Let a call that is not needed any more come to its end, if that is near; else to a quiet moment."""
-    loop = asyncio.get_running_loop()
-    enough_at = loop.time() + END_S
-    try:
-        async with asyncio.timeout(END_S + QUIET_S):
-            while await call.read() is not grpc.aio.EOF and loop.time() < enough_at:
-                pass
-    except (grpc.aio.AioRpcError, TimeoutError):
-        pass
-    except asyncio.CancelledError:  # of the call, where the task goes on
-        if _is_cancelled():
-            raise
-
-
-class _Watch:
-    """Stops a call that takes too long, or whose model gives out nothing for too long."""
-
-    def __init__(self, running: Running, model: str, timeout_s: float, stall_s: float) -> None:
-        self._running, self._stall_s, self._model = running, stall_s, model
-        self._loop = asyncio.get_running_loop()
-        self._seen_at = self._loop.time()
-        self._is_paused = False
-        self._timer = self._loop.call_later(stall_s, self._look)
-        late = EndpointTimeoutError(f"the stream of model {model!r} did not end within {timeout_s:g} s")
-        self._late_timer = None if timeout_s == math.inf else self._loop.call_later(timeout_s, running.stop, late)
-
-    def seen(self) -> None:
-        """It has given out something."""
-        self._seen_at = self._loop.time()
-        self._is_paused = False
-
-    def pause(self) -> None:
-        """Nobody waits for the model until it is `seen` again."""
-        self._is_paused = True
-
-    def end(self) -> None:
-        """It is over."""
-        self._timer.cancel()
-        if self._late_timer is not None:
-            self._late_timer.cancel()
-
-    def _look(self) -> None:
-        left_s = self._stall_s if self._is_paused else self._seen_at + self._stall_s - self._loop.time()
-        if left_s > 0:
-            self._timer = self._loop.call_later(left_s, self._look)
-        else:
-            self._running.stop(StalledError(f"model {self._model!r} has given out nothing for {self._stall_s:g} s"))
 
 
 def _spec(tensor: Any, *, optional: bool = False) -> TensorSpec:

@@ -77,7 +77,7 @@ class Endpoints:
             self._ready.remove(endpoint)
         if not self._ready:
             self.some_ready.clear()
-        endpoint.stop_all(GivenUpError(f"endpoint {endpoint.url} does not answer"))
+        endpoint.leave_all(GivenUpError(f"endpoint {endpoint.url} does not answer"))
 
     def answers(self, endpoint: Endpoint) -> bool:
         """Whether an endpoint has answered the last probe."""
