@@ -18,8 +18,6 @@ from tests.support.receiver import Receiver
 LOOPBACK: dict[str, Any] = {
     "webhook_schemes": "http,https",
     "webhook_allow_private": True,
-    "lease_s": 1,
-    "webhook_timeout_s": 1.0,
 }
 """Settings for receivers on loopback; their ports are added."""
 
