@@ -201,7 +201,8 @@ async def test_a_half_open_breaker_lets_one_through_over_all_workers(hooks: Hook
                     gate.set()
                     await until(lambda: not waiting(hooks, "orders"), "all ends")
                     assert attempts_of(hooks, "orders") == [1] * 50
-                    assert not hooks.valkey.client.hexists(KEYS.webhook_health, "orders")
+                    health = KEYS.webhook_health
+                    await until(lambda: not hooks.valkey.client.hexists(health, "orders"), "its health")
 
 
 @in_a_loop

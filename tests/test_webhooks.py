@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from samphire import AsyncClient, InvalidInputError, Step
-from samphire.wire.keys import delivery_queue
+from samphire import AsyncClient, AsyncTask, InvalidInputError, Step
+from samphire.wire.keys import INTAKE, delivery_queue, queue_lists
 from samphire_broker.webhooks.registry import ChangedMeanwhileError, NoSuchEndpointError, Registry
+from samphire_workers.settlement.next_steps import NESTED_MAX
 from tests.stacks import Valkey
 from tests.support.lane import (
     LaneWorker,
@@ -73,8 +75,8 @@ async def test_the_end_of_a_task_arrives_signed_and_once(hooks: Hooks) -> None:
             assert len(set(to.ids())) == 4
             marks = [received.verified(secret).watermark for received in to.got]
             assert marks == [1, 2, 3, 4]
-        queue = KEYS.of_celery(delivery_queue("orders"))
-        assert hooks.valkey.client.llen(queue) == 0 and not hooks.valkey.client.zcard(KEYS.waiting_deliveries("orders"))
+            await until(lambda: not hooks.valkey.client.zcard(KEYS.waiting_deliveries("orders")), "their ends")
+            assert hooks.valkey.client.llen(KEYS.of_celery(delivery_queue("orders"))) == 0
 
 
 @in_a_loop
@@ -106,6 +108,53 @@ async def test_map_chains_streams_and_plain_producers(hooks: Hooks) -> None:
                 await arrive(to, 9)
                 assert to.got[8].verified(secret).data["task_id"] == sent.id
             assert len(set(to.ids())) == len(to.got) == 9
+
+
+@in_a_loop
+async def test_a_chain_that_never_begins_is_told_of(hooks: Hooks) -> None:
+    """It is cancelled or expires before a worker sees it, or is nested deeper than it may be."""
+    async with receiver() as to, fake_triton("one") as triton:
+        secret = hooks.add("orders", to)
+        async with AsyncClient(hooks.valkey.url) as client:
+
+            async def chain(**options: Any) -> AsyncTask:
+                first = Step("one", x())
+                return await client.chain(first, Step("one", {"x": first["y"]}), webhook="orders", **options)
+
+            def change(what: Callable[[dict[str, Any]], None]) -> None:
+                """The message that was sent last."""
+                (queue,) = [
+                    key for name in queue_lists(INTAKE) if hooks.valkey.client.exists(key := KEYS.of_celery(name))
+                ]
+                message = json.loads(hooks.valkey.client.lindex(queue, 0))
+                what(message)
+                hooks.valkey.client.lset(queue, 0, json.dumps(message))
+
+            def nest(message: dict[str, Any]) -> None:
+                args, kwargs, more = json.loads(message["body"])
+                steps = kwargs["signature"]["kwargs"]["tasks"]
+                group = {"task": "celery.group", "args": [], "options": {}, "subtask_type": "group", "immutable": False}
+                for _ in range(NESTED_MAX + 1):
+                    steps[0] = {**group, "kwargs": {"tasks": [steps[0]]}}
+                message["body"] = json.dumps([args, kwargs, more])
+
+            expired = await chain()
+            change(lambda message: message["headers"].update(expires="2020-01-01T00:00:00+00:00"))
+            refused = await chain()
+            change(nest)
+            async with hooks.worker(triton):
+                cancelled = await chain(delay_s=3600)
+                assert await cancelled.cancel()
+                await arrive(to, 3)
+            events = [received.verified(secret) for received in to.got]
+            assert {event.data["task_id"]: event.type for event in events} == {
+                cancelled.id: "task.cancelled",
+                expired.id: "task.expired",
+                refused.id: "task.failed",
+            }
+            assert all(event.data["model"] == "one" for event in events)
+            (error,) = [event.data["error"] for event in events if event.type == "task.failed"]
+            assert error["type"] == "InvalidInputError" and "nested" in error["message"]
 
 
 @in_a_loop

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from samphire.errors import InvalidInputError
+from samphire.wire.contract import CanvasStart
 from samphire_broker.store import OtherEnd, Webhook
 from samphire_broker.webhooks.endpoint import Destination, Event
 from samphire_workers.intake.request import Request
@@ -37,13 +38,16 @@ class Outbox:
     def of_end(
         self, request: Request, state: str, *, answer: object = None, error: Mapping[str, str] | None = None
     ) -> tuple[Webhook, ...]:
-        """What tells of a task's end; nothing where nobody is to be told."""
+        """What tells of a task's end; nothing where nobody is to be told.
+
+        A chain that never begins is told of as its last step, which has its id.
+        """
+        more: dict[str, Any] = {} if error is None else {"error": error}
+        if isinstance(request.payload, CanvasStart):
+            return self._of_step(request.task_id, state, _last_arguments(request.payload.signature), more)
         destination = request.destination
         if destination is None:
             return ()
-        more: dict[str, Any] = {}
-        if error is not None:
-            more["error"] = error
         if answer is not None and destination.result_bytes:
             encoded = _encode(answer)
             if len(encoded) <= destination.result_bytes:
@@ -67,6 +71,11 @@ class Outbox:
 
     def of_other_end(self, end: OtherEnd, kwargs: Mapping[str, Any]) -> tuple[Webhook, ...]:
         """What tells of the end of a task that nobody will ever run, by the arguments that it would have had."""
+        return self._of_step(end.task_id, end.state, kwargs, {})
+
+    def _of_step(
+        self, task_id: str, state: str, kwargs: Mapping[str, Any], more: Mapping[str, Any]
+    ) -> tuple[Webhook, ...]:
         named, tenant, model = (kwargs.get(name) or "" for name in ("webhook", "tenant", "model_name"))
         if not named or not all(isinstance(text, str) for text in (named, tenant, model)):
             return ()
@@ -75,12 +84,12 @@ class Outbox:
         except InvalidInputError as error:
             logger.warning(
                 "no webhook tells of the end of task %s, a step that never comes: %s",
-                end.task_id,
+                task_id,
                 error,
                 extra={"action": "no_webhook"},
             )
             return ()
-        return self._of_end(destination, About(end.task_id, tenant, model), end.state, {})
+        return self._of_end(destination, About(task_id, tenant, model), state, more)
 
     def _of_end(self, destination: Destination, of: About, state: str, more: Mapping[str, Any]) -> tuple[Webhook, ...]:
         if "terminal" not in destination.events:
@@ -92,6 +101,17 @@ class Outbox:
         self, destination: Destination, of: About, event: str, sequence: int, more: Mapping[str, Any]
     ) -> Webhook:
         return webhook(destination, of, event, sequence, self._now(), more, self._gateway_url)
+
+
+def _last_arguments(signature: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keyword arguments of the last task of a canvas, as JSON that anybody may have sent."""
+    found: Any = signature
+    while isinstance(found, dict) and found.get("subtask_type") in ("chain", "group"):
+        kwargs = found.get("kwargs")
+        steps = kwargs.get("tasks") if isinstance(kwargs, dict) else None
+        found = steps[-1] if isinstance(steps, list) and steps else None
+    kwargs = found.get("kwargs") if isinstance(found, dict) else None
+    return kwargs if isinstance(kwargs, dict) else {}
 
 
 def about(request: Request) -> About:

@@ -100,9 +100,8 @@ class Endings:
         request.outcome = "succeeded"
         self.shortages = 0
         if request.destination is not None:
-            settlement = settlement._replace(
-                webhooks=(*request.untold, *self._outbox.of_end(request, "succeeded", answer=passed_on))
-            )
+            told = self._outbox.of_end(request, "succeeded", answer=passed_on)
+            settlement = settlement._replace(webhooks=(*request.untold, *told))
         if request.canvas is None:
             self.settler.add(settlement)
             return True
@@ -148,11 +147,9 @@ class Endings:
             return
         logger.info("task %s failed: %s", request.task_id or "(unreadable)", error, extra={"action": "task_failed"})
         settlement = outcome.failure(request, error, decision.reason, self._worker)
-        if request.destination is not None:
-            told = {"type": outcome.public_name(error), "message": str(error)[:WEBHOOK_ERROR_CHARACTERS]}
-            settlement = settlement._replace(
-                webhooks=(*request.untold, *self._outbox.of_end(request, "failed", error=told))
-            )
+        described = {"type": outcome.public_name(error), "message": str(error)[:WEBHOOK_ERROR_CHARACTERS]}
+        told = self._outbox.of_end(request, "failed", error=described)
+        settlement = settlement._replace(webhooks=(*request.untold, *told))
         settlement = _closed(request, settlement, "failed", outcome.attempt_text(self._worker, error))
         if request.canvas is None:
             self.settler.add(settlement)
@@ -164,8 +161,7 @@ class Endings:
     def revoke(self, request: Request, state: Literal["cancelled", "expired"]) -> None:
         """End a task that is not to be run, or, cancelled, not to its end."""
         settlement = outcome.revoked(request, state)
-        if request.destination is not None:
-            settlement = settlement._replace(webhooks=(*request.untold, *self._outbox.of_end(request, state)))
+        settlement = settlement._replace(webhooks=(*request.untold, *self._outbox.of_end(request, state)))
         settlement = _closed(request, settlement, state, self.attempt_of(TaskCancelledError(f"it is {state}")))
         if request.canvas is None:
             self.settler.add(settlement)
