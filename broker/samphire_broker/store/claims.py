@@ -138,9 +138,15 @@ class Claims(Calls):
         args: list[Argument] = [self.worker_id, model, int(for_s * 1000), self.keys.worker_prefix, hold]
         return int(await self._run("alone", [self.keys.alone, self.keys.workers], args))
 
-    async def lead(self, model: str, *, give_back: bool = False) -> Led:
-        """Be the only worker that claims a model's tasks, or stop being so."""
-        args: list[Argument] = [self.worker_id, model, int(give_back), self.keys.worker_prefix]
+    async def lead(self, model: str, *, give_back: bool = False, is_alone: bool = False) -> Led:
+        """Be the only worker that claims a model's tasks, or stop being so.
+
+        Args:
+            model: the model.
+            give_back: whether to stop.
+            is_alone: this worker was told so before: while it leads, nobody looks for claims of others again.
+        """
+        args: list[Argument] = [self.worker_id, model, int(give_back), self.keys.worker_prefix, int(is_alone)]
         return Led(await self._run("lead", [self.keys.leaders, self.keys.workers], args))
 
     async def is_another_alone(self, model: str) -> bool:

@@ -16,9 +16,10 @@ import msgspec
 
 from samphire.errors import SamphireError
 from samphire.wire import keys
+from samphire.wire.endpoints import AD_HOC
 from samphire_broker.settings import Settings
 from samphire_broker.store import Led, Store
-from samphire_broker.webhooks.endpoint import AD_HOC, Endpoint
+from samphire_broker.webhooks.endpoint import Endpoint
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.outbox.book import EndpointBook
 from samphire_workers.queues.wake import QueueWatch
@@ -189,7 +190,7 @@ class Leading:
         if self._stopping:
             return False
         try:
-            verdict = await self._store.lead(led.model)
+            verdict = await self._store.lead(led.model, is_alone=led.is_led)
             if verdict is not Led.NOT_HERE and not led.is_own:
                 led.health = await self._health_of(led.name)
         except SamphireError as error:
