@@ -16,11 +16,12 @@ from samphire.wire.keys import delivery_queue
 from samphire_broker.webhooks.endpoint import encode
 from samphire_workers.webhooks.health import FAILURES_TO_OPEN, Health
 from tests.stacks import Valkey, running_valkey
-from tests.support.lane import fake_triton, in_a_loop, until, x
+from tests.support.lane import broken, fake_triton, in_a_loop, until, x
 from tests.support.names import KEYS
 from tests.support.receiver import Received, Receiver, after, never, ok, receiver, status
 from tests.support.webhooks import Hooks
 from tests.test_clocks import faketime as faketime
+from tests.test_outages import held
 
 
 @pytest.fixture
@@ -148,6 +149,60 @@ async def test_events_of_a_task_go_in_order_where_that_is_asked_for(hooks: Hooks
                 assert [event["type"] for event in of(to, {task_id})] == ["task.started", "task.succeeded"]
             await until(lambda: not waiting(hooks, "orders"), "all ends")
             assert not list(hooks.valkey.client.scan_iter("*webhook:order:*"))
+
+
+@in_a_loop
+async def test_a_redriven_delivery_takes_no_turn_of_another(hooks: Hooks) -> None:
+    """It has had its turn: the end of the task waits for the second start, which is under way."""
+    gate, seen = asyncio.Event(), list[str]()
+
+    async def respond(to: Receiver, received: Received, writer: asyncio.StreamWriter) -> None:
+        is_new = received.id not in seen
+        seen.extend([received.id] * is_new)
+        number = seen.index(received.id)
+        if number == 1:
+            await gate.wait()
+        await (status(500) if number == 0 and is_new else ok)(to, received, writer)
+
+    failures = [broken]
+
+    async def fails_once(context: Any) -> None:
+        if failures:
+            await failures.pop()(context)
+
+    async with receiver(respond) as to, fake_triton("one") as triton:
+        triton.behave["one"] = fails_once
+        hooks.add("orders", to, events=("started", "terminal"), ordered=True, schedule_s=(0,))
+        quick = {"backoff_base_s": 0.01, "backoff_cap_s": 0.02}
+        async with hooks.worker(triton, max_attempts=2, **quick), AsyncClient(hooks.valkey.url) as client:
+            (task,) = await submit(client, "orders", 1)
+            await ended([task])
+            await arrive(to, 2)
+            turns = KEYS.order_of_deliveries("orders", task.id)
+            await until(lambda: hooks.valkey.client.llen(turns) == 2, "the second start, and the end behind it")
+            (letter,) = await client.dead_letters.list()
+            seen_before = len(to.got)
+            await client.dead_letters.redrive([letter.id])
+            await until(lambda: hooks.valkey.client.hget(KEYS.delivery(letter.id), "state") == b"delivered", "its end")
+            assert len(to.got) == seen_before + 1 and hooks.valkey.client.llen(turns) == 2
+            gate.set()
+            await until(lambda: not waiting(hooks, "orders"), "all ends")
+            types = [event["type"] for event in of(to, {task.id})]
+            assert types == ["task.started", "task.started", "task.started", "task.succeeded"]
+
+
+@in_a_loop
+async def test_nothing_waits_for_what_nobody_can_send(hooks: Hooks) -> None:
+    """Where keys of other types lie in the place of an endpoint's queue, its tasks end without a webhook."""
+    async with receiver() as to, fake_triton("one") as triton:
+        hooks.add("orders", to, events=("started", "terminal"), ordered=True)
+        queue = KEYS.of_celery(delivery_queue("orders"))
+        for key in (queue, f"{queue}:returned"):
+            hooks.valkey.client.set(key, "somebody's")
+        async with hooks.worker(triton), AsyncClient(hooks.valkey.url) as client:
+            await ended(await submit(client, "orders", 3))
+            await until(lambda: not held(hooks.valkey.client), "their settlement")
+            assert not waiting(hooks, "orders") and not list(hooks.valkey.client.scan_iter("*webhook:order:*"))
 
 
 def of(to: Receiver, tasks: set[str]) -> list[dict[str, Any]]:

@@ -245,6 +245,25 @@ async def test_a_redriven_task_tells_of_its_next_run(hooks: Hooks) -> None:
 
 
 @in_a_loop
+async def test_a_task_that_is_sent_again_tells_of_its_next_run(hooks: Hooks) -> None:
+    """Of its start too: a producer has sent the same id again after its failure."""
+    async with receiver() as to, fake_triton("one") as triton:
+        triton.behave["one"] = broken
+        secret = hooks.add("orders", to, events=("started", "terminal"))
+        async with hooks.worker(triton, max_attempts=1):
+            with plain_celery(hooks.valkey.url) as app:
+                for count in (2, 4):
+                    kwargs = {**body("one"), "webhook": "orders"}
+                    app.send_task("samphire.infer", kwargs=kwargs, queue="inference", task_id="order-7")
+                    await arrive(to, count)
+                    triton.behave.pop("one", None)
+        events = [received.verified(secret) for received in to.got]
+        runs = sorted((event.data["run"], event.type) for event in events)
+        assert runs == [(1, "task.failed"), (1, "task.started"), (2, "task.started"), (2, "task.succeeded")]
+        assert len({event.id for event in events}) == 4
+
+
+@in_a_loop
 async def test_attempts_are_equal_to_the_byte(hooks: Hooks) -> None:
     """Id and body; only the time and with it the signature is new. So are a redelivery and a recovery."""
     async with receiver(status(500)) as to, fake_triton("one") as triton:

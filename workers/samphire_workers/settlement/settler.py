@@ -86,6 +86,7 @@ def _take(settlements: list[Settlement]) -> list[Settlement]:
     nbytes = 0
     for count, settlement in enumerate(settlements[:BATCH]):
         nbytes += len(settlement.meta) + sum(len(message) for _, message in settlement.pushes)
+        nbytes += sum(len(webhook.message) for webhook in settlement.webhooks)
         if count and nbytes > BATCH_BYTES:
             break
     else:

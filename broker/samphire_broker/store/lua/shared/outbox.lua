@@ -26,6 +26,12 @@ local function in_run(id, message, run)
   end, 1)
   return own, message
 end
+-- Queue a delivery; false where its queue, and the list beside it, are keys of other types or not to be written.
+local function send(endpoint, message, wake_channel)
+  local where = push('LPUSH', delivery_list(endpoint), message)
+  try('PUBLISH', wake_channel, where or delivery_list(endpoint))
+  return where ~= nil
+end
 local function put_out(entry, run, wake_channel)
   local id, endpoint, message, order = entry[1], entry[2], entry[3], entry[4]
   if run and run > 1 then
@@ -48,14 +54,23 @@ local function put_out(entry, run, wake_channel)
       return -- it goes once those before it have ended
     end
   end
-  try('PUBLISH', wake_channel, push('LPUSH', delivery_list(endpoint), message) or delivery_list(endpoint))
+  if not send(endpoint, message, wake_channel) then -- nothing waits for what nobody can send
+    try('ZREM', waiting, id)
+    if order ~= '' then
+      try('RPOP', WEBHOOK .. 'order:' .. endpoint .. ':' .. order)
+    end
+  end
 end
-local function put_out_next(endpoint, order, wake_channel)
+-- The next delivery of a task goes where this one's turn has ended; one that was redriven has had its turn.
+local function end_turn(id, endpoint, order, wake_channel)
   local turns = WEBHOOK .. 'order:' .. endpoint .. ':' .. order
-  try('LPOP', turns)
-  local message = try('LINDEX', turns, 0)
-  if type(message) == 'string' then
-    try('PUBLISH', wake_channel, push('LPUSH', delivery_list(endpoint), message) or delivery_list(endpoint))
+  local first = try('LINDEX', turns, 0)
+  if type(first) == 'string' and string.find(first, '"' .. id .. '"', 1, true) then
+    try('LPOP', turns)
+    local message = try('LINDEX', turns, 0)
+    if type(message) == 'string' then
+      send(endpoint, message, wake_channel)
+    end
   end
 end
 -- What is kept of a delivery that has ended: so many for each endpoint, and for so long.
@@ -78,7 +93,7 @@ local function close_delivery(closed, message, history, wake_channel)
     end
   end
   if order ~= '' then
-    put_out_next(endpoint, order, wake_channel)
+    end_turn(id, endpoint, order, wake_channel)
   end
 end
 -- A delivery that somebody has sent again by hand: its record tells, and a failure that it mends is none any more.
