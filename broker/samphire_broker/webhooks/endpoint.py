@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -10,12 +9,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from samphire.errors import InvalidInputError
-from samphire.webhooks.targets import Target
-from samphire.wire.endpoints import Public
+from samphire.wire.endpoints import AD_HOC, Public
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,47}")
-AD_HOC = "url-"
-"""How the names begin of what is no registered endpoint, but the origin of a URL that a task has named."""
 Event = Literal["started", "progress", "terminal"]
 EVENTS: tuple[Event, ...] = ("started", "progress", "terminal")
 RESULT_BYTES_MAX = 32 * 2**10
@@ -90,11 +86,6 @@ def failing_text(health: Mapping[str, Any]) -> str:
     """How an endpoint fares, for people: by what is kept of it, {} for well; "" for well."""
     failures = health.get("failures")
     return f"failing, {failures} times in a row: {health.get('last_error', '')}" if failures else ""
-
-
-def ad_hoc_name(tenant: str, target: Target) -> str:
-    """What the deliveries of a tenant to one origin are called: they share a queue, limits and a breaker."""
-    return AD_HOC + hashlib.sha256(f"{tenant}\0{target.origin}".encode()).hexdigest()[:24]
 
 
 def check_name(name: str) -> str:

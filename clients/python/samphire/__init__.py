@@ -13,6 +13,7 @@ from samphire.client.pipeline import Output, Step
 from samphire.client.results import InferResult
 from samphire.client.sync import Client, Task
 from samphire.client.task import AsyncTask
+from samphire.client.webhooks import DeliveryAttempt, WebhookDelivery, WebhookEndpoint
 from samphire.errors import (
     BrokerMemoryFullError,
     BrokerRightError,
@@ -58,6 +59,7 @@ __all__ = [
     "Client",
     "ClientClosedError",
     "DeadLetter",
+    "DeliveryAttempt",
     "EndpointTimeoutError",
     "EndpointUnavailableError",
     "IdempotencyConflictError",
@@ -89,6 +91,8 @@ __all__ = [
     "TransientError",
     "UnknownModelError",
     "UnknownTaskError",
+    "WebhookDelivery",
+    "WebhookEndpoint",
     "WebhookVerificationError",
     "WorkerCrashError",
 ]

@@ -11,14 +11,12 @@ import msgspec
 
 from samphire.errors import InvalidInputError, SamphireError
 from samphire.webhooks.targets import check_url, is_url
-from samphire.wire.endpoints import check_webhook, default_secret_name, name_of
+from samphire.wire.endpoints import AD_HOC, ad_hoc_name, check_webhook, default_secret_name, name_of
 from samphire_broker.settings import Settings
 from samphire_broker.store import Store
 from samphire_broker.webhooks.endpoint import (
-    AD_HOC,
     Destination,
     Endpoint,
-    ad_hoc_name,
     decode_endpoint,
     encode,
     public_of,

@@ -10,11 +10,12 @@ import msgspec
 
 from samphire.errors import InvalidInputError
 from samphire.wire.contract import CanvasStart
+from samphire.wire.deliveries import LAST
 from samphire_broker.store import OtherEnd, Webhook
 from samphire_broker.webhooks.endpoint import Destination, Event
 from samphire_workers.intake.request import Request
 from samphire_workers.outbox.book import EndpointBook
-from samphire_workers.outbox.payload import LAST, About, iso_time, number_of, webhook
+from samphire_workers.outbox.payload import About, iso_time, number_of, webhook
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ The body is made once: each attempt, and each replay, sends the same bytes under
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -14,15 +13,13 @@ import msgspec
 
 from samphire.wire import keys
 from samphire.wire.contract import DELIVER_TASK, DeliveryRequest
+from samphire.wire.deliveries import delivery_id
 from samphire.wire.envelope import encode_task
 from samphire_broker.store import Webhook
 from samphire_broker.webhooks.endpoint import Destination
 
 ATTEMPT_STEP = 2**20
 """Between the sequence numbers of a task's attempts."""
-LAST = 2**27 - 1
-"""Sequence number of the end of a task's first run: over those of all attempts, of which there are at most 100."""
-_ID_CHARACTERS = 32
 
 _encode = msgspec.json.Encoder().encode
 
@@ -79,13 +76,12 @@ def webhook(
     }
     data = {name: value for name, value in data.items() if value is not None}
     body = _encode({"type": kind, "timestamp": _time(now), "data": data}).decode()
-    named = f"{about.task_id}\0{kind}\0{sequence}\0{destination.endpoint}\0{destination.url}"
-    delivery_id = "msg_" + hashlib.sha256(named.encode()).hexdigest()[:_ID_CHARACTERS]
+    own_id = delivery_id(about.task_id, kind, sequence, destination.endpoint, destination.url)
     order = about.task_id if destination.ordered else ""
     request = DeliveryRequest(destination.endpoint, kind, about.task_id, body, destination.url, about.tenant, order)
     message = encode_task(
         DELIVER_TASK,
-        delivery_id,
+        own_id,
         request,
         keys.delivery_queue(destination.endpoint),
         0,
@@ -93,7 +89,7 @@ def webhook(
         headers={"ignore_result": True, "samphire_watermark": 0},
         sent_at=int(now * 1000) / 1000,
     )
-    return Webhook(delivery_id, destination.endpoint, message.decode(), order)
+    return Webhook(own_id, destination.endpoint, message.decode(), order)
 
 
 def _time(seconds: float | None) -> str | None:

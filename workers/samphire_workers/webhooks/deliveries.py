@@ -17,9 +17,10 @@ import msgspec
 from samphire.errors import SamphireError, TransientError
 from samphire.webhooks.signing import SigningKey, signed_content
 from samphire.wire.contract import DeliveryRequest
+from samphire.wire.endpoints import AD_HOC
 from samphire_broker.settings import Settings
 from samphire_broker.store import Delivery, Store
-from samphire_broker.webhooks.endpoint import AD_HOC, Disabled, Endpoint, encode, public_of
+from samphire_broker.webhooks.endpoint import Disabled, Endpoint, encode, public_of
 from samphire_broker.webhooks.secrets import SecretUnreadableError
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.intake.request import Request

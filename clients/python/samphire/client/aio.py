@@ -26,6 +26,7 @@ from samphire.client.pipeline import Stage, StepOptions, encode_chain, stages_of
 from samphire.client.results import InferResult
 from samphire.client.session import Session
 from samphire.client.task import AsyncTask
+from samphire.client.webhooks import AsyncWebhooks
 from samphire.errors import InvalidInputError, SamphireError
 from samphire.transport.address import Broker, broker_of
 from samphire.wire import keys
@@ -264,6 +265,13 @@ class AsyncClient:
         """What failed for good, or was no task; see `AsyncDeadLetters`."""
         self._session.check_usable()
         return AsyncDeadLetters(self._session.publisher.connection, self._session.broker.keys)
+
+    @property
+    def webhooks(self) -> AsyncWebhooks:
+        """The endpoints that this tenant's tasks can name, and what became of their deliveries; see `AsyncWebhooks`."""
+        session = self._session
+        session.check_usable()
+        return AsyncWebhooks(session.publisher.connection, session.broker.keys, session.webhooks, self.tenant)
 
     async def signature(self, model: str) -> ModelSignature | None:
         """What a model takes and returns, as the workers tell it; None where no worker has told.

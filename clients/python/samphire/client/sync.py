@@ -24,6 +24,7 @@ from samphire.client.results import InferResult, Status
 from samphire.client.streams import Resume
 from samphire.client.task import AsyncTask
 from samphire.client.waiter import Look
+from samphire.client.webhooks import AsyncWebhooks, WebhookDelivery, WebhookEndpoint
 from samphire.errors import ClientClosedError, SamphireError
 from samphire.wire.contract import Backoff
 from samphire.wire.keys import Priority
@@ -117,6 +118,31 @@ class DeadLetters:
     def purge(self, letter_ids: Iterable[str], *, timeout_s: float = 30.0) -> int:
         """See `AsyncDeadLetters.purge`."""
         return self._run(lambda letters: letters.purge(letter_ids, timeout_s=timeout_s))
+
+
+class Webhooks:
+    """See `AsyncWebhooks`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def _run(self, use: Callable[[AsyncWebhooks], Coroutine[Any, Any, T]]) -> T:
+        async def run() -> T:
+            return await use(self._client._client.webhooks)
+
+        return self._client._run(run)
+
+    def endpoints(self) -> list[WebhookEndpoint]:
+        """See `AsyncWebhooks.endpoints`."""
+        return self._run(lambda webhooks: webhooks.endpoints())
+
+    def has_default_secret(self) -> bool:
+        """See `AsyncWebhooks.has_default_secret`."""
+        return self._run(lambda webhooks: webhooks.has_default_secret())
+
+    def delivery(self, task_id: str, webhook: str) -> WebhookDelivery | None:
+        """See `AsyncWebhooks.delivery`."""
+        return self._run(lambda webhooks: webhooks.delivery(task_id, webhook))
 
 
 class Client:
@@ -327,6 +353,11 @@ class Client:
         """See `AsyncClient.dead_letters`."""
         return DeadLetters(self)
 
+    @property
+    def webhooks(self) -> Webhooks:
+        """See `AsyncClient.webhooks`."""
+        return Webhooks(self)
+
     def signature(self, model: str) -> ModelSignature | None:
         """See `AsyncClient.signature`."""
         return self._run(lambda: self._client.signature(model))
@@ -358,5 +389,5 @@ def _tell_in_full(blocking: type, asynchronous: type) -> None:
             member.__doc__ = f"{told}\n\n{member.__doc__}"
 
 
-for _kinds in ((Task, AsyncTask), (DeadLetters, AsyncDeadLetters), (Client, AsyncClient)):
+for _kinds in ((Task, AsyncTask), (DeadLetters, AsyncDeadLetters), (Webhooks, AsyncWebhooks), (Client, AsyncClient)):
     _tell_in_full(*_kinds)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 
 from samphire.errors import InvalidInputError
-from samphire.webhooks.targets import TargetPolicy, check_url, is_url
+from samphire.webhooks.targets import Target, TargetPolicy, check_url, is_url
 
 POLICY = "*"
 """The field with the policy."""
+AD_HOC = "url-"
+"""How the names begin of what is no registered endpoint, but the origin of a URL that a task has named."""
 
 
 class Public(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -40,6 +44,11 @@ decode_policy = msgspec.json.Decoder(Policy).decode
 def default_secret_name(tenant: str) -> str:
     """The name under which the default secret of a tenant is kept; no endpoint can have it."""
     return f"@{tenant}"
+
+
+def ad_hoc_name(tenant: str, target: Target) -> str:
+    """What the deliveries of a tenant to one origin are called: they share a queue, limits and a breaker."""
+    return AD_HOC + hashlib.sha256(f"{tenant}\0{target.origin}".encode()).hexdigest()[:24]
 
 
 def name_of(webhook: str, tenant: str) -> str:
