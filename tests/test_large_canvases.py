@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from celery import Celery, chain, chord, group, signature
 
 from samphire.errors import InvalidInputError
+from samphire.transport.address import broker_of
+from samphire_workers.celery_settings import celery_settings
+from samphire_workers.settlement.canvas import CapturingBackend, CapturingTransport
+from samphire_workers.settlement.celery_threads import make_app
 from samphire_workers.settlement.next_steps import NESTED_MAX, NEXT_STEPS_MAX, check_nesting, check_steps, count_steps
 from tests.stacks import Valkey
 from tests.support.lane import body, broken, fake_triton, lane_worker, state, until
@@ -256,3 +261,18 @@ def test_a_producers_retry_policy_holds_up_nobody(valkey: Valkey) -> None:
                 await until(lambda: state(valkey.client, last.id) == "SUCCESS", "the chain beside it")
 
     run(test)
+
+
+def test_the_applications_of_a_worker_have_one_limit_of_connections(valkey: Valkey) -> None:
+    """kombu has one for the whole process: another application's, used later, must not cut it while canvases go on."""
+    app = Celery("worker", set_as_current=False)
+    app.conf.update(celery_settings(broker_of(valkey.url)))
+
+    def use_both() -> int:
+        canvases = make_app(app.conf, "canvases", CapturingTransport, CapturingBackend)
+        with canvases.pool.acquire(block=True), app.pool.acquire(block=True):
+            return int(canvases.pool.limit)
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(use_both).result(timeout=30) >= 2 * NESTED_MAX
+    app.close()

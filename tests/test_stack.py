@@ -136,10 +136,11 @@ def test_ctrl_c_while_parts_start(tmp_path: Path) -> None:
         stop(up, signal.SIGKILL)
 
 
-def is_of_group(pid: int, group: int) -> bool:
+def is_of_group(process: psutil.Process, group: int) -> bool:
+    """Whether a process belongs to a group, and runs: what has ended waits for init, which takes its time."""
     try:
-        return os.getpgid(pid) == group
-    except ProcessLookupError:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
         return False
 
 
@@ -152,7 +153,7 @@ def test_a_part_that_dies_is_restarted(tmp_path: Path) -> None:
             victim = before[part][0] if part == "worker" else before[part]
             kill(victim)
             eventually(lambda: up.ready["pids"][part] != before[part], 60, f"another {part} in the ready file")  # noqa: B023
-            left = [each for each in psutil.process_iter() if is_of_group(each.pid, victim)]
+            left = [each for each in psutil.process_iter() if is_of_group(each, victim)]
             assert not left, f"{part} left processes behind"
             infer(up.broker_url)
             with Client(up.broker_url) as client:

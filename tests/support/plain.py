@@ -8,12 +8,17 @@ from collections.abc import Iterator
 
 from celery import Celery
 
+from samphire_workers.settlement.next_steps import NESTED_MAX
+
 
 @contextlib.contextmanager
 def plain_celery(url: str) -> Iterator[Celery]:
     """An application whose connections are all closed at the end."""
     with Celery("plain", broker=url, backend=url, set_as_current=False) as app:
         app.conf.result_chord_join_timeout = 10
+        app.conf.broker_pool_limit = (
+            2 * NESTED_MAX
+        )  # as the worker's applications in this process: see `celery_settings`
         app.conf.result_backend_thread_safe = True  # one backend for all threads: what each subscribes to ends here
         try:
             yield app

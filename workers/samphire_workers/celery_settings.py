@@ -7,6 +7,7 @@ from typing import Any
 
 from samphire.errors import InvalidInputError
 from samphire.transport.address import Broker
+from samphire_workers.settlement.next_steps import NESTED_MAX
 
 BROKER_SETTINGS = (
     *("broker_url", "result_backend", "broker_use_ssl", "redis_backend_use_ssl"),
@@ -33,6 +34,9 @@ def celery_settings(broker: Broker) -> dict[str, Any]:
             "samphire_namespace": broker.keys.namespace,
         },
         "result_backend_transport_options": {"global_keyprefix": prefix},
+        # Each level of nesting takes one, and would wait for ever for one more. kombu has one limit for all applications
+        # of a process, and cannot lower it while connections are in use.
+        "broker_pool_limit": 2 * NESTED_MAX,
     }
 
 

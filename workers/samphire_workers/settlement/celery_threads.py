@@ -25,7 +25,6 @@ from samphire.transport.connection import translate
 from samphire.wire.keys import may_be_queue
 from samphire_broker.store import OtherEnd
 from samphire_workers.celery_settings import BROKER_SETTINGS
-from samphire_workers.settlement.next_steps import NESTED_MAX
 from samphire_workers.unexpected import is_shortage, our_error
 
 T = TypeVar("T")
@@ -114,7 +113,7 @@ def make_app(conf: Any, name: str, transport: type, backend: type) -> Celery:
         task_serializer="json",
         result_serializer="json",
         accept_content=["json"],
-        broker_pool_limit=2 * NESTED_MAX,  # each level of nesting takes one, and would wait for ever for one more
+        broker_pool_limit=conf.broker_pool_limit,
     )
     made.finalize()
     made.set_current()
