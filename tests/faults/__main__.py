@@ -27,6 +27,7 @@ from tests.faults.stand import ROOT, Stand
 
 PLAN = {
     "worker-kill": 1000,
+    "deliverer-kill": 100,
     "valkey-kill-always": 100,
     "valkey-kill-everysec": 100,
     "client-kill": 20,

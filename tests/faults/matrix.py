@@ -13,16 +13,8 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from tests.faults.stand import (
-    ANSWER_TIMEOUT_S,
-    NothingUnderWayError,
-    Stand,
-    continued,
-    killed,
-    sent,
-    stopped,
-    until_async,
-)
+from tests.faults.parts import NothingUnderWayError, continued, killed, sent, stopped, until_async
+from tests.faults.stand import ANSWER_TIMEOUT_S, Stand
 from tests.support.names import KEYS
 
 RESTART_S = 0.5
@@ -30,6 +22,8 @@ RESTART_S = 0.5
 AWAY_S = 1.0
 """How long a server that is known to stand still goes on doing so."""
 BROKER_PAUSE_S = 2.0
+WEBHOOK_ENDPOINT = "faults"
+"""Where the webhooks of a round go."""
 UNDER_WAY_META = re.compile(rb'"status": ?"(STARTED|SUCCESS|FAILURE|REVOKED)"')
 
 
@@ -112,6 +106,30 @@ async def worker_kill(stand: Stand) -> Trial:
     returned_s = time.monotonic() - began
     running_s = await run_again(stand, held) - began
     return await recovered(stand, held, began, returned_s=returned_s, running_s=running_s)
+
+
+async def deliverer_kill(stand: Stand) -> Trial:
+    """kill -9 of the worker that leads an endpoint of webhooks, with some of them on their way."""
+    worker = await stand.delivering_worker(WEBHOOK_ENDPOINT)
+    inflight = await stand.inflight_key(worker)
+    began = time.monotonic()
+    await killed(worker)
+    held, on_their_way = await stand.held(worker), await stand.deliveries_of(worker)
+    stand.restart_later(worker)
+    if not on_their_way:
+        raise NothingUnderWayError
+    await emptied(stand, inflight)
+    returned_s = time.monotonic() - began
+
+    async def delivered() -> bool:
+        waiting = KEYS.waiting_deliveries(WEBHOOK_ENDPOINT)
+        return not any([await stand.ask("ZSCORE", waiting, one) for one in on_their_way])
+
+    await until_async(delivered, ANSWER_TIMEOUT_S, "what a lost worker was delivering to arrive")
+    delivered_s = time.monotonic() - began
+    if held:
+        await stand.ledger.wait_ended(held, ANSWER_TIMEOUT_S)
+    return Trial(len(on_their_way), delivered_s, {"returned_s": returned_s})
 
 
 async def worker_stop(stand: Stand) -> Trial:
@@ -297,6 +315,7 @@ async def client_stop(stand: Stand) -> Trial:
 
 FAULTS: dict[str, Fault] = {
     "worker-kill": worker_kill,
+    "deliverer-kill": deliverer_kill,
     "worker-stop": worker_stop,
     "worker-restart": worker_restart,
     "triton-kill": triton_kill,

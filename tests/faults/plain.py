@@ -23,7 +23,8 @@ import redis.asyncio
 
 from samphire_broker.embedded.process import Part, PartSpec
 from tests.faults.ledger import LOOK_S, Tail
-from tests.faults.stand import ANSWER_TIMEOUT_S, ROOT, Stand, alone, killed, until_async
+from tests.faults.parts import alone, killed, until_async
+from tests.faults.stand import ANSWER_TIMEOUT_S, ROOT, Stand
 from tests.support.names import KEYS
 
 QUEUE = "plain"

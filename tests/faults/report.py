@@ -26,6 +26,7 @@ COUNTS = (
     "streams",
     "stream_restarts",
     "webhooks",
+    "webhooks_lost",
     "webhook_repeats",
     "left_behind",
     "burned",
@@ -126,8 +127,8 @@ def _remarks(found: dict[str, Any]) -> str:
         f"{found['stream_restarts']} times that outputs begin anew."
     )
     said.append(
-        f"Tasks whose webhook arrived meanwhile, at a receiver that was away at times: {found['webhooks']}; "
-        f"{found['webhook_repeats']} of them came again, under the same id."
+        f"Tasks whose webhook arrived meanwhile, at a receiver that was away at times: {found['webhooks']}. "
+        f"Lost: {found['webhooks_lost']}. Arrived again, under the same id: {found['webhook_repeats']}."
     )
     letters = ", ".join(f"{name} {count}" for name, count in found["dead_lettered"].items())
     said.append(f"Dead letters: {letters or 'none'}.")

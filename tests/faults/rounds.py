@@ -17,7 +17,8 @@ from samphire import AsyncClient, ResultTimeoutError, SamphireError
 from samphire_broker.embedded.process import PartError
 from tests.faults.client import answer
 from tests.faults.matrix import FAULTS
-from tests.faults.stand import NothingUnderWayError, Stand, until_async
+from tests.faults.parts import NothingUnderWayError, until_async
+from tests.faults.stand import Stand
 from tests.faults.streams import StreamReaders
 from tests.faults.webhooks import Webhooks
 
@@ -65,6 +66,8 @@ class Round:
     """Times that a reader was told that outputs begin anew."""
     webhooks: int = 0
     """Tasks whose webhook has arrived meanwhile."""
+    webhooks_lost: int = 0
+    """Those that have not, though nothing was to be forgotten."""
     webhook_repeats: int = 0
     """Webhooks that arrived again, under the same id."""
     failures: list[str] = field(default_factory=list)
@@ -98,7 +101,7 @@ async def run_round(
     began = time.monotonic()
     result = Round(fault)
     await stand.set_fsync("always" if fault.endswith("-always") else "everysec")
-    if fault.startswith("worker"):
+    if fault.startswith(("worker", "deliverer")):
         await stand.may_reap()
     await stand.load(clients)
     readers = StreamReaders(stand)
@@ -112,7 +115,7 @@ async def run_round(
     result.streams, result.stream_restarts = readers.ended, readers.restarts
     result.failures += readers.untrue
     await webhooks.rest()
-    result.webhooks, result.webhook_repeats = webhooks.arrived, webhooks.repeats
+    result.webhooks, result.webhooks_lost, result.webhook_repeats = webhooks.arrived, webhooks.lost, webhooks.repeats
     result.failures += webhooks.untrue
     await account(stand, result)
     result.seconds = time.monotonic() - began

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -37,95 +34,18 @@ from samphire_broker.embedded.worker import worker_spec
 from samphire_broker.settings import FsyncPolicy, Settings, shipped_model_repository
 from tests.faults.client import MODEL
 from tests.faults.ledger import Ledger
+from tests.faults.parts import LOOK_S, alone, is_stopped, running, until, until_async
 from tests.support.names import KEYS
-
-T = TypeVar("T")
 
 MODELS = Path(__file__).parent / "models"
 ROOT = Path(__file__).parents[2]
 BROKER_MEMORY_BYTES = 4 * 2**30
 NUMBERS_A_CLIENT = 10**8
-LOOK_S = 0.01
+WEBHOOKS = keys.WEBHOOKS.encode()
 ANSWER_TIMEOUT_S = 45.0
 READ_ALL_S = 45.0
 EVERYSEC_BOUND_S = 2.0
 """What `appendfsync everysec` may forget: it puts off writing for up to two seconds while the disk is busy."""
-
-
-class NothingUnderWayError(Exception):
-    """A fault would have met nobody: it is no trial."""
-
-
-def running(part: Part) -> asyncio.subprocess.Process:
-    """The part's process."""
-    assert part.process is not None
-    return part.process
-
-
-async def sent(part: Part, number: signal.Signals) -> int:
-    """Send a signal that ends the part, and return its exit status."""
-    process = running(part)
-    assert process.returncode is None, f"{part.spec.name} had ended before"
-    process.send_signal(number)
-    return await process.wait()
-
-
-async def killed(part: Part) -> None:
-    """kill -9; the exit status proves it."""
-    status = await sent(part, signal.SIGKILL)
-    assert status == -signal.SIGKILL, f"{part.spec.name} ended with {status}, not by SIGKILL"
-
-
-async def stopped(part: Part) -> None:
-    """SIGSTOP; the process state proves it."""
-    running(part).send_signal(signal.SIGSTOP)
-    await until(lambda: is_stopped(part), 5, f"{part.spec.name} to stand still")
-
-
-def is_stopped(part: Part) -> bool:
-    """Whether the part stands still."""
-    return psutil.Process(part.pid).status() == psutil.STATUS_STOPPED
-
-
-async def continued(part: Part) -> None:
-    """SIGCONT to what has stood still until now."""
-    assert is_stopped(part), f"{part.spec.name} did not stand still"
-    running(part).send_signal(signal.SIGCONT)
-    await until(lambda: not is_stopped(part), 5, f"{part.spec.name} to go on")
-
-
-async def until(check: Callable[[], Any], timeout_s: float, what: str) -> None:
-    """Wait for a condition.
-
-    Raises:
-        TimeoutError: it does not come true.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout_s:.0f} s in vain for {what}")
-        await asyncio.sleep(LOOK_S)
-
-
-async def until_async(check: Callable[[], Awaitable[T]], timeout_s: float, what: str) -> T:
-    """Wait for a true value and return it.
-
-    Raises:
-        TimeoutError: it does not come.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not (value := await check()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout_s:.0f} s in vain for {what}")
-        await asyncio.sleep(LOOK_S)
-    return value
-
-
-def alone(spec: PartSpec, **variables: str) -> PartSpec:
-    """The part without the SAMPHIRE_ variables of whoever runs this, with `variables` instead."""
-    unset = [word for name in os.environ if name.startswith("SAMPHIRE_") for word in ("-u", name)]
-    values = [f"{name}={value}" for name, value in {**spec.env, **variables}.items()]
-    return dataclasses.replace(spec, command=["env", *unset, *values, *spec.command], env={})
 
 
 class Stand:
@@ -333,6 +253,31 @@ class Stand:
         fields = await self.ask("HGETALL", await self.inflight_key(worker))
         messages = [message for field, message in fields.items() if f".{MODEL}".encode() in field]
         return {json.loads(message)["headers"]["id"] for message in messages}
+
+    async def deliveries_of(self, worker: Part) -> set[str]:
+        """Ids of the webhooks that the worker is delivering."""
+        fields = await self.ask("HGETALL", await self.inflight_key(worker))
+        return {json.loads(message)["headers"]["id"] for field, message in fields.items() if WEBHOOKS in field}
+
+    async def delivering_worker(self, endpoint: str) -> Part:
+        """The worker that leads an endpoint of webhooks, while some are on their way and another worker is ready.
+
+        Raises:
+            TimeoutError: there is none.
+        """
+        model, _ = keys.parse_queue(keys.delivery_queue(endpoint))
+
+        async def find() -> Part | None:
+            leader = await self.ask("HGET", KEYS.leaders, model)
+            ready = self.ready_workers()
+            for worker in ready if len(ready) > 1 else ():
+                if leader == (await self.worker_id(worker)).encode() and await self.deliveries_of(worker):
+                    return worker
+            return None
+
+        found = await until_async(find, ANSWER_TIMEOUT_S, "a worker that delivers webhooks")
+        assert found is not None
+        return found
 
     async def started(self, worker: Part) -> int:
         """How many of them it has given to Triton."""

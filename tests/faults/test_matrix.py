@@ -19,6 +19,7 @@ LEASE_S = 3
 
 FAULTS = (
     "worker-kill",
+    "deliverer-kill",
     "worker-stop",
     "worker-restart",
     "triton-kill",

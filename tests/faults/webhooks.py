@@ -13,15 +13,18 @@ from samphire.wire.keys import delivery_queue
 from samphire_broker.settings import Settings
 from samphire_broker.webhooks.endpoint import Endpoint
 from samphire_broker.webhooks.registry import open_registry
-from tests.faults.stand import Stand, until_async
+from tests.faults.matrix import WEBHOOK_ENDPOINT as NAME
+from tests.faults.parts import until_async
+from tests.faults.stand import Stand
 from tests.support.names import KEYS
 from tests.support.receiver import Received, Receiver
 
-NAME = "faults"
 SCHEDULE_S = (0.0, 0.2, 0.5, 1.0, 1.0, 2.0, 2.0, 5.0, 5.0, 5.0, 10.0, 10.0, 10.0)
 PAUSE_S = 0.04
 """Between two submits."""
 THERE_S, AWAY_S = 3.0, 0.5
+ANSWER_S = 0.05
+"""How long the receiver takes: one or two are on their way at any moment."""
 END_TIMEOUT_S = 90.0
 VALUE = np.ones((1, 2), np.float32)
 
@@ -44,6 +47,8 @@ class Webhooks:
         """Webhooks that arrived again, under the same id."""
         self.absences = 0
         """Times that the receiver was away."""
+        self.lost = 0
+        """Tasks that have ended, and whose webhook has not arrived."""
         self.untrue: list[str] = []
         """What was not as it must be."""
 
@@ -72,6 +77,7 @@ class Webhooks:
         for task_id, accepted_at in self._accepted.items():
             arrived = self._arrived.get(task_id, set())
             if not arrived and not self._stand.may_be_forgotten(accepted_at):
+                self.lost += 1
                 self.untrue.append(f"the webhook of {task_id} has not arrived")
             if len(arrived) > 1:
                 self.untrue.append(f"{len(arrived)} webhooks tell of the end of {task_id}")
@@ -123,6 +129,7 @@ class Webhooks:
         self._arrived.setdefault(event.data["task_id"], set()).add(event.id)
         if event.type != "task.succeeded":
             self.untrue.append(f"{event.type} of {event.data['task_id']}: {event.data.get('error')}")
+        await asyncio.sleep(ANSWER_S)
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
 
     async def _submit(self) -> None:
