@@ -34,8 +34,8 @@ def celery_settings(broker: Broker) -> dict[str, Any]:
             "samphire_namespace": broker.keys.namespace,
         },
         "result_backend_transport_options": {"global_keyprefix": prefix},
-        # Each level of nesting takes one, and would wait for ever for one more. kombu has one limit for all applications
-        # of a process, and cannot lower it while connections are in use.
+        # Each level of nesting takes one, and would wait for ever for one more. kombu has one limit for all the
+        # applications of a process, and cannot lower it while connections are in use.
         "broker_pool_limit": 2 * NESTED_MAX,
     }
 
