@@ -16,9 +16,7 @@ def plain_celery(url: str) -> Iterator[Celery]:
     """An application whose connections are all closed at the end."""
     with Celery("plain", broker=url, backend=url, set_as_current=False) as app:
         app.conf.result_chord_join_timeout = 10
-        app.conf.broker_pool_limit = (
-            2 * NESTED_MAX
-        )  # as the worker's applications in this process: see `celery_settings`
+        app.conf.broker_pool_limit = 2 * NESTED_MAX  # the same for all of a process: see `celery_settings`
         app.conf.result_backend_thread_safe = True  # one backend for all threads: what each subscribes to ends here
         try:
             yield app
