@@ -23,6 +23,7 @@ from tests.support.lane import (
     counting,
     fake_triton,
     in_a_loop,
+    lane_worker,
     sleeping,
     state,
     until,
@@ -32,6 +33,7 @@ from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 from tests.support.receiver import Receiver, never, receiver, status
 from tests.support.webhooks import Hooks
+from tests.test_rights import PASSWORD, rules, user_of
 
 
 @pytest.fixture
@@ -155,6 +157,25 @@ async def test_a_chain_that_never_begins_is_told_of(hooks: Hooks) -> None:
             assert all(event.data["model"] == "one" for event in events)
             (error,) = [event.data["error"] for event in events if event.type == "task.failed"]
             assert error["type"] == "InvalidInputError" and "nested" in error["message"]
+
+
+@in_a_loop
+async def test_steps_that_cannot_be_sent_take_no_webhook_with_them(hooks: Hooks) -> None:
+    """The worker's user has no right to push them: whoever waits for the task's end is told of it all the same."""
+    async with receiver() as to, fake_triton("one", "bad") as triton:
+        triton.behave["bad"] = broken
+        secret = hooks.add("orders", to)
+        few = user_of(hooks.valkey, "few", "on", f">{PASSWORD}", *rules()["worker"].split(), "%R~elsewhere*")
+        async with lane_worker(few, triton, **hooks.settings(max_attempts=1)):
+            with plain_celery(hooks.valkey.url) as app:
+                step = app.signature("n", queue="elsewhere", immutable=True)
+                sent = [
+                    app.send_task("samphire.infer", kwargs=kwargs, queue="inference", link=step, link_error=step)
+                    for kwargs in ({**body(model), "webhook": "orders"} for model in ("one", "bad"))
+                ]
+                await arrive(to, 2)
+            told = {(event := received.verified(secret)).data["task_id"]: event.type for received in to.got}
+            assert told == {task.id: "task.failed" for task in sent}
 
 
 @in_a_loop

@@ -58,6 +58,8 @@ class Settled(IntEnum):
     """Its next steps cannot be pushed: it stays claimed."""
     OUTPUTS_LOST = 4
     """The broker has lost outputs that it had given out: it stays claimed."""
+    WEBHOOKS_NOT_PUSHED = 5
+    """Its webhooks cannot be pushed: it stays claimed."""
 
 
 class Appended(IntEnum):

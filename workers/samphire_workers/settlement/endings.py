@@ -255,12 +255,7 @@ class Endings:
             self.revoke(request, "cancelled")
         elif verdict is Settled.OUTPUTS_LOST:
             self._work.begin(self._ledger.release([request]))
-        else:
-            self._not_pushed(request, settlement)
-
-    def _not_pushed(self, request: Request, settlement: Settlement) -> None:
-        """End a task whose next steps cannot be pushed: as in Celery it has failed, and without these steps."""
-        if settlement.webhooks:
+        elif verdict is Settled.WEBHOOKS_NOT_PUSHED:
             logger.error(
                 "task %s ends, and its webhook is lost: keys of other types lie where deliveries are queued, or the "
                 "worker's broker user has no right to push there",
@@ -268,7 +263,11 @@ class Endings:
                 extra={"action": "webhook_lost"},
             )
             self.settler.add(settlement._replace(webhooks=()))
-            return
+        else:
+            self._not_pushed(request, settlement)
+
+    def _not_pushed(self, request: Request, settlement: Settlement) -> None:
+        """End a task whose next steps cannot be pushed: as in Celery it has failed, and without these steps."""
         queues = ", ".join(sorted({name for name, _ in settlement.pushes}))
         error = InvalidInputError(
             f"its next steps cannot be pushed to {queues}: the worker's broker user has no right to, or keys that are "

@@ -15,9 +15,10 @@
 --         to put out [entry, …] (`shared/outbox.lua`), [] or, of a delivery, [its id, endpoint, task in whose order it
 --         goes, state, this attempt (JSON), how many are kept, for how long in s, 1 if it was sent again by hand]]
 -- Returns for each task 1; 0 where the claim was lost; 2 where the task was cancelled meanwhile: it stays claimed, and
--- is to be settled as cancelled, with what that owes to others; 3 where what it owes cannot be pushed (no right, or
--- other keys lie there); 4 where the log lacks some of the outputs that it has given out, since the broker has lost them.
--- With 0, 2, 3 and 4 nothing of it is written. Of a task that has ended already the message is
+-- is to be settled as cancelled, with what that owes to others; 3 where its next steps cannot be pushed (no right,
+-- or other keys lie there), 5 where its webhooks cannot; 4 where the log lacks some of the outputs that it has given
+-- out, since the broker has lost them.
+-- With 0, 2, 3, 4 and 5 nothing of it is written. Of a task that has ended already the message is
 -- dropped and nothing else, but for the steps that a cancelled task owes, once however many messages it has: an end is
 -- written once a run. A message that was sent anew after its task has failed ends the task's next run. Events carry the
 -- number of a run that is not the first.
@@ -179,25 +180,24 @@ local function try_again(n)
   log_event(id, claim_of(worker_id, fields[n]), 'retrying', 'w', attempt)
   single_events[#single_events + 1] = {stream_for(id, task[STREAM]), 'retrying', id}
 end
--- Whether what a task owes can be pushed.
 local function can_push_to(name)
   local list = CELERY .. name
   local fits = type(try('LLEN', list)) == 'number' or type(try('LLEN', list .. ':returned')) == 'number'
   return fits and not denied({{'LPUSH', list, ''}})
 end
-local function can_push(n)
+-- What says that some of what a task owes cannot be pushed.
+local function not_pushed(n)
   local extra = tasks[n][EXTRA]
   for _, step in ipairs(extra and extra[PUSHES] or {}) do
     if not can_push_to(step[1]) then
-      return false
+      return 3
     end
   end
   for _, entry in ipairs(extra and extra[WEBHOOKS] or {}) do
     if not can_push_to(delivery_list(entry[2])) then
-      return false
+      return 5
     end
   end
-  return true
 end
 -- Whether the log has fewer outputs than the task has given out: then a restart of the broker has lost some.
 local function lacks_outputs(n)
@@ -231,8 +231,9 @@ local function settle(n)
   if call('HEXISTS', inflight_key, fields[n]) == 0 then
     return 0
   end
-  if not can_push(n) then
-    return 3
+  local unpushed = not_pushed(n)
+  if unpushed then
+    return unpushed
   end
   if is_late_copy(n) then
     return 1
