@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import socket
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
@@ -29,8 +30,8 @@ from samphire import (
     TaskEvent,
 )
 from samphire.wire.contract import INFER_TASK
-from samphire_workers.triton.calls import Running
-from samphire_workers.triton.endpoint import CONTROL_TIMEOUT_S, Endpoint
+from samphire_workers.triton.calls import GOES_ON_S, Running
+from samphire_workers.triton.endpoint import Endpoint
 from samphire_workers.triton.errors import GivenUpError
 from samphire_workers.triton.messages import Tensor, infer_request
 from tests.stacks import Up, eventually, only, running_stack, samphire, standing_still
@@ -38,7 +39,6 @@ from tests.support.lane import in_a_loop
 from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 from tests.test_flower import connect
-from tests.test_outages import held
 from tests.test_streams import ENDS
 
 
@@ -274,29 +274,38 @@ async def test_kill_9_of_a_worker_and_of_triton_mid_stream(own_stack: Up) -> Non
 
 
 @in_a_loop
-async def test_streams_of_a_server_that_hangs_are_not_cancelled_there(own_stack: Up, tmp_path: Path) -> None:
-    """Triton may die of it as it goes on: each runs to its end for nobody, while its task begins anew."""
+async def test_streams_of_a_server_that_hangs_are_cancelled_once_it_goes_on(own_stack: Up, tmp_path: Path) -> None:
+    """Not before, since Triton may die of it; whoever waits is told at once, also who held an output meanwhile."""
     log = tmp_path / "log"
-    async with AsyncClient(own_stack.broker_url) as client:
-        tasks = [
-            await client.submit("streamer", plan(outputs=80, interval_s=0.1, log=str(log), name=str(number)))
-            for number in range(5)
-        ]
-        await asyncio.to_thread(eventually, lambda: log.exists() and log.read_text().count("begin") == 5, 20, "a start")
-        pid = own_stack.ready["pids"]["triton"]
-        with standing_still(pid), own_stack.redis() as server:
-            await asyncio.to_thread(eventually, lambda: not held(server), CONTROL_TIMEOUT_S + 5, "their return")
-        for task in tasks:
-            events = await all_of(task)
-            check_whole(events)
-            assert events[-1].kind == "succeeded"
-        await asyncio.to_thread(eventually, lambda: not _running(log), 20, "the end of all at the model")
-        assert own_stack.ready["pids"]["triton"] == pid
-        assert "cancelled" not in log.read_text()
+    endpoint = Endpoint(own_stack.triton_grpc)
+    streams = []
+    for number in range(3):
+        wanted = json.dumps({"outputs": 3000, "interval_s": 0.1, "log": str(log), "name": str(number)}).encode()
+        tensor = Tensor("plan", "BYTES", [1], len(wanted).to_bytes(4, "little") + wanted)
+        streams.append(endpoint.stream(infer_request("streamer", "", [tensor], [], {}), inf, 60, Running()))
+        await anext(streams[-1])
+    waiting = asyncio.create_task(anext(streams[0]))
+    with standing_still(own_stack.ready["pids"]["triton"]):
+        while not waiting.done() and not endpoint.is_silent:
+            await endpoint.is_ready()
+            if waiting.done():
+                waiting = asyncio.create_task(anext(streams[0]))
+        endpoint.give_up_all(GivenUpError("nobody waits for it"))
+        with pytest.raises(GivenUpError):
+            await waiting
+        with pytest.raises(GivenUpError):
+            while True:
+                await anext(streams[1])
+        goes_on = time.time()
+    await asyncio.to_thread(eventually, lambda: log.read_text().count("cancelled") >= 2, 30, "their ends at the model")
+    assert endpoint.is_silent
+    cancelled = [float(line.split()[2]) for line in log.read_text().splitlines() if "cancelled" in line]
+    assert min(cancelled) > goes_on + GOES_ON_S / 2
+    await streams[2].aclose()
+    await endpoint.close()
 
 
-@pytest.mark.parametrize("quiet_s", [0.0, 0.1])
-@pytest.mark.parametrize("give_up", [Running.stop, Running.leave])
+@pytest.mark.parametrize(("give_up", "quiet_s"), [(Running.stop, 0.0), (Running.stop, 0.1), (Running.leave, 0.1)])
 @in_a_loop
 async def test_a_stream_that_is_given_up_while_it_connects_ends(
     give_up: Callable[[Running, SamphireError], None], quiet_s: float, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,12 @@ async def test_what_became_of_a_delivery(hooks: Hooks) -> None:
             assert (found.id, found.event, found.run, found.state) == (to.got[1].id, "task.succeeded", 2, "delivered")
             assert [attempt.status for attempt in found.attempts] == [200] and found.next_at is None
             assert await client.webhooks.delivery(task.id, "nobody") is None
+            for key in (KEYS.ended, KEYS.ended_before):  # after long: then it looks for the runs
+                hooks.valkey.client.delete(key)
+            assert await client.webhooks.delivery(task.id, "orders") == found
+            for bad in ("", "a b", "\ud800"):
+                with pytest.raises(InvalidInputError, match="task"):
+                    await client.webhooks.delivery(bad, "orders")
         with Client(url) as blocking:
             assert await asyncio.to_thread(blocking.webhooks.delivery, task.id, "orders") == found
 
@@ -108,6 +114,9 @@ async def test_who_may_not_read_is_told_so(hooks: Hooks) -> None:
             ("ZRANGE", KEYS.waiting_deliveries("orders"), 0, -1),
             ("ZRANGE", KEYS.ended_deliveries("orders"), 0, -1),
             ("HGETALL", KEYS.webhook_config),
+            ("SCAN", 0),
+            ("RANDOMKEY",),
+            ("KEYS", "*"),
         ):
             with pytest.raises(redis.exceptions.NoPermissionError):
                 producer.execute_command(*command)

@@ -122,8 +122,7 @@ async def deliverer_kill(stand: Stand) -> Trial:
     returned_s = time.monotonic() - began
 
     async def delivered() -> bool:
-        waiting = KEYS.waiting_deliveries(WEBHOOK_ENDPOINT)
-        return not any([await stand.ask("ZSCORE", waiting, one) for one in on_their_way])
+        return all([await stand.ask("HGET", KEYS.delivery(one), "state") == b"delivered" for one in on_their_way])
 
     await until_async(delivered, ANSWER_TIMEOUT_S, "what a lost worker was delivering to arrive")
     delivered_s = time.monotonic() - began

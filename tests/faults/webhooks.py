@@ -48,7 +48,7 @@ class Webhooks:
         self.absences = 0
         """Times that the receiver was away."""
         self.lost = 0
-        """Tasks that have ended, and whose webhook has not arrived."""
+        """Tasks whose submit has returned, and whose webhook has not arrived."""
         self.untrue: list[str] = []
         """What was not as it must be."""
 

@@ -183,7 +183,9 @@ class Claims(Calls):
         return [_SETTLED[verdict] for verdict in await self._run("settle", key_names, args, self._endings)]
 
     async def end_others(self, ends: Sequence[OtherEnd]) -> list[int]:
-        """End tasks that nobody holds, unless they have ended: 1 for each that was not, 0 for each that was."""
+        """End tasks that nobody holds, unless they have ended: 0 for each that has, 1 for each other, 2 where a webhook
+        of it could not be pushed.
+        """
         args: list[Argument] = [self.keys.meta_prefix, self._settings.result_ttl_s, STREAM_MAX_LENGTH, STREAM_TTL_S]
         args += [self.keys.task_prefix, self._settings.remembered_s, self.keys.wake_channel]
         for end in ends:

@@ -22,7 +22,7 @@ class Outbox(Calls):
     """All of it may be repeated after a lost reply."""
 
     async def notify(self, webhooks: Sequence[tuple[str, str, Webhook]]) -> int:
-        """Put out webhooks (claim, task id, entry) of tasks under way; how many are still this worker's."""
+        """Put out webhooks (claim, task id, entry) of tasks under way; how many could not be pushed."""
         args: list[Argument] = [self.keys.task_prefix, self.keys.wake_channel, _pack(webhooks)]
         return int(await self._run("notify", [self._inflight], args))
 

@@ -59,7 +59,7 @@ class Settled(IntEnum):
     OUTPUTS_LOST = 4
     """The broker has lost outputs that it had given out: it stays claimed."""
     WEBHOOKS_NOT_PUSHED = 5
-    """Its webhooks cannot be pushed: it stays claimed."""
+    """Its webhooks, or those of steps that end with it, cannot be pushed: it stays claimed."""
 
 
 class Appended(IntEnum):

@@ -103,7 +103,7 @@ class Sequences:
                 if away and (model not in self._own or holds(model)):
                     continue
                 try:
-                    verdict = await self._store.lead(model, give_back=away, is_alone=model in self._led)
+                    verdict = await self._store.lead(model, give_back=away)
                 except SamphireError as error:
                     logger.warning(
                         "who leads model %s is not known, so nothing of it is claimed now: %s",

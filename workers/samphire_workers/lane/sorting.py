@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import defaultdict
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from samphire.errors import EndpointUnavailableError, InvalidInputError, SamphireError, UnknownModelError
 from samphire.wire import keys
-from samphire.wire.contract import InferRequest
+from samphire.wire.contract import CanvasStart, InferRequest
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, Scheduled, Store
 from samphire_workers.claims.ledger import Ledger
@@ -110,6 +111,8 @@ class Sorter:
             request, error = read_or_error(claim, self._settings, self._kinds)
             if request.infer is not None and request.infer.webhook:
                 error = await self._find_destination(request, request.infer, error)
+            if isinstance(request.payload, CanvasStart):
+                await self._look_for_endpoint(request.payload)
             self._ledger.has_read(request)
             if error is not None and not request.keeps_order:
                 self._refuse(request, error)
@@ -127,6 +130,14 @@ class Sorter:
         except InvalidInputError as unknown:
             return error or unknown
         return error
+
+    async def _look_for_endpoint(self, start: CanvasStart) -> None:
+        """Have the book know the endpoint of a chain that may never begin."""
+        last = start.last_arguments()
+        named, tenant = last.get("webhook"), last.get("tenant") or ""
+        if named and isinstance(named, str) and isinstance(tenant, str):
+            with contextlib.suppress(InvalidInputError):
+                await self._book.resolve_fresh(named, tenant)
 
     def _refuse(self, request: Request, error: SamphireError) -> None:
         try:

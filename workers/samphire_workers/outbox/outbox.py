@@ -45,7 +45,7 @@ class Outbox:
         """
         more: dict[str, Any] = {} if error is None else {"error": error}
         if isinstance(request.payload, CanvasStart):
-            return self._of_step(request.task_id, state, _last_arguments(request.payload.signature), more)
+            return self._of_step(request.task_id, state, request.payload.last_arguments(), more)
         destination = request.destination
         if destination is None:
             return ()
@@ -84,7 +84,7 @@ class Outbox:
             destination = self._book.resolve(named, tenant)
         except InvalidInputError as error:
             logger.warning(
-                "no webhook tells of the end of task %s, a step that never comes: %s",
+                "no webhook tells of the end of task %s, a step that never ran: %s",
                 task_id,
                 error,
                 extra={"action": "no_webhook"},
@@ -102,17 +102,6 @@ class Outbox:
         self, destination: Destination, of: About, event: str, sequence: int, more: Mapping[str, Any]
     ) -> Webhook:
         return webhook(destination, of, event, sequence, self._now(), more, self._gateway_url)
-
-
-def _last_arguments(signature: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The keyword arguments of the last task of a canvas, as JSON that anybody may have sent."""
-    found: Any = signature
-    while isinstance(found, dict) and found.get("subtask_type") in ("chain", "group"):
-        kwargs = found.get("kwargs")
-        steps = kwargs.get("tasks") if isinstance(kwargs, dict) else None
-        found = steps[-1] if isinstance(steps, list) and steps else None
-    kwargs = found.get("kwargs") if isinstance(found, dict) else None
-    return kwargs if isinstance(kwargs, dict) else {}
 
 
 def about(request: Request) -> About:

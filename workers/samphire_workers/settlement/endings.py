@@ -174,7 +174,8 @@ class Endings:
         """Put out webhooks that tell of tasks under way."""
         wishes = [(request.claim.field, request.task_id, webhook) for request, webhook in webhooks]
         try:
-            await persist(lambda: self._store.notify(wishes))
+            if await persist(lambda: self._store.notify(wishes)):
+                _log_lost(", ".join(sorted({request.task_id for request, _ in webhooks})))
         except SamphireError as error:
             logger.warning(
                 "%d webhooks of tasks under way are not sent: %s", len(wishes), error, extra={"action": "not_notified"}
@@ -256,13 +257,9 @@ class Endings:
         elif verdict is Settled.OUTPUTS_LOST:
             self._work.begin(self._ledger.release([request]))
         elif verdict is Settled.WEBHOOKS_NOT_PUSHED:
-            logger.error(
-                "task %s ends, and its webhook is lost: keys of other types lie where deliveries are queued, or the "
-                "worker's broker user has no right to push there",
-                request.task_id,
-                extra={"action": "webhook_lost"},
-            )
-            self.settler.add(settlement._replace(webhooks=()))
+            _log_lost(request.task_id)
+            others = tuple(other._replace(webhooks=()) for other in settlement.others)
+            self.settler.add(settlement._replace(webhooks=(), others=others))
         else:
             self._not_pushed(request, settlement)
 
@@ -283,7 +280,8 @@ class Endings:
 
     async def _end_other(self, end: OtherEnd, kwargs: Mapping[str, Any]) -> None:
         told = end._replace(webhooks=self._outbox.of_other_end(end, kwargs))
-        await persist(lambda: self._store.end_others([told]))
+        if await persist(lambda: self._store.end_others([told])) == [2]:
+            _log_lost(end.task_id)
 
     async def _claim_checks(self, request: Request, outputs: Sequence[Tensor]) -> dict[str, Ref]:
         above = self._settings.inline_output_bytes
@@ -350,3 +348,12 @@ def _closed(request: Request, settlement: Settlement, state: str, attempt: str) 
     if request.kind is None or request.kind.close is None:
         return settlement
     return settlement._replace(delivery=request.kind.close(request, state, attempt))
+
+
+def _log_lost(task_id: str) -> None:
+    logger.error(
+        "a webhook of task %s is lost: keys of other types lie where deliveries are queued, or the worker's broker "
+        "user has no right to push there",
+        task_id,
+        extra={"action": "webhook_lost"},
+    )

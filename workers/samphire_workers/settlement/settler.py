@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from samphire_broker.store import Settled, Settlement, Store
+from samphire_broker.store import Settled, Settlement, Store, Webhook
 from samphire_workers.claims.ledger import Ledger
 from samphire_workers.monitoring.observers import Observers
 from samphire_workers.repeat import persist
@@ -26,8 +26,8 @@ class Settler:
         store: where.
         ledger: lets the claims go.
         observers: are told how long the broker took.
-        refused: called with a settlement that was not written, and why (`WAS_CANCELLED` or `NOT_PUSHED`). The claim is
-            still held, and has to be settled otherwise.
+        refused: called with a settlement that was not written, and why (what is neither `DONE` nor `LOST`). The claim
+            is still held, and has to be settled otherwise.
     """
 
     def __init__(
@@ -81,12 +81,17 @@ class Settler:
         self._ledger.let_go(done)
 
 
+def _size(webhooks: Sequence[Webhook]) -> int:
+    return sum(len(webhook.message) for webhook in webhooks)
+
+
 def _take(settlements: list[Settlement]) -> list[Settlement]:
     """Remove and return as many settlements as one call should carry."""
     nbytes = 0
     for count, settlement in enumerate(settlements[:BATCH]):
         nbytes += len(settlement.meta) + sum(len(message) for _, message in settlement.pushes)
-        nbytes += sum(len(webhook.message) for webhook in settlement.webhooks)
+        nbytes += _size(settlement.webhooks)
+        nbytes += sum(len(other.meta) + _size(other.webhooks) for other in settlement.others)
         if count and nbytes > BATCH_BYTES:
             break
     else:

@@ -12,15 +12,13 @@ import grpc.aio
 from samphire.errors import EndpointTimeoutError, EndpointUnavailableError, SamphireError
 from samphire_workers.triton.errors import StalledError, translate_text
 
-END_S = 0.25
-"""A stream that has failed may come to its end for so long before a moment is sought to cancel it."""
 QUIET_S = 0.1
 """A stream is cancelled just after an output, which is waited for as long as this: Triton 24.10 may die where it is
 cancelled while one comes. Source: triton-inference-server/server issues 7368 and 8034."""
 LEFT_S = 600.0
-"""A stream whose server did not answer may come to its end for so long."""
-SPARE_S = 2.0
-"""gRPC's deadline of a stream is so much later than its end, which the worker's own timer brings, for that reason."""
+"""A stream is left to a server that does not answer for so long."""
+GOES_ON_S = 2.0
+"""Once it answers again, outputs come all at once; a moment to cancel is sought so much later."""
 GIVEN_UP = "gRPC has given up the request"
 """Of a call that ends as cancelled though nobody has cancelled it, as where the connection breaks while it is sent."""
 
@@ -62,8 +60,13 @@ class Running:
         """
         if self.why is not None:
             call.cancel()
-            raise self.why
+        self.check()
         self._call, self._streams = call, streams
+
+    def check(self) -> None:
+        """Raise where nobody waits for it any more."""
+        if self.why is not None:
+            raise self.why
 
     async def wait(self, call: Any) -> Any:
         """The answer of a call."""
@@ -106,15 +109,24 @@ class Reader:
 
     async def next_answer(self) -> Any:
         """The next response, None at the end."""
+        self._running.check()
         message = await self._running.wait_for_next(self._read())
         self._reading = None
-        if self._running.why is not None:
-            raise self._running.why
+        self._running.check()
         if message is grpc.aio.EOF:
             return None
         if message.error_message:
             raise translate_text(message.error_message)
         return message.infer_response
+
+    async def read_left(self) -> None:
+        """Read a call that was left to a server that does not answer, until it does; then end it."""
+        try:
+            async with asyncio.timeout(LEFT_S):
+                await asyncio.wait([self._read()])
+        except TimeoutError:
+            self._call.cancel()
+        await self.read_on(GOES_ON_S)
 
     async def read_on(self, enough_s: float) -> None:
         """Let a call that nobody waits for come to its end for so long; then cancel it in a quiet moment."""

@@ -17,6 +17,7 @@ import grpc.aio
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from samphire.errors import (
+    EndpointTimeoutError,
     EndpointUnavailableError,
     InvalidInputError,
     ModelFaultError,
@@ -26,10 +27,7 @@ from samphire.errors import (
 )
 from samphire.wire.signature import ModelSignature, TensorSpec
 from samphire_workers.triton.calls import (
-    END_S,
     GIVEN_UP,
-    LEFT_S,
-    SPARE_S,
     Reader,
     Running,
     Watch,
@@ -41,6 +39,11 @@ from samphire_workers.triton.messages import Tensor, flag, set_timeout, tensors_
 CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
 RELOAD_S = 60.0
+END_S = 0.25
+"""A stream that has failed may come to its end for so long before a moment is sought to cancel it."""
+SPARE_S = 600.0
+"""gRPC's deadline of a stream is so much later than its end, which the worker's own timer brings: it would cancel at a
+moment that nobody has chosen (see `QUIET_S`)."""
 PUSHBACK_MAX_S = 3600.0
 """Longest time that a server or proxy is left alone because it asks for it."""
 ERROR_TEXT_MAX_BYTES = 8 * 2**20
@@ -85,11 +88,16 @@ class Endpoint:
         """They read streams for which nobody waits any more."""
         self._seen: set[str] = set()
         """Models that were ready here once."""
+        self.is_silent = False
+        """Whether it has not answered the last probe in time, neither with yes nor with no."""
 
-    def leave_all(self, why: SamphireError) -> None:
-        """End the wait for all requests under way here, since the server does not answer: who waits gets `why`."""
+    def give_up_all(self, why: SamphireError) -> None:
+        """End the wait for all requests under way here: who waits gets `why`.
+
+        They are cancelled, but for streams where the server has not answered the last probe at all.
+        """
         for running in list(self._running):
-            running.leave(why)
+            (running.leave if self.is_silent else running.stop)(why)
 
     async def close(self) -> None:
         """Close the channel."""
@@ -106,8 +114,10 @@ class Endpoint:
         """Whether the server answers and is ready."""
         try:
             answer = await self._call("ServerReady", service_pb2.ServerReadyRequest(), CONTROL_TIMEOUT_S)
-        except SamphireError:
+        except SamphireError as error:
+            self.is_silent = isinstance(error, EndpointTimeoutError)
             return False
+        self.is_silent = False
         return bool(answer.ready)
 
     async def is_model_ready(self, model: str, version: str) -> bool:
@@ -238,7 +248,7 @@ class Endpoint:
             watch.end()
             self._running.discard(running)
             if running.is_left:
-                task = asyncio.create_task(reader.read_on(LEFT_S))
+                task = asyncio.create_task(reader.read_left())
                 self._left.add(task)
                 task.add_done_callback(self._left.discard)
             elif running.why is None:

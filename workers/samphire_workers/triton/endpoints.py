@@ -77,7 +77,7 @@ class Endpoints:
             self._ready.remove(endpoint)
         if not self._ready:
             self.some_ready.clear()
-        endpoint.leave_all(GivenUpError(f"endpoint {endpoint.url} does not answer"))
+        endpoint.give_up_all(GivenUpError(f"endpoint {endpoint.url} does not answer"))
 
     def answers(self, endpoint: Endpoint) -> bool:
         """Whether an endpoint has answered the last probe."""

@@ -6,7 +6,8 @@
 --       5 prefix of task hashes   6 how long it is remembered that a task has ended, in s
 --       7 channel to wake lanes
 --       8.. task id, state, result (JSON), stream ("" for none), webhooks (MessagePack: array of entries), task id, …
--- Returns for each task 1, or 0 where it has ended already: no end is written over.
+-- Returns for each task 1, 2 where a webhook of it could not be pushed, or 0 where it has ended already: no end is
+-- written over.
 local ended_key, ended_before_key, ended_turn_key, tried_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local meta_prefix, result_ttl_s, stream_max, stream_ttl_s, task_prefix = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local remember_s, wake_channel = ARGV[6], ARGV[7]
@@ -36,10 +37,11 @@ for i = 8, #ARGV, 5 do
       tell(stream_for(id, stream), stream_max, stream_ttl_s, state, id)
     end
     ends[#ends + 1], ends[#ends + 2] = id, LETTERS[state] .. (run or '')
+    local verdict = 1
     for _, entry in ipairs(cmsgpack.unpack(ARGV[i + 4])) do
-      put_out(entry, run or 1, wake_channel)
+      verdict = put_out(entry, run or 1, wake_channel) and verdict or 2
     end
-    reply[#reply + 1] = 1
+    reply[#reply + 1] = verdict
   end
 end
 remember(ended_key, ended_before_key, ended_turn_key, tonumber(remember_s), ends)

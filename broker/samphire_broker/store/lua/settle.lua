@@ -16,7 +16,7 @@
 --         goes, state, this attempt (JSON), how many are kept, for how long in s, 1 if it was sent again by hand]]
 -- Returns for each task 1; 0 where the claim was lost; 2 where the task was cancelled meanwhile: it stays claimed, and
 -- is to be settled as cancelled, with what that owes to others; 3 where its next steps cannot be pushed (no right,
--- or other keys lie there), 5 where its webhooks cannot; 4 where the log lacks some of the outputs that it has given
+-- or other keys lie there), 5 where webhooks cannot; 4 where the log lacks some of the outputs that it has given
 -- out, since the broker has lost them.
 -- With 0, 2, 3, 4 and 5 nothing of it is written. Of a task that has ended already the message is
 -- dropped and nothing else, but for the steps that a cancelled task owes, once however many messages it has: an end is
@@ -193,9 +193,15 @@ local function not_pushed(n)
       return 3
     end
   end
-  for _, entry in ipairs(extra and extra[WEBHOOKS] or {}) do
-    if not can_push_to(delivery_list(entry[2])) then
-      return 5
+  local entries = extra and {extra[WEBHOOKS]} or {}
+  for _, other in ipairs(extra and extra[OTHERS] or {}) do
+    entries[#entries + 1] = other[5]
+  end
+  for _, some in ipairs(entries) do
+    for _, entry in ipairs(some) do
+      if not can_push_to(delivery_list(entry[2])) then
+        return 5
+      end
     end
   end
 end

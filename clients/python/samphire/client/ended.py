@@ -6,6 +6,7 @@ has expired, was deleted, or was never kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from samphire.client.results import Status
@@ -14,6 +15,8 @@ from samphire.transport.direct import DirectConnection
 from samphire.wire.keys import Keys
 
 PAGE = 500
+_VALUE = re.compile(r"[A-Za-z](\d*)")
+"""How it has ended, and the number of the run if it is not the first; see the schema of keys."""
 _STATES: dict[str, Status] = {
     "S": "succeeded",
     "F": "failed",
@@ -21,6 +24,15 @@ _STATES: dict[str, Status] = {
     "c": "cancelled",
     "E": "expired",
 }
+
+
+async def last_run(connection: DirectConnection, keys: Keys, task_id: str) -> int:
+    """The number of the run in which a task has ended last, as far as it is remembered; 0 where it is not."""
+    values = await connection.ask_all([("HGET", key, task_id) for key in (keys.ended, keys.ended_before)])
+    for value in values:
+        if value is not None and (found := _VALUE.match(key_text(value))) is not None:
+            return int(found[1] or 1)
+    return 0
 
 
 async def ended_states(connection: DirectConnection, keys: Keys, task_ids: Sequence[str]) -> dict[str, Status]:

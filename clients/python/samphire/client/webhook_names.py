@@ -69,7 +69,7 @@ class WebhookNames:
         """
         if not is_url(webhook):
             return webhook, ""
-        _, policy = await self._look_up(POLICY)
+        _, policy = await self._look_up(default_secret_name(tenant))
         target = check_url(webhook, policy)
         return ad_hoc_name(tenant, target), target.url
 

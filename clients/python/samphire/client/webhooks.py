@@ -9,14 +9,18 @@ from typing import Literal, cast
 
 import msgspec
 
+from samphire.client.encoder import plain_text
+from samphire.client.ended import last_run
 from samphire.client.webhook_names import WebhookNames
+from samphire.errors import InvalidInputError
 from samphire.transport.connection import key_text
 from samphire.transport.direct import Argument, DirectConnection
+from samphire.wire.contract import is_task_id
 from samphire.wire.deliveries import LAST, delivery_id
 from samphire.wire.keys import Keys
 
-RUNS = 8
-"""Runs of a task that are looked at together."""
+RUNS = 16
+"""Of a task whose end is not remembered any more so many runs are looked for."""
 ENDS = ("task.succeeded", "task.failed", "task.cancelled", "task.expired")
 
 
@@ -100,22 +104,24 @@ class AsyncWebhooks:
             not kept any more.
 
         Raises:
-            InvalidInputError: no webhook is sent to such a URL.
+            InvalidInputError: that is no id of a task, or no webhook is sent to such a URL.
             BrokerRightError: this user may not read it.
             BrokerUnavailableError: the broker does not answer.
         """
-        endpoint, url = await self._names.target(webhook, self._tenant)
-        last, first = None, 1
-        while True:
+        if not is_task_id(plain_text("the task's id", task_id)):
+            raise InvalidInputError(f"expected the id of a task, given {task_id!r:.100}")
+        endpoint, url = await self._names.target(plain_text("the webhook", webhook), self._tenant)
+        last = await last_run(self._connection, self._keys, task_id)  # else, after long, each run is looked for
+        for runs in (range(last, last + 1), range(1, RUNS + 1)):
             candidates = [
                 WebhookDelivery(delivery_id(task_id, event, LAST, endpoint, url, run), event, run, "waiting")
-                for run in range(first, first + RUNS)
+                for run in runs
                 for event in ENDS
+                if run
             ]
-            found = await self._those_that_are(candidates, endpoint)
-            if not found:
-                return last
-            last, first = found[-1], first + RUNS
+            if found := await self._those_that_are(candidates, endpoint):
+                return found[-1]
+        return None
 
     async def _those_that_are(self, candidates: Sequence[WebhookDelivery], endpoint: str) -> list[WebhookDelivery]:
         commands: list[tuple[Argument, ...]] = []
@@ -127,22 +133,27 @@ class AsyncWebhooks:
         found = []
         for one, mark, (state, attempts) in zip(candidates, replies[::2], replies[1::2], strict=True):
             if state is not None:
-                found.append(
-                    replace(
-                        one, state=cast(DeliveryState, key_text(state)), attempts=_decode_attempts(attempts or b"[]")
-                    )
-                )
+                found.append(_ended(one, state, attempts))
             elif mark is not None:
                 found.append(await self._under_way(one))
         return found
 
     async def _under_way(self, delivery: WebhookDelivery) -> WebhookDelivery:
-        history, next_at = await self._connection.ask_all(
+        history, next_at, record = await self._connection.ask_all(
             [
                 ("HGET", self._keys.task_prefix + delivery.id, "history"),
                 ("ZSCORE", self._keys.scheduled, delivery.id),
+                ("HMGET", self._keys.delivery(delivery.id), "state", "attempts"),
             ]
         )
+        if record[0] is not None:  # it has ended meanwhile
+            return _ended(delivery, *record)
         attempts = _decode_attempts(b"[" + history + b"]") if history else ()
         again = None if next_at is None else datetime.fromtimestamp(float(next_at), UTC)
         return replace(delivery, attempts=attempts, next_at=again)
+
+
+def _ended(delivery: WebhookDelivery, state: bytes, attempts: bytes | None) -> WebhookDelivery:
+    """The same with what is kept of it."""
+    state_now = cast(DeliveryState, key_text(state))
+    return replace(delivery, state=state_now, attempts=_decode_attempts(attempts or b"[]"))

@@ -257,11 +257,26 @@ class ChordPart(Struct, forbid_unknown_fields=True):
     result: Any
 
 
+def _is_filled(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list) and bool(value)
+
+
 class CanvasStart(Struct, forbid_unknown_fields=True):
     """Keyword arguments of `samphire.canvas`; the message's task id is that of the canvas's last task."""
 
     signature: dict[str, Any]
     """A Celery signature in JSON."""
+
+    def last_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the canvas's last task; empty where it cannot be told which that is."""
+        found: Any = self.signature
+        while isinstance(found, dict) and found.get("subtask_type") in ("chain", "chord"):
+            kwargs = found.get("kwargs")
+            kwargs = kwargs if isinstance(kwargs, dict) else {}
+            steps = kwargs.get("tasks")
+            found = kwargs.get("body") if found["subtask_type"] == "chord" else steps[-1] if _is_filled(steps) else None
+        kwargs = found.get("kwargs") if isinstance(found, dict) else None
+        return kwargs if isinstance(kwargs, dict) else {}
 
 
 Replay = Literal["", "test", "once", "again"]

@@ -29,9 +29,12 @@ end
 -- Queue a delivery; false where its queue, and the list beside it, are keys of other types or not to be written.
 local function send(endpoint, message, wake_channel)
   local where = push('LPUSH', delivery_list(endpoint), message)
-  try('PUBLISH', wake_channel, where or delivery_list(endpoint))
+  if where then
+    try('PUBLISH', wake_channel, where)
+  end
   return where ~= nil
 end
+-- False where nobody can send it: then nothing waits for that.
 local function put_out(entry, run, wake_channel)
   local id, endpoint, message, order = entry[1], entry[2], entry[3], entry[4]
   if run and run > 1 then
@@ -39,7 +42,7 @@ local function put_out(entry, run, wake_channel)
   end
   local waiting = WEBHOOK .. 'waiting:' .. endpoint
   if try('EXISTS', WEBHOOK .. 'delivery:' .. id) == 1 or type(try('ZSCORE', waiting, id)) == 'string' then
-    return -- it was put out before
+    return true -- it was put out before
   end
   local mark = try('HINCRBY', WEBHOOK .. 'marks', endpoint, 1)
   mark = type(mark) == 'number' and mark or 0
@@ -51,15 +54,17 @@ local function put_out(entry, run, wake_channel)
     local length = try('RPUSH', turns, message)
     try('EXPIRE', turns, WAITS_S)
     if type(length) == 'number' and length > 1 then
-      return -- it goes once those before it have ended
+      return true -- it goes once those before it have ended
     end
   end
-  if not send(endpoint, message, wake_channel) then -- nothing waits for what nobody can send
+  local is_sent = send(endpoint, message, wake_channel)
+  if not is_sent then
     try('ZREM', waiting, id)
     if order ~= '' then
       try('RPOP', WEBHOOK .. 'order:' .. endpoint .. ':' .. order)
     end
   end
+  return is_sent
 end
 -- The next delivery of a task goes where this one's turn has ended; one that was redriven has had its turn.
 local function end_turn(id, endpoint, order, wake_channel)
