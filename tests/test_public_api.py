@@ -62,6 +62,7 @@ outputs=, parameters=, deadline_s=, webhook=)
     async submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=, \
 idempotency_key=, max_attempts=, backoff=, collect=, webhook=)
     task(task_id)
+    webhooks
 AsyncTask
     async cancel(timeout_s=)
     async for events(after=)
@@ -82,7 +83,9 @@ parameters=, deadline_s=, webhook=)
     submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=, \
 idempotency_key=, max_attempts=, backoff=, collect=, webhook=)
     task(task_id)
+    webhooks
 DeadLetter(id, task_id, model, queue, reason, error, attempts, worker, died_at, run=, history=, message=, refusals=)
+DeliveryAttempt(at, error=, status=, ms=, answer=)
 InferResult(task_id, model_name, model_version, outputs, output_count=)
 LetterFilter(model=, reason=, since=, until=)
     fits(letter)
@@ -103,6 +106,8 @@ Task
 TaskEvent(task_id, kind, status, at, position, run=, attempt=, seq=, outputs=, index=, fraction=, message=, \
 output_count=, output_bytes=, requested=, earliest=, latest=, begins_anew=)
 TensorSpec(name, datatype, shape, optional=)
+WebhookDelivery(id, event, run, state, attempts=, next_at=)
+WebhookEndpoint(name, disabled)
 """
 
 HANDLES = ("AsyncTask", "Task")

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from samphire import (
     Step,
 )
 from samphire.client.dead_letters import AsyncDeadLetters
+from samphire.client.webhooks import AsyncWebhooks, DeliveryAttempt, WebhookDelivery, WebhookEndpoint
+from samphire.wire.deliveries import LAST, delivery_id
 from tests.faults.ends import Ends, nothing_is_left
 from tests.faults.test_cut_replies import (
     again,
@@ -239,6 +242,36 @@ async def sdk_purge(s: Sdk) -> None:
     assert letter not in [found.id for found in await s.direct.dead_letters.list()]
 
 
+async def sdk_endpoints(s: Sdk) -> None:
+    s.server.hset(KEYS.webhook_names, "orders", "{}")
+    s.arm()
+    assert await again(s.client.webhooks.endpoints) == [WebhookEndpoint("orders", disabled=False)]
+
+
+async def sdk_has_default_secret(s: Sdk) -> None:
+    s.server.hset(KEYS.webhook_names, "@", '{"has_secret":true}')
+    s.arm()
+    assert await again(s.client.webhooks.has_default_secret) is True
+
+
+async def sdk_delivery(s: Sdk) -> None:
+    """Of one that waits, and of one that has ended."""
+    expected = []
+    for number, event in enumerate(("task.succeeded", "task.failed")):
+        own = delivery_id(f"order-{number}", event, LAST, "orders", "")
+        attempt = DeliveryAttempt(datetime(2026, 11, 28, tzinfo=UTC), "answered 500", 500)
+        expected.append(WebhookDelivery(own, event, 1, "failed" if number else "waiting", (attempt,)))
+        text = '{"at":"2026-11-28T00:00:00Z","error":"answered 500","status":500}'
+        if number:
+            s.server.hset(KEYS.delivery(own), mapping={"state": "failed", "attempts": f"[{text}]"})
+        else:
+            s.server.zadd(KEYS.waiting_deliveries("orders"), {own: 1})
+            s.server.hset(KEYS.task_prefix + own, "history", text)
+    s.arm()
+    found = [await again(lambda n=n: s.client.webhooks.delivery(f"order-{n}", "orders")) for n in range(2)]
+    assert found == expected
+
+
 SDK_CASES: dict[str, tuple[Callable[[Sdk], Awaitable[None]], ...]] = {
     "AsyncClient.submit": (sdk_submit, sdk_submit_with_key, sdk_submit_with_claim_checks),
     "AsyncClient.chain": (sdk_chain,),
@@ -246,6 +279,7 @@ SDK_CASES: dict[str, tuple[Callable[[Sdk], Awaitable[None]], ...]] = {
     "AsyncClient.signature": (sdk_signature,),
     "AsyncClient.task": (sdk_task,),
     "AsyncClient.dead_letters": (),
+    "AsyncClient.webhooks": (),
     "AsyncTask.result": (sdk_result, sdk_result_deleted),
     "AsyncTask.cancel": (sdk_cancel,),
     "AsyncTask.status": (sdk_status,),
@@ -256,6 +290,9 @@ SDK_CASES: dict[str, tuple[Callable[[Sdk], Awaitable[None]], ...]] = {
     "AsyncDeadLetters.get": (sdk_get,),
     "AsyncDeadLetters.redrive": (sdk_redrive,),
     "AsyncDeadLetters.purge": (sdk_purge,),
+    "AsyncWebhooks.endpoints": (sdk_endpoints,),
+    "AsyncWebhooks.has_default_secret": (sdk_has_default_secret,),
+    "AsyncWebhooks.delivery": (sdk_delivery,),
 }
 
 
@@ -295,6 +332,6 @@ def account(ended: Counter[str], expected: dict[str, int]) -> None:
 
 def test_every_public_method_of_the_sdk_has_a_case() -> None:
     """A new one is cut as well."""
-    kinds = (AsyncClient, AsyncTask, AsyncDeadLetters)
+    kinds = (AsyncClient, AsyncTask, AsyncDeadLetters, AsyncWebhooks)
     public = {f"{kind.__name__}.{name}" for kind in kinds for name in public_methods(kind)}
     assert set(SDK_CASES) == public - {"AsyncTask.id"}
