@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Literal
 from urllib.parse import urlsplit
 
+from tests.support.serving import serving
+
 _COMMAND = re.compile(rb"\*\d+\r\n\$\d+\r\n(\S+)\r\n(?:\$\d+\r\n(\S+)\r\n)?")
 
 Where = Literal["request", "reply"]
@@ -24,7 +26,8 @@ class Proxy:
         self.cuts = 0
         self.cut_commands: list[str] = []
         """What was cut: the command's name, of a script its SHA-1, of another command with a second word that too."""
-        self.connections: set[asyncio.Task[None]] = set()
+        self.connections: set[asyncio.StreamWriter] = set()
+        """Those that are open."""
         self._armed: Where | None = None
         self._spare = 0
 
@@ -52,9 +55,13 @@ class Proxy:
         return True
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if (task := asyncio.current_task()) is not None:
-            self.connections.add(task)
-            task.add_done_callback(self.connections.discard)
+        self.connections.add(writer)
+        try:
+            await self._pass_on(reader, writer)
+        finally:
+            self.connections.discard(writer)
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._port)
         command = ""
 
@@ -78,8 +85,8 @@ class Proxy:
                     break
                 writer.write(data)
                 await writer.drain()
-        except (asyncio.CancelledError, ConnectionError):
-            pass  # the proxy is closing, or one of the two is gone
+        except ConnectionError:
+            pass  # one of the two is gone
         finally:
             forwarding.cancel()
             writer.close()
@@ -91,12 +98,6 @@ class Proxy:
 async def cutting_proxy(broker_url: str) -> AsyncIterator[Proxy]:
     """A proxy in front of a broker."""
     proxy = Proxy(urlsplit(broker_url).port or 6379)
-    server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
-    proxy.url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
-    try:
+    async with serving(proxy.serve) as port:
+        proxy.url = f"redis://127.0.0.1:{port}/0"
         yield proxy
-    finally:
-        server.close()
-        for connection in list(proxy.connections):
-            connection.cancel()
-        await asyncio.gather(*proxy.connections, return_exceptions=True)

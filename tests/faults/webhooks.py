@@ -18,6 +18,7 @@ from tests.faults.parts import until_async
 from tests.faults.stand import Stand
 from tests.support.names import KEYS
 from tests.support.receiver import Received, Receiver
+from tests.support.serving import serving
 
 SCHEDULE_S = (0.0, 0.2, 0.5, 1.0, 1.0, 2.0, 2.0, 5.0, 5.0, 5.0, 10.0, 10.0, 10.0)
 PAUSE_S = 0.04
@@ -110,15 +111,10 @@ class Webhooks:
 
     async def _receive(self) -> None:
         while True:
-            server = await asyncio.start_server(self._receiver.serve, "127.0.0.1", self._receiver.port)
-            try:
+            async with serving(self._receiver.serve, self._receiver.port):
                 await asyncio.sleep(THERE_S)
                 while self._stopping:  # to the end of the round
                     await asyncio.sleep(THERE_S)
-            finally:
-                server.close()
-                for task in list(self._receiver.tasks):
-                    task.cancel()
             self.absences += 1
             await asyncio.sleep(AWAY_S)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from samphire.webhooks import WebhookEvent, verify
+from tests.support.serving import serving
 
 Respond = Callable[["Receiver", "Received", asyncio.StreamWriter], Awaitable[None]]
 """Answers one request; what it writes is what goes out."""
@@ -83,7 +84,6 @@ class Receiver:
     most_at_once: int = 0
     port: int = 0
     scheme: str = "http"
-    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
     def url(self) -> str:
@@ -94,9 +94,6 @@ class Receiver:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        task = asyncio.current_task()
-        assert task is not None
-        self.tasks.add(task)
         try:
             while head := await self._head(reader):
                 path, headers = head
@@ -112,11 +109,8 @@ class Receiver:
                     self.at_once -= 1
                 if writer.is_closing():
                     return
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+        except (ConnectionError, asyncio.IncompleteReadError):
             pass
-        finally:
-            self.tasks.discard(task)
-            writer.close()
 
     async def _head(self, reader: asyncio.StreamReader) -> tuple[str, dict[str, str]] | None:
         first = await reader.readline()
@@ -133,12 +127,5 @@ class Receiver:
 async def receiver(respond: Respond = ok, port: int = 0, ssl: Any = None) -> AsyncIterator[Receiver]:
     """A receiver that serves."""
     made = Receiver(respond, scheme="http" if ssl is None else "https")
-    server = await asyncio.start_server(made.serve, "127.0.0.1", port, ssl=ssl)
-    made.port = server.sockets[0].getsockname()[1]
-    try:
+    async with serving(made.serve, port, ssl) as made.port:
         yield made
-    finally:
-        server.close()
-        for task in list(made.tasks):
-            task.cancel()
-        await asyncio.gather(*made.tasks, return_exceptions=True)
