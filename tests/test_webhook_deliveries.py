@@ -118,7 +118,7 @@ async def test_more_deliveries_than_there_is_room_for_all_arrive(hooks: Hooks) -
         ):
             tasks = [await client.submit("one", x(), webhook=("one", "two")[n % 2]) for n in range(300)]
             await ended(tasks)
-            await until(lambda: not waiting(hooks, "one") and not waiting(hooks, "two"), "all ends")
+            await until(lambda: not waiting(hooks, "one") and not waiting(hooks, "two"), "all ends", 120.0)
             assert len(one.got) == len(two.got) == 150
             assert len(set(one.ids()) | set(two.ids())) == 300
 
