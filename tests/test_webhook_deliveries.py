@@ -118,9 +118,24 @@ async def test_more_deliveries_than_there_is_room_for_all_arrive(hooks: Hooks) -
         ):
             tasks = [await client.submit("one", x(), webhook=("one", "two")[n % 2]) for n in range(300)]
             await ended(tasks)
-            await until(lambda: not waiting(hooks, "one") and not waiting(hooks, "two"), "all ends", 120.0)
+            await until(lambda: not waiting(hooks, "one") and not waiting(hooks, "two"), "all ends")
             assert len(one.got) == len(two.got) == 150
             assert len(set(one.ids()) | set(two.ids())) == 300
+
+
+@in_a_loop
+async def test_an_endpoint_with_nothing_waiting_takes_no_place(hooks: Hooks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the few that there are: no delivery waits until the worker looks again by the clock."""
+    monkeypatch.setattr("samphire_workers.lane.claim_loop.IDLE_CHECK_S", 1000.0)
+    async with receiver() as one, receiver() as two, fake_triton("one") as triton:
+        hooks.add("one", one)
+        hooks.add("two", two)
+        async with hooks.worker(triton, webhook_inflight_max=5), AsyncClient(hooks.valkey.url) as client:
+            await ended(await submit(client, "one", 5))
+            await arrive(one, 5)
+            await ended(await submit(client, "two", 100))
+            await until(lambda: not waiting(hooks, "two"), "all ends")
+            assert len(two.got) == 100
 
 
 @in_a_loop

@@ -202,15 +202,20 @@ class ClaimLoop:
         return claimed
 
     def _rooms(self, models: Sequence[str], room: int) -> list[int]:
-        """How many tasks of each model to claim, and deliveries of each endpoint."""
+        """How many tasks of each model to claim, and deliveries of each endpoint.
+
+        The places for deliveries are divided: an endpoint that has nothing must not take all of them.
+        """
         rooms: list[int] = []
-        deliveries = self._leading.room
+        left = sum(self._leading.get(model) is not None for model in models)
+        deliveries = max(0, self._leading.room)
         for model in models:
             if model == INTAKE_MODEL:
                 rooms.append(room)
-            elif keys.is_of_deliveries(model) and self._leading.get(model) is not None:
-                rooms.append(max(0, self._leading.room_of(model, deliveries)))
+            elif self._leading.get(model) is not None:
+                rooms.append(max(0, self._leading.room_of(model, -(-deliveries // left))))
                 deliveries -= rooms[-1]
+                left -= 1
             else:
                 rooms.append(self._ledger.limits.room(model))
         return rooms
