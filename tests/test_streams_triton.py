@@ -286,9 +286,9 @@ async def test_streams_of_a_server_that_hangs_are_cancelled_once_it_goes_on(own_
         await anext(streams[-1])
     waiting = asyncio.create_task(anext(streams[0]))
     with standing_still(own_stack.ready["pids"]["triton"]):
-        while not waiting.done() and not endpoint.is_silent:
+        while not endpoint.is_silent:
             await endpoint.is_ready()
-            if waiting.done():
+            if waiting.done():  # what had come before
                 waiting = asyncio.create_task(anext(streams[0]))
         endpoint.give_up_all(GivenUpError("nobody waits for it"))
         with pytest.raises(GivenUpError):

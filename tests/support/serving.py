@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 """Serves one connection."""
 
 
@@ -16,16 +16,13 @@ async def serving(serve: Serve, port: int = 0, ssl: Any = None) -> AsyncIterator
     """A server; gives its port. At its end each connection is closed, also one that has only just come."""
     tasks: set[asyncio.Task[None]] = set()
 
-    async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await serve(reader, writer)
-
     # Not a coroutine function: asyncio would begin it later, and nobody would know of it until then.
     def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         def done(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
             writer.close()
 
-        task = asyncio.create_task(run(reader, writer))
+        task = asyncio.create_task(serve(reader, writer))
         tasks.add(task)
         task.add_done_callback(done)
 

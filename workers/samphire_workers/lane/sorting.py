@@ -25,6 +25,7 @@ from samphire_workers.intake.request import Kind, Request, Run
 from samphire_workers.intake.served import ServedModels
 from samphire_workers.lane.running import Runner
 from samphire_workers.outbox.book import EndpointBook
+from samphire_workers.outbox.outbox import named_in
 from samphire_workers.queues.discovery import QueueDiscovery
 from samphire_workers.queues.wake import QueueWatch
 from samphire_workers.repeat import persist
@@ -133,11 +134,10 @@ class Sorter:
 
     async def _look_for_endpoint(self, start: CanvasStart) -> None:
         """Have the book know the endpoint of a chain that may never begin."""
-        last = start.last_arguments()
-        named, tenant = last.get("webhook"), last.get("tenant") or ""
-        if named and isinstance(named, str) and isinstance(tenant, str):
+        if (named := named_in(start.last_arguments())) is not None:
+            webhook, tenant, _ = named
             with contextlib.suppress(InvalidInputError):
-                await self._book.resolve_fresh(named, tenant)
+                await self._book.resolve_fresh(webhook, tenant)
 
     def _refuse(self, request: Request, error: SamphireError) -> None:
         try:

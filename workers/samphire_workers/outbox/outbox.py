@@ -77,9 +77,10 @@ class Outbox:
     def _of_step(
         self, task_id: str, state: str, kwargs: Mapping[str, Any], more: Mapping[str, Any]
     ) -> tuple[Webhook, ...]:
-        named, tenant, model = (kwargs.get(name) or "" for name in ("webhook", "tenant", "model_name"))
-        if not named or not all(isinstance(text, str) for text in (named, tenant, model)):
+        found = named_in(kwargs)
+        if found is None:
             return ()
+        named, tenant, model = found
         try:
             destination = self._book.resolve(named, tenant)
         except InvalidInputError as error:
@@ -102,6 +103,17 @@ class Outbox:
         self, destination: Destination, of: About, event: str, sequence: int, more: Mapping[str, Any]
     ) -> Webhook:
         return webhook(destination, of, event, sequence, self._now(), more, self._gateway_url)
+
+
+def named_in(kwargs: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """The webhook, the tenant and the model that the arguments of an inference name; None where no webhook is named.
+
+    They may come from anybody: what is no text names none.
+    """
+    webhook, tenant, model = (kwargs.get(name) or "" for name in ("webhook", "tenant", "model_name"))
+    if not webhook or not all(isinstance(text, str) for text in (webhook, tenant, model)):
+        return None
+    return webhook, tenant, model
 
 
 def about(request: Request) -> About:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
 from samphire.client.aio import AsyncClient
 from samphire.client.dead_letters import AsyncDeadLetters, DeadLetter, LetterFilter, Letters
@@ -31,6 +31,7 @@ from samphire.wire.keys import Priority
 from samphire.wire.signature import ModelSignature
 
 T = TypeVar("T")
+P = TypeVar("P")
 
 
 class Task:
@@ -91,17 +92,22 @@ class Task:
             yield from iterator
 
 
-class DeadLetters:
-    """See `AsyncDeadLetters`."""
+class _Part(Generic[P]):
+    """A part of a client, which has it anew for each call."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, part: Callable[[AsyncClient], P]) -> None:
         self._client = client
+        self._part = part
 
-    def _run(self, use: Callable[[AsyncDeadLetters], Coroutine[Any, Any, T]]) -> T:
+    def _run(self, use: Callable[[P], Coroutine[Any, Any, T]]) -> T:
         async def run() -> T:
-            return await use(self._client._client.dead_letters)
+            return await use(self._part(self._client._client))
 
         return self._client._run(run)
+
+
+class DeadLetters(_Part[AsyncDeadLetters]):
+    """See `AsyncDeadLetters`."""
 
     def list(self, which: LetterFilter | None = None, *, limit: int | None = 100) -> Letters:
         """See `AsyncDeadLetters.list`."""
@@ -120,17 +126,8 @@ class DeadLetters:
         return self._run(lambda letters: letters.purge(letter_ids, timeout_s=timeout_s))
 
 
-class Webhooks:
+class Webhooks(_Part[AsyncWebhooks]):
     """See `AsyncWebhooks`."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def _run(self, use: Callable[[AsyncWebhooks], Coroutine[Any, Any, T]]) -> T:
-        async def run() -> T:
-            return await use(self._client._client.webhooks)
-
-        return self._client._run(run)
 
     def endpoints(self) -> list[WebhookEndpoint]:
         """See `AsyncWebhooks.endpoints`."""
@@ -351,12 +348,12 @@ class Client:
     @property
     def dead_letters(self) -> DeadLetters:
         """See `AsyncClient.dead_letters`."""
-        return DeadLetters(self)
+        return DeadLetters(self, lambda client: client.dead_letters)
 
     @property
     def webhooks(self) -> Webhooks:
         """See `AsyncClient.webhooks`."""
-        return Webhooks(self)
+        return Webhooks(self, lambda client: client.webhooks)
 
     def signature(self, model: str) -> ModelSignature | None:
         """See `AsyncClient.signature`."""

@@ -17,12 +17,12 @@ from samphire.transport.connection import key_text
 from samphire.transport.direct import Argument, DirectConnection
 from samphire.wire.contract import is_task_id
 from samphire.wire.deliveries import LAST, delivery_id
+from samphire.wire.endpoints import default_secret_name
 from samphire.wire.keys import Keys
 
 RUNS = 16
 """Of a task whose end is not remembered any more so many runs are looked for."""
 ENDS = ("task.succeeded", "task.failed", "task.cancelled", "task.expired")
-
 
 DeliveryState = Literal["waiting", "delivered", "failed", "cancelled"]
 
@@ -46,7 +46,7 @@ class DeliveryAttempt:
     status: int | None = None
     """Of the answer; None where there was none."""
     ms: float = 0.0
-    """How long it took."""
+    """How long it took, in milliseconds."""
     answer: str = ""
     """What the answer begins with."""
 
@@ -85,7 +85,7 @@ class AsyncWebhooks:
         return [
             WebhookEndpoint(name, public.disabled)
             for name, public in sorted(found.items())
-            if not name.startswith("@") and public.tenant in ("", self._tenant)
+            if not name.startswith(default_secret_name("")) and public.tenant in ("", self._tenant)
         ]
 
     async def has_default_secret(self) -> bool:

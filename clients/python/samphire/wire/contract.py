@@ -257,8 +257,9 @@ class ChordPart(Struct, forbid_unknown_fields=True):
     result: Any
 
 
-def _is_filled(value: object) -> TypeGuard[list[Any]]:
-    return isinstance(value, list) and bool(value)
+def _object(value: object) -> dict[str, Any]:
+    """What may be any JSON, as an object; empty where it is none."""
+    return value if isinstance(value, dict) else {}
 
 
 class CanvasStart(Struct, forbid_unknown_fields=True):
@@ -269,14 +270,12 @@ class CanvasStart(Struct, forbid_unknown_fields=True):
 
     def last_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the canvas's last task; empty where it cannot be told which that is."""
-        found: Any = self.signature
-        while isinstance(found, dict) and found.get("subtask_type") in ("chain", "chord"):
-            kwargs = found.get("kwargs")
-            kwargs = kwargs if isinstance(kwargs, dict) else {}
-            steps = kwargs.get("tasks")
-            found = kwargs.get("body") if found["subtask_type"] == "chord" else steps[-1] if _is_filled(steps) else None
-        kwargs = found.get("kwargs") if isinstance(found, dict) else None
-        return kwargs if isinstance(kwargs, dict) else {}
+        found = self.signature
+        while (kind := found.get("subtask_type")) in ("chain", "chord"):
+            parts = _object(found.get("kwargs"))
+            steps = [parts.get("body")] if kind == "chord" else parts.get("tasks")
+            found = _object(steps[-1] if isinstance(steps, list) and steps else None)
+        return _object(found.get("kwargs"))
 
 
 Replay = Literal["", "test", "once", "again"]
