@@ -383,10 +383,14 @@ def test_map_reads_ahead_no_further_than_its_window(client: Client) -> None:
     assert told[-1] == (5, 5)
 
 
-def test_map_ends_with_its_batches(client: Client) -> None:
-    """And not at something that is no inputs."""
-    with pytest.raises(InvalidInputError, match="given NoneType"):
-        list(client.map("identity", [fp32(1), None, fp32(2)]))  # type: ignore[list-item]
+def test_lists_of_python_numbers(client: Client) -> None:
+    """They become what the model takes, in a chain as well; what it cannot take is said."""
+    task = client.submit("identity", {"input_fp32": [[0.1, 2]]})
+    assert task.result(TIMEOUT_S).outputs["output_fp32"].tolist() == np.array([[0.1, 2]], np.float32).tolist()
+    chained = client.chain(Step("identity", {"input_fp32": [[0.5]]}), Step("identity", {"input_fp32": [[1.5]]}))
+    assert chained.result(TIMEOUT_S).outputs["output_fp32"].tolist() == [[1.5]]
+    with pytest.raises(InvalidInputError, match="out of range for FP32"):
+        client.submit("identity", {"input_fp32": [[1e39]]})
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,6 @@ from tests.support.names import KEYS
 from tests.test_sdk import TIMEOUT_S, fp32, slow
 
 
-def test_map_goes_on_after_a_failed_task(client: Client) -> None:
-    """With `return_exceptions`; what cannot be sent ends it."""
-    batches = [{"x": np.array([[value]], np.float32)} for value in (1, -1, 2)]
-    ends = list(client.map("picky", batches, return_exceptions=True))
-    assert [isinstance(end, ModelFaultError) for end in ends] == [False, True, False]
-    with pytest.raises(InvalidInputError):
-        list(client.map("picky", [{"y": np.zeros(1)}], return_exceptions=True))
-
-
 def test_threads_share_a_client(client: Client) -> None:
     """Each gets its own answers."""
     answers: dict[int, list[float]] = {}

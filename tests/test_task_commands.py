@@ -60,6 +60,9 @@ def test_text_and_what_json_cannot_hold(stack: Up) -> None:
     """Strings in and out; NaN comes as bytes."""
     ended = samphire(stack.broker_url, "submit", "normalize_text", "--input", 'text=[["  É "]]', "--wait", "--json")
     assert lines(ended)[0]["outputs"][0]["data"] == ["é"]
+    ended = samphire(stack.broker_url, "submit", "normalize_text", "--input", 'text=[["  É "], ["\\u001b"]]', "--wait")
+    assert "  normalized BYTES[2, 1]: 'é', '" in ended.stdout, "text, and no bytes"
+    assert "\u001b" not in ended.stdout
     with Client(stack.broker_url) as client:
         task = client.submit("identity", {"input_fp32": np.array([[np.nan]], np.float32)})
         task.result(20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
 from samphire.errors import InvalidInputError
 from samphire.wire.tensors import (
@@ -207,3 +209,49 @@ def test_values_nested_too_deep_are_refused(levels: int) -> None:
     with pytest.raises(InvalidInputError, match=r"tensor 'x': .* at most 32 lists"):
         values_to_bytes("x", "FP32", [1], values)
     assert values_to_bytes("x", "FP32", [1], [[[[1.0]]]]) == b"\x00\x00\x80?"
+
+
+@pytest.mark.parametrize(
+    ("datatype", "value", "expected"),
+    [
+        ("FP32", [[0.1, 2]], np.array([[0.1, 2]], np.float32)),
+        ("FP32", 5, np.array(5, np.float32)),
+        ("FP16", (0.5, 1.5), np.array([0.5, 1.5], np.float16)),
+        ("BF16", [1.5], np.array([1.5], ml_dtypes.bfloat16)),
+        ("FP32", [math.inf, math.nan], np.array([math.inf, math.nan], np.float32)),
+        ("FP64", [], np.array([], np.float64)),
+        ("UINT8", [0, 255], np.array([0, 255], np.uint8)),
+        ("UINT64", [2**64 - 1], np.array([2**64 - 1], np.uint64)),
+        ("BOOL", [[True], [False]], np.array([[True], [False]])),
+    ],
+)
+def test_numbers_of_python_become_what_the_model_takes(datatype: str, value: Any, expected: NDArray[Any]) -> None:
+    """They have no datatype of their own."""
+    assert array_to_bytes("x", value, datatype) == (datatype, list(expected.shape), expected.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("datatype", "value", "text"),
+    [
+        ("FP32", [1e39], "out of range for FP32"),
+        ("FP16", [70000.0], "out of range for FP16"),
+        ("BF16", [1e39], "out of range for BF16"),
+        ("FP64", [10**400], "out of range for FP64"),
+        ("INT8", [128], "out of range for INT8"),
+        ("UINT8", [-1], "out of range for UINT8"),
+        ("INT64", [0.5], "expected INT64 values, given 0.5 of type float"),
+        ("FP32", [True], "expected FP32 values, given True of type bool"),
+        ("BOOL", [1], "expected BOOL values, given 1 of type int"),
+        ("FP32", [[1.0], [1.0, 2.0]], "lists of equal lengths"),
+    ],
+)
+def test_numbers_that_the_model_cannot_take(datatype: str, value: Any, text: str) -> None:
+    """It is said which, and why."""
+    with pytest.raises(InvalidInputError, match=text):
+        array_to_bytes("x", value, datatype)
+
+
+@pytest.mark.parametrize("value", [np.ones(2), [np.ones(2)], [np.float64(1), 2.0]])
+def test_what_has_a_datatype_keeps_it(value: Any) -> None:
+    """Nothing is made less exact unasked."""
+    assert array_to_bytes("x", value, "FP32")[0] == "FP64"

@@ -93,10 +93,20 @@ def print_result(result: InferResult, *, as_json: bool) -> None:
         return
     click.echo(shown(f"{result.model_name} version {result.model_version}, task {result.task_id}"))
     for name, array in result.outputs.items():
-        values = ", ".join(str(value) for value in array.ravel()[:SHOWN_VALUES].tolist())
+        values = ", ".join(_text(value) for value in array.ravel()[:SHOWN_VALUES].tolist())
         more = ", …" if array.size > SHOWN_VALUES else ""
         datatype, shape, _ = array_to_bytes(name, array)
         click.echo(shown(f"  {name} {datatype}{shape}: {values}{more}"))
+
+
+def _text(value: Any) -> str:
+    """A value for people: byte strings as the text that they hold, in quotes."""
+    if isinstance(value, bytes):
+        try:
+            return repr(value.decode())
+        except UnicodeDecodeError:
+            return repr(value)
+    return str(value)
 
 
 def _tensor(name: str, array: Any) -> dict[str, Any]:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import click
 import numpy as np
 
-from samphire import Client, InvalidInputError, SamphireError, Task, TaskEvent
+from samphire import Client, SamphireError, Task, TaskEvent
 from samphire.transport.address import broker_of
-from samphire.wire.signature import ModelSignature
-from samphire.wire.tensors import DTYPES, values_to_bytes
 from samphire_broker.commands.output import (
     FAILED,
     NO_ANSWER,
@@ -63,27 +60,6 @@ def _read_inputs(file: IO[bytes] | None, pairs: tuple[str, ...]) -> dict[str, An
     return inputs
 
 
-def _as_arrays(inputs: Mapping[str, Any], signature: ModelSignature | None) -> dict[str, Any]:
-    """JSON values as arrays of the model's datatypes, as far as these are known; else as numpy guesses."""
-    arrays: dict[str, Any] = {}
-    for name, value in inputs.items():
-        spec = signature.inputs.get(name) if signature is not None else None
-        if isinstance(value, np.ndarray) or spec is None:
-            arrays[name] = value
-            continue
-        try:
-            shape = list(np.shape(value))
-            data = values_to_bytes(name, spec.datatype, shape, value)
-        except InvalidInputError:
-            raise
-        except ValueError as error:
-            raise InvalidInputError(f"input {name!r}: expected lists of equal lengths: {error}") from error
-        arrays[name] = (
-            np.array(value, dtype=object) if spec.datatype == "BYTES" else np.frombuffer(data, DTYPES[spec.datatype])
-        ).reshape(shape)
-    return arrays
-
-
 def _parameter(text: str) -> Any:
     try:
         value = json.loads(text)
@@ -130,7 +106,7 @@ def submit(
     inputs = _read_inputs(file, pairs)
     task = client.submit(
         model,
-        _as_arrays(inputs, client.signature(model)),
+        inputs,
         version=version,
         priority=priority,
         outputs=outputs,

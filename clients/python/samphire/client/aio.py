@@ -21,7 +21,7 @@ from samphire.client.encoder import (
     priority_step,
     request_for,
 )
-from samphire.client.mapping import Counted, Map, MapOptions, Progress, Sizes
+from samphire.client.mapping import Batches, Counted, Map, MapOptions, Progress, Sizes, Source
 from samphire.client.pipeline import Stage, StepOptions, encode_chain, stages_of
 from samphire.client.results import InferResult
 from samphire.client.session import Session
@@ -201,7 +201,7 @@ class AsyncClient:
     def map(
         self,
         model: str,
-        batches: Iterable[Inputs],
+        batches: Batches,
         *,
         return_exceptions: Literal[False] = ...,
         **options: Unpack[MapOptions],
@@ -211,7 +211,7 @@ class AsyncClient:
     def map(
         self,
         model: str,
-        batches: Iterable[Inputs],
+        batches: Batches,
         *,
         return_exceptions: bool,
         **options: Unpack[MapOptions],
@@ -220,7 +220,7 @@ class AsyncClient:
     async def map(
         self,
         model: str,
-        batches: Iterable[Inputs],
+        batches: Batches,
         *,
         return_exceptions: bool = False,
         progress: Progress | None = None,
@@ -237,8 +237,10 @@ class AsyncClient:
 
         Args:
             model: name in the model repository.
-            batches: inputs of one task each; read only as far ahead as the window allows.
-            return_exceptions: yield the error of a task that failed instead of raising it.
+            batches: inputs of one task each, an iterable or an asynchronous one; read only as far ahead as the window
+                allows.
+            return_exceptions: yield the error of a task that failed, or of an element that cannot be sent, in its
+                place instead of raising it there.
             progress: called with the number of results so far, and of all if `batches` has a length.
             window: most tasks under way, or done and not yet yielded, at once.
             window_bytes: most bytes of their inputs and outputs, as far as these can be known ahead.
@@ -247,7 +249,9 @@ class AsyncClient:
             webhook: as in `submit`, for each task.
 
         Raises:
-            SamphireError: the first error of a task, unless `return_exceptions`; the rest goes on.
+            SamphireError: the first error of a task or element, in its place, unless `return_exceptions`; the rest
+                goes on.
+            InvalidInputError: `batches` is nothing to iterate over.
         """
         chunks = self._map_chunks(
             model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s, webhook
@@ -296,7 +300,7 @@ class AsyncClient:
     async def _map_chunks(
         self,
         model: str,
-        batches: Iterable[Inputs],
+        batches: Batches,
         window: int,
         window_bytes: int,
         version: str | int,
@@ -310,7 +314,7 @@ class AsyncClient:
         if window < 1 or window_bytes < 1:
             raise InvalidInputError(f"expected a window of at least 1, given {window} tasks, {window_bytes} bytes")
         encode = await self._encoder(model, version, priority, outputs, parameters, {}, collect=True, webhook=webhook)
-        under_way = Map(self._session, encode, batches, Sizes(window, window_bytes), deadline_s)
+        under_way = Map(self._session, encode, Source(batches), Sizes(window, window_bytes), deadline_s)
         async with contextlib.aclosing(under_way.chunks()) as chunks:
             async for chunk in chunks:
                 yield chunk

@@ -37,7 +37,7 @@ _canonical = msgspec.json.Encoder(order="deterministic").encode
 
 FORMS_MAX = 256
 Inputs = Mapping[str, Any]
-"""Input name to an array, or to anything that numpy makes one of."""
+"""Input name to an array, or to anything that numpy makes one of. Python's numbers become what the model takes."""
 
 Parameters = Mapping[str, bool | int | float | str]
 
@@ -230,14 +230,15 @@ class TensorEncoder:
         self._nbytes = 0
         self.blobs: list[Blob] = []
 
-    def tensor(self, name: str, value: Any) -> InputTensor:
-        """One input.
+    def tensor(self, name: str, value: Any, signature: ModelSignature | None) -> InputTensor:
+        """One input, of a model that takes what `signature` tells; None: that is not known.
 
         Raises:
             InvalidInputError: no array of a known datatype, or over the limit of a request.
         """
         name = plain_text("an input's name", name)
-        datatype, shape, data = array_to_bytes(name, value)
+        spec = signature.inputs.get(name) if signature is not None else None
+        datatype, shape, data = array_to_bytes(name, value, spec.datatype if spec is not None else None)
         size = len(data)
         self._nbytes += size
         if self._nbytes > self._limits.request_bytes:
@@ -289,7 +290,7 @@ class Encoder:
         task_id = new_task_id()
         tensors = TensorEncoder(task_id, self._limits)
         request = self._template
-        request.inputs = [tensors.tensor(name, value) for name, value in inputs.items()]
+        request.inputs = [tensors.tensor(name, value, self._signature) for name, value in inputs.items()]
         if self._signature is not None:
             self._check(self._signature, request)
         self.request = request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sized
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TypedDict
 
 from samphire.client.encoder import Encoded, Encoder, Inputs, Parameters
@@ -16,7 +16,10 @@ from samphire.wire.keys import Priority
 CHUNK = 256
 CHUNK_BYTES = 4 * 2**20
 
-_END = object()
+_NONE = object()
+
+Batches = Iterable[Inputs] | AsyncIterable[Inputs]
+"""Inputs of one task each."""
 
 Progress = Callable[[int, int | None], None]
 """Called with how many results there are, and how many there will be if that is known."""
@@ -39,7 +42,7 @@ class MapOptions(TypedDict, total=False):
 class Counted:
     """Tells how far a map has come."""
 
-    def __init__(self, batches: Iterable[Inputs], progress: Progress | None) -> None:
+    def __init__(self, batches: Batches, progress: Progress | None) -> None:
         self._progress = progress
         self._done = 0
         self._total = len(batches) if isinstance(batches, Sized) else None
@@ -76,13 +79,59 @@ class Sizes:
         self.window = max(1, min(self._most, int(self.window_bytes / max(1.0, self._in + self._out))))
 
 
+class Source:
+    """The elements of a map, one after the other.
+
+    Raises:
+        InvalidInputError: what was given has none.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        if isinstance(batches, Mapping):
+            raise InvalidInputError("expected a list of inputs, given the inputs of one task: put them into a list")
+        self._later: AsyncIterator[Any] | None = None
+        self._now: Iterator[Any] = iter(())
+        if isinstance(batches, AsyncIterable):
+            self._later = aiter(batches)
+        elif isinstance(batches, Iterable):
+            self._now = iter(batches)
+        else:
+            given = type(batches).__name__
+            raise InvalidInputError(f"expected an iterable of inputs, or an asynchronous one, given {given}")
+        self.coming: asyncio.Task[Any] | None = None
+        """The next element of an asynchronous source, which is not there yet."""
+        self.is_exhausted = False
+
+    async def take(self) -> Any:
+        """The next element; `_NONE`: there is none, or it is still coming."""
+        if self._later is None:
+            element = next(self._now, _NONE)
+            self.is_exhausted = element is _NONE
+            return element
+        if self.coming is None:
+            self.coming = asyncio.ensure_future(anext(self._later, _NONE))
+            await asyncio.sleep(0)  # most sources have many at hand
+        if not self.coming.done():
+            return _NONE
+        coming, self.coming = self.coming, None
+        element = coming.result()
+        self.is_exhausted = element is _NONE
+        return element
+
+    async def close(self) -> None:
+        """Read no further."""
+        if self.coming is not None:
+            self.coming.cancel()
+            await asyncio.gather(self.coming, return_exceptions=True)
+
+
 class Map:
-    """One map under way.
+    """One map under way. An element that cannot be sent gives its error in its place.
 
     Args:
         session: of the client.
         encode: makes a message of one element, for a queue.
-        batches: inputs of one task each; read only as far ahead as the window allows.
+        source: inputs of one task each; read only as far ahead as the window allows.
         sizes: tell how far that is.
         deadline_s: of each task, from when it is queued.
     """
@@ -91,39 +140,56 @@ class Map:
         self,
         session: Session,
         encode: Encoder,
-        batches: Iterable[Inputs],
+        source: Source,
         sizes: Sizes,
         deadline_s: float | None,
     ) -> None:
         self._session = session
         self._encode = encode
-        self._source: Iterator[Any] = iter(batches)
-        self._exhausted = False
+        self._source = source
         self._sizes = sizes
         self._deadline_s = deadline_s
-        self._waiting: deque[tuple[str, asyncio.Future[InferResult]]] = deque()
+        self._waiting: deque[tuple[str, asyncio.Future[InferResult]] | SamphireError] = deque()
 
     async def chunks(self) -> AsyncGenerator[list[InferResult | SamphireError], None]:
         """The results in the order of the inputs, those that are there together in one list."""
         try:
             while True:
-                while not self._exhausted and len(self._waiting) < self._sizes.window:
-                    await self._submit_some()
-                if not self._waiting:
+                await self._submit()
+                if not self._waiting and self._source.is_exhausted:
                     return
-                await asyncio.wait([self._waiting[0][1]])
-                ready = self._ready()
-                self._sizes.returned(ready)
-                yield ready
+                if ready := await self._next_ready():
+                    self._sizes.returned(ready)
+                    yield ready
         finally:
-            self._session.waiter.forget(task_id for task_id, _ in self._waiting)
+            self._session.waiter.forget(one[0] for one in self._waiting if isinstance(one, tuple))
+            await self._source.close()
+
+    async def _submit(self) -> None:
+        """Submit what the source has at hand, as far as there is room for it."""
+        source = self._source
+        while not source.is_exhausted and len(self._waiting) < self._sizes.window:
+            await self._submit_some()
+            if source.coming is not None:
+                return
+
+    async def _next_ready(self) -> list[InferResult | SamphireError]:
+        """The results that are there, once the first is; none: the source's next element came before it."""
+        awaited: list[asyncio.Future[Any]] = []
+        if self._waiting:
+            first = self._waiting[0]
+            if isinstance(first, SamphireError):
+                return self._ready()
+            awaited.append(first[1])
+        if self._source.coming is not None and len(self._waiting) < self._sizes.window:
+            awaited.append(self._source.coming)
+        await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+        return self._ready()
 
     async def _submit_some(self) -> None:
         encoded = await self._encode_some()
         if not encoded:
             return
-        waiter = self._session.waiter
-        self._waiting.extend((one.task_id, waiter.expect(one.task_id, "never")) for one in encoded)
         messages, blobs = [one.message for one in encoded], [blob for one in encoded for blob in one.blobs]
         await self._session.publisher.publish(self._encode.queue, self._encode.priority, messages, blobs)
 
@@ -134,14 +200,16 @@ class Map:
         most, most_bytes = min(CHUNK, sizes.window - len(self._waiting)), min(CHUNK_BYTES, sizes.window_bytes)
         encode.headers(await self._session.when(None, None, self._deadline_s))
         while len(encoded) < most and nbytes < most_bytes:
-            inputs: Any = next(self._source, _END)
-            if inputs is _END:
-                self._exhausted = True
+            inputs = await self._source.take()
+            if inputs is _NONE:
                 break
             try:
-                one = encode(inputs)
-            except InvalidInputError:
-                one = await self._session.encode(encode, inputs)
+                one = await self._encode_one(inputs)
+            except SamphireError as error:
+                self._waiting.append(error)
+                most -= 1
+                continue
+            self._waiting.append((one.task_id, self._session.waiter.expect(one.task_id, "never")))
             encoded.append(one)
             nbytes += len(one.message)
             if one.blobs:
@@ -150,11 +218,25 @@ class Map:
             sizes.sent(len(encoded), nbytes)
         return encoded
 
+    async def _encode_one(self, inputs: Any) -> Encoded:
+        try:
+            return self._encode(inputs)
+        except InvalidInputError:
+            return await self._session.encode(self._encode, inputs)
+
     def _ready(self) -> list[InferResult | SamphireError]:
         """The results of those that have waited longest, as far as they are there."""
         ready: list[InferResult | SamphireError] = []
-        while self._waiting and self._waiting[0][1].done():
-            task_id, future = self._waiting.popleft()
+        while self._waiting:
+            first = self._waiting[0]
+            if isinstance(first, SamphireError):
+                ready.append(first)
+                self._waiting.popleft()
+                continue
+            task_id, future = first
+            if not future.done():
+                break
+            self._waiting.popleft()
             self._session.waiter.forget([task_id])
             error = future.exception()
             if error is not None and not isinstance(error, SamphireError):

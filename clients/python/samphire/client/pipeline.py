@@ -202,10 +202,11 @@ def _signature(
 ) -> dict[str, Any]:
     request = request_for(step.model, step.version, step.outputs, step.parameters, options.tenant, webhook=webhook)
     tensors = TensorEncoder(task_id, options.limits)
+    signature = signatures.get(step.model)
     for name, value in step.inputs.items():
         outputs = _outputs_in(value)
         if not outputs:
-            request.inputs.append(tensors.tensor(name, value))
+            request.inputs.append(tensors.tensor(name, value, signature))
             continue
         part = before.index(outputs[0].step) if isinstance(value, Output) and len(before) > 1 else None
         tensor = InputTensor(name, from_=outputs[0].name)
@@ -213,8 +214,7 @@ def _signature(
             tensor.part = part
         request.inputs.append(tensor)
         for output in outputs:
-            _check_fit(name, output, signatures.get(step.model), signatures.get(output.step.model))
-    signature = signatures.get(step.model)
+            _check_fit(name, output, signature, signatures.get(output.step.model))
     if signature is not None:
         signature.resolve(request.version)
         signature.check(request)

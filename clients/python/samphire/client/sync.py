@@ -7,7 +7,7 @@ import inspect
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator
 from datetime import datetime
 from functools import partial
 from types import TracebackType
@@ -25,7 +25,7 @@ from samphire.client.streams import Resume
 from samphire.client.task import AsyncTask
 from samphire.client.waiter import Look
 from samphire.client.webhooks import AsyncWebhooks, WebhookDelivery, WebhookEndpoint
-from samphire.errors import ClientClosedError, SamphireError
+from samphire.errors import ClientClosedError, InvalidInputError, SamphireError
 from samphire.wire.contract import Backoff
 from samphire.wire.keys import Priority
 from samphire.wire.signature import ModelSignature
@@ -332,7 +332,11 @@ class Client:
         deadline_s: float | None = None,
         webhook: str | None = None,
     ) -> Iterator[InferResult | SamphireError]:
-        """See `AsyncClient.map`. `batches` is read on the client's thread, `progress` is called on the caller's."""
+        """See `AsyncClient.map`. `batches` is an iterable; it is read on the client's thread, `progress` is called
+        on the caller's.
+        """
+        if isinstance(batches, AsyncIterable):
+            raise InvalidInputError("expected an iterable of inputs; only `AsyncClient.map` takes an asynchronous one")
         chunks = self._client._map_chunks(
             model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s, webhook
         )

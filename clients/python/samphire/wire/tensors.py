@@ -41,6 +41,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 ITEM_SIZES: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 DATATYPES = frozenset([*DTYPES, "BYTES"])
+FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})
 JSON_DATATYPES = DATATYPES - {"FP16", "BF16"}
 """Datatypes whose values may travel as JSON numbers, booleans or strings."""
 
@@ -117,27 +118,29 @@ def split_elements(name: str, data: bytes) -> Iterator[bytes]:
         position += length
 
 
-def array_to_bytes(name: str, value: Any) -> tuple[str, list[int], bytes]:
+def array_to_bytes(name: str, value: Any, datatype: str | None = None) -> tuple[str, list[int], bytes]:
     """Encode an array, or anything that numpy makes one of, as (datatype, shape, bytes).
 
     Strings (dtype `U`, `S` or `object` of str or bytes) become BYTES, str as UTF-8. Elements of lists stay what they
-    are: where numpy would change one to make them one dtype, the list is refused.
+    are: where numpy would change one to make them one dtype, the list is refused. Python's numbers have no datatype
+    of their own: they take `datatype`, where that is known. Arrays keep theirs.
 
     Raises:
-        InvalidInputError: no array, elements of several kinds, or a dtype without a counterpart in the protocol.
+        InvalidInputError: no array, elements of several kinds, a number that `datatype` cannot hold, or a dtype
+            without a counterpart in the protocol.
     """
     try:
-        array = value if isinstance(value, np.ndarray) else _listed(name, value)
+        array = value if isinstance(value, np.ndarray) else _listed(name, value, datatype)
     # Lists of unequal lengths, an int of any size; a tensor of torch that has a gradient, or a dtype numpy lacks.
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise InvalidInputError(
-            f"tensor {name!r}: expected an array, given what numpy makes none of: {error}"
+            f"tensor {name!r}: expected an array or lists of equal lengths, given what numpy makes none of: {error}"
         ) from error
     shape = list(array.shape)
     dtype = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
-    datatype = _NAMES.get(dtype)
-    if datatype is not None:
-        return datatype, shape, np.ascontiguousarray(array, dtype=dtype).tobytes()
+    given = _NAMES.get(dtype)
+    if given is not None:
+        return given, shape, np.ascontiguousarray(array, dtype=dtype).tobytes()
     if array.dtype.kind in "OUS":
         return "BYTES", shape, join_elements(_as_element(name, item) for item in array.ravel().tolist())
     raise InvalidInputError(
@@ -145,9 +148,13 @@ def array_to_bytes(name: str, value: Any) -> tuple[str, list[int], bytes]:
     )
 
 
-def _listed(name: str, value: Any) -> NDArray[Any]:
+def _listed(name: str, value: Any, datatype: str | None) -> NDArray[Any]:
     """An array of a list, or of anything that numpy makes one of, in which no element was changed."""
     array = np.asarray(value)
+    if datatype in DTYPES:
+        leaves = _leaves(value)
+        if {type(leaf) for leaf in leaves} <= {bool, int, float}:
+            return _numbers(name, datatype, leaves).reshape(array.shape)
     kind = array.dtype.kind
     if not isinstance(value, list | tuple) or kind not in "OUSbiuf":
         return array
@@ -210,13 +217,45 @@ NESTED_MAX = 32
 """Deepest nesting of a tensor's JSON values; no shape has so many dimensions."""
 
 
-def _flatten(name: str, value: Any) -> list[Any]:
-    flat: list[Any] = value if isinstance(value, list) else [value]
-    for _ in range(NESTED_MAX):  # not by recursion: the depth is the producer's choice
-        if not any(isinstance(item, list) for item in flat):
+def _leaves(value: Any) -> list[Any]:
+    """The elements of lists in lists, in row-major order; lists nested deeper than `NESTED_MAX` stay lists."""
+    flat: list[Any] = [value]
+    for _ in range(NESTED_MAX + 1):  # not by recursion: the depth is the producer's choice
+        if not any(isinstance(item, list | tuple) for item in flat):
             return flat
-        flat = list(chain.from_iterable(item if isinstance(item, list) else (item,) for item in flat))
-    raise InvalidInputError(f"tensor {name!r}: expected values nested in at most {NESTED_MAX} lists, given more")
+        flat = list(chain.from_iterable(item if isinstance(item, list | tuple) else (item,) for item in flat))
+    return flat
+
+
+def _numbers(name: str, datatype: str, flat: list[Any]) -> NDArray[Any]:
+    """Python's numbers as an array [len(flat)] of a datatype, which is not BYTES.
+
+    Raises:
+        InvalidInputError: one is of the wrong type, or out of range.
+    """
+    dtype = DTYPES[datatype]
+    is_float = datatype in FLOATS
+    kinds = (int, float) if is_float else (bool,) if datatype == "BOOL" else (int,)
+    for item in flat:
+        if type(item) not in kinds:
+            raise InvalidInputError(
+                f"tensor {name!r}: expected {datatype} values, given {item!r} of type {type(item).__name__}"
+            )
+    fits = True
+    if is_float:
+        try:
+            exact = np.array(flat, dtype=np.float64)
+        except OverflowError as error:
+            raise InvalidInputError(f"tensor {name!r}: a value is out of range for {datatype}") from error
+        with np.errstate(over="ignore"):
+            array = exact.astype(dtype)
+        fits = bool((np.isinf(array) == np.isinf(exact)).all())
+    elif datatype != "BOOL" and flat:
+        limits = np.iinfo(dtype)
+        fits = limits.min <= min(flat) and max(flat) <= limits.max
+    if not fits:
+        raise InvalidInputError(f"tensor {name!r}: a value is out of range for {datatype}")
+    return array if is_float else np.array(flat, dtype=dtype)
 
 
 def values_to_bytes(name: str, datatype: str, shape: Sequence[int], values: Any) -> bytes:
@@ -227,30 +266,16 @@ def values_to_bytes(name: str, datatype: str, shape: Sequence[int], values: Any)
     """
     if datatype not in JSON_DATATYPES:
         raise InvalidInputError(f"tensor {name!r}: {datatype} travels as raw bytes, not as JSON values")
-    flat = _flatten(name, values)
+    flat = _leaves(values)
+    if any(isinstance(item, list) for item in flat):
+        raise InvalidInputError(f"tensor {name!r}: expected values nested in at most {NESTED_MAX} lists, given more")
     if len(flat) != element_count(shape):
         raise InvalidInputError(
             f"tensor {name!r}: shape {list(shape)} has {element_count(shape)} elements, given {len(flat)} values"
         )
     if datatype == "BYTES":
         return join_elements(_as_element(name, item) for item in flat)
-    is_float = datatype.startswith("FP")
-    kinds = (int, float) if is_float else (bool,) if datatype == "BOOL" else (int,)
-    for item in flat:
-        if type(item) not in kinds:
-            raise InvalidInputError(
-                f"tensor {name!r}: expected {datatype} values, given {item!r} of type {type(item).__name__}"
-            )
-    if not is_float and datatype != "BOOL" and flat:
-        limits = np.iinfo(DTYPES[datatype])
-        if min(flat) < limits.min or max(flat) > limits.max:
-            raise InvalidInputError(f"tensor {name!r}: a value is out of range for {datatype}")
-    try:
-        with np.errstate(over="raise"):
-            array = np.array(flat, dtype=DTYPES[datatype])
-    except (OverflowError, FloatingPointError) as error:
-        raise InvalidInputError(f"tensor {name!r}: a value is out of range for {datatype}") from error
-    return array.tobytes()
+    return _numbers(name, datatype, flat).tobytes()
 
 
 def bytes_to_values(name: str, datatype: str, shape: Sequence[int], data: bytes) -> list[Any] | None:
