@@ -26,7 +26,6 @@ from samphire_broker.settings import shipped_model_repository
 
 SAMPHIRE = str(Path(sys.executable).parent / "samphire")
 TEST_MODELS = Path(__file__).parent / "models"
-PORT_FLAGS = ("--broker-port", "--triton-grpc-port", "--triton-http-port", "--triton-metrics-port", "--flower-port")
 
 JOINED = {
     "SAMPHIRE_MICRO_BATCH": json.dumps(dict.fromkeys(("deadly", "flaky", "picky", "slow", "versions"), True)),
@@ -214,10 +213,7 @@ def start_up(folder: Path, *options: str, data_dir: Path | None = None, env: dic
     folder.mkdir(parents=True, exist_ok=True)
     ready_file, output = folder / "ready.json", folder / "output"
     data_dir = data_dir or folder / "data"
-    command = [SAMPHIRE, "up", "--data-dir", str(data_dir), "--ready-file", str(ready_file)]
-    for flag in PORT_FLAGS:
-        if flag not in options:
-            command += [flag, "0"]
+    command = [SAMPHIRE, "up", "--data-dir", str(data_dir), "--ready-file", str(ready_file), "--ports", "free"]
     with output.open("wb") as out:
         process = subprocess.Popen(
             bound([*command, *options]),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import samphire
-from samphire.client.sync import DeadLetters
+from samphire.client.sync_parts import DeadLetters
 from tests.stacks import ENDS_S
 
 CHANGED = "the public surface changed: change the test only together with the docs"
@@ -58,6 +58,7 @@ max_request_bytes=, blob_ttl_s=, idempotency_ttl_s=, validate=)
     dead_letters
     async for map(model, batches, *, return_exceptions=, progress=, window=, window_bytes=, version=, priority=, \
 outputs=, parameters=, deadline_s=, webhook=)
+    models
     async signature(model)
     async submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=, \
 idempotency_key=, max_attempts=, backoff=, collect=, webhook=)
@@ -79,6 +80,7 @@ max_request_bytes=, blob_ttl_s=, idempotency_ttl_s=, validate=)
     dead_letters
     map(model, batches, *, return_exceptions=, progress=, window=, window_bytes=, version=, priority=, outputs=, \
 parameters=, deadline_s=, webhook=)
+    models
     signature(model)
     submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=, \
 idempotency_key=, max_attempts=, backoff=, collect=, webhook=)
@@ -94,6 +96,7 @@ ModelSignature(name, versions, inputs, outputs, max_batch_size, decoupled=, dyna
     check(request)
     resolve(version)
 Output(step, name)
+ServedModel(name, signature, trouble=)
 Step(model, inputs, *, version=, outputs=, parameters=)
     __getitem__(output)
 Task

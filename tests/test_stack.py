@@ -18,7 +18,6 @@ from samphire_broker.embedded.ports import LOOPBACK, choose_port
 from samphire_broker.embedded.tritonserver import SHARED_MEMORY
 from tests.stacks import (
     ENDS_S,
-    PORT_FLAGS,
     SAMPHIRE,
     Up,
     clean_environment,
@@ -191,13 +190,26 @@ def run_up(tmp_path: Path, *options: str, env: dict[str, str] | None = None) -> 
 def test_a_taken_port_names_the_flag(tmp_path: Path, stack: Up, flag: str, address: str) -> None:
     """And starts nothing."""
     taken = str(urlsplit(stack.ready[address]).port)
-    free = [option for other in PORT_FLAGS if other != flag for option in (other, "0")]
-    ended = run_up(tmp_path, flag, taken, *free)
+    ended = run_up(tmp_path, "--ports", "free", flag, taken)
     assert ended.returncode == 1
     assert f"port {taken} on 127.0.0.1 is taken" in ended.stderr
     assert flag in ended.stderr
     assert "starting" not in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_all_taken_ports_are_named_at_once(tmp_path: Path, stack: Up) -> None:
+    """Also one that two flags want; and the flag that moves all parts aside."""
+    broker, flower = (str(urlsplit(stack.ready[address]).port) for address in ("broker_url", "flower_url"))
+    asked = ("--broker-port", broker, "--flower-port", flower)
+    twice = str(choose_port(0, ""))
+    ended = run_up(tmp_path, "--ports", "free", *asked, "--triton-grpc-port", twice, "--triton-http-port", twice)
+    assert ended.returncode == 1
+    assert f"port {broker} on 127.0.0.1 is taken" in ended.stderr
+    assert f"port {flower} on 127.0.0.1 is taken" in ended.stderr
+    assert f"port {twice} of --triton-http-port is that of another flag" in ended.stderr
+    assert "--ports free chooses a free one for all" in ended.stderr
+    assert "starting" not in ended.stderr
 
 
 def test_a_second_stack_in_the_same_folder_is_refused(stack: Up) -> None:

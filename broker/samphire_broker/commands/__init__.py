@@ -4,6 +4,7 @@ import click
 
 from samphire_broker.commands.dead_letters import dead_letters
 from samphire_broker.commands.doctor import doctor
+from samphire_broker.commands.models import models
 from samphire_broker.commands.tasks import cancel, queues, result, submit, watch
 from samphire_broker.commands.up import demo, up
 from samphire_broker.commands.webhooks import webhooks
@@ -19,5 +20,5 @@ def samphire() -> None:
     """
 
 
-for command in (up, demo, submit, watch, result, cancel, queues, dead_letters, webhooks, doctor):
+for command in (up, demo, submit, watch, result, cancel, queues, dead_letters, webhooks, models, doctor):
     samphire.add_command(command)

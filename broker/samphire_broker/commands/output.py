@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -24,6 +25,18 @@ from samphire_broker.shown import shown
 
 FAILED, BROKER_AWAY, NO_ANSWER = 1, 3, 4  # 2 is click's, for wrong usage
 SHOWN_VALUES = 12
+
+
+DATA_DIR = "~/.local/share/samphire"
+
+data_dir_option = click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DATA_DIR,
+    show_default=True,
+    envvar="SAMPHIRE_DATA_DIR",
+    help="Queues, models and logs of the stack; survives restarts.",
+)
 
 
 def say(line: str) -> None:

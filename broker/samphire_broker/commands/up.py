@@ -15,10 +15,8 @@ from typing import Any
 import click
 
 from samphire.errors import SamphireError
-from samphire_broker.commands.output import fail, say
+from samphire_broker.commands.output import data_dir_option, fail, say
 from samphire_broker.settings import read_settings
-
-DATA_DIR = "~/.local/share/samphire"
 
 
 class Size(click.ParamType[int]):
@@ -36,26 +34,45 @@ class Size(click.ParamType[int]):
         return int(found[1]) * {"kb": 2**10, "mb": 2**20, "gb": 2**30}[found[2]]
 
 
-def stack_options(default_ports: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options that describe a stack; without `default_ports` every port is a free one."""
+PORTS = {
+    "broker_port": (6379, "Port of the broker"),
+    "triton_grpc_port": (8001, "Port of Triton's gRPC endpoint"),
+    "triton_http_port": (8000, "Port of Triton's HTTP endpoint"),
+    "triton_metrics_port": (8002, "Port of Triton's metrics"),
+    "flower_port": (5555, "Port of Flower"),
+}
+"""Usual number and meaning of each port."""
 
-    def port(flag: str, number: int, what: str) -> Callable[..., Any]:
-        default = number if default_ports else 0
+
+def _with_ports(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with a number for each port: the one given, or that of `--ports`."""
+    usual = options.pop("ports") == "usual"
+    ports = {name: number if usual else 0 for name, (number, _) in PORTS.items()}
+    return options | {name: number if options[name] is None else options[name] for name, number in ports.items()}
+
+
+def stack_options(ports: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options that describe a stack; `ports` is the default of `--ports`."""
+
+    def port(name: str, number: int, what: str) -> Callable[..., Any]:
+        default = str(number) if ports == "usual" else "a free one"
         return click.option(
-            flag,
+            f"--{name.replace('_', '-')}",
             type=click.IntRange(0, 65535),
-            default=default,
-            show_default=True,
+            show_default=default,
             help=f"{what}; 0: a free one.",
         )
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         options = [
-            port("--broker-port", 6379, "Port of the broker"),
-            port("--triton-grpc-port", 8001, "Port of Triton's gRPC endpoint"),
-            port("--triton-http-port", 8000, "Port of Triton's HTTP endpoint"),
-            port("--triton-metrics-port", 8002, "Port of Triton's metrics"),
-            port("--flower-port", 5555, "Port of Flower"),
+            click.option(
+                "--ports",
+                type=click.Choice(["usual", "free"]),
+                default=ports,
+                show_default=True,
+                help="free: a free port for each part that has no flag of its own here.",
+            ),
+            *(port(name, number, what) for name, (number, what) in PORTS.items()),
             click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True),
             click.option(
                 "--broker-memory",
@@ -75,7 +92,12 @@ def stack_options(default_ports: bool) -> Callable[[Callable[..., None]], Callab
             click.option(
                 "--model-repository",
                 type=click.Path(path_type=Path, exists=True, file_okay=False),
-                help="Models to serve instead of those that ship; copied, never written to.",
+                help="Models to serve instead of those that ship: exactly these; copied, never written to.",
+            ),
+            click.option(
+                "--watch-models",
+                is_flag=True,
+                help="Load what changes in that folder while the stack runs; what does not load leaves what is served.",
             ),
             click.option(
                 "--ready-file",
@@ -98,35 +120,35 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
         from samphire_broker.embedded.ports import PortTakenError
         from samphire_broker.embedded.process import PartError
         from samphire_broker.embedded.stack import StackOptions, run_stack, serve
+        from samphire_broker.repository.folder import ModelFolderError
     except ModuleNotFoundError as error:
         fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
     try:
         read_settings()  # the workers' would be refused by them, one after the other
     except SamphireError as error:
         fail(str(error))
+    triton_urls = os.environ.get("SAMPHIRE_TRITON_URLS") or None
+    if triton_urls and (options["model_repository"] or options["watch_models"]):
+        fail(
+            f"--model-repository and --watch-models are for a Triton of this stack, and SAMPHIRE_TRITON_URLS names "
+            f"another, {triton_urls}: load the models there, or unset it"
+        )
     stack_options = StackOptions(
         data_dir=data_dir.expanduser().resolve(),
         external_broker_url=os.environ.get("SAMPHIRE_BROKER_URL") or None,
-        external_triton_urls=os.environ.get("SAMPHIRE_TRITON_URLS") or None,
+        external_triton_urls=triton_urls,
         loopback_webhooks=job is not None,  # the demo receives one
-        **options,
+        **_with_ports(options),
     )
     try:
         asyncio.run(run_stack(stack_options, say, job or serve))
-    except (PartError, PortTakenError, SamphireError) as error:
+    except (PartError, PortTakenError, ModelFolderError, SamphireError) as error:
         fail(str(error))
 
 
 @click.command()
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=DATA_DIR,
-    show_default=True,
-    envvar="SAMPHIRE_DATA_DIR",
-    help="Queues, models and logs; survives restarts.",
-)
-@stack_options(default_ports=True)
+@data_dir_option
+@stack_options("usual")
 def up(data_dir: Path, **options: Any) -> None:
     """Run the whole stack on this machine until Ctrl-C.
 
@@ -142,7 +164,7 @@ def up(data_dir: Path, **options: Any) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep queues, models and logs here; by default a folder that is removed at the end.",
 )
-@stack_options(default_ports=False)
+@stack_options("free")
 def demo(data_dir: Path | None, keep: bool, **options: Any) -> None:
     """Start a stack, classify real handwritten digits with it, and stop it."""
     try:

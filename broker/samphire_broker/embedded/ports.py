@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 
 LOOPBACK = "127.0.0.1"
 
 
 class PortTakenError(Exception):
     """A port that the stack needs is taken."""
+
+
+def choose_ports(asked: Mapping[str, int]) -> dict[str, int]:
+    """The port of each flag, as `choose_port` has it.
+
+    Raises:
+        PortTakenError: some are in use; the message names them all, and how to change them.
+    """
+    chosen: dict[str, int] = {}
+    taken: list[str] = []
+    for flag, port in asked.items():
+        if port and port in chosen.values():
+            taken.append(f"port {port} of {flag} is that of another flag")
+            continue
+        try:
+            chosen[flag] = choose_port(port, flag)
+        except PortTakenError as error:
+            taken.append(str(error))
+    if len(taken) > 1:
+        raise PortTakenError("\n".join([*taken, "--ports free chooses a free one for all of them"]))
+    if taken:
+        raise PortTakenError(f"{taken[0]}; --ports free chooses free ones for all parts")
+    return chosen
 
 
 def choose_port(port: int, flag: str) -> int:

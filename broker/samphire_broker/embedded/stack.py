@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import functools
 import json
 import signal
 import stat
@@ -14,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tritonclient.grpc.aio import InferenceServerClient
+
 from samphire.transport.address import broker_of
 from samphire_broker.embedded.flower import (
     FLOWER_USER,
@@ -22,12 +25,19 @@ from samphire_broker.embedded.flower import (
     given_password,
     kept_password,
 )
-from samphire_broker.embedded.ports import choose_port
+from samphire_broker.embedded.ports import choose_port, choose_ports
 from samphire_broker.embedded.process import Part, PartError, PartSpec
-from samphire_broker.embedded.tritonserver import seed_model_repository, triton_spec
+from samphire_broker.embedded.tritonserver import triton_spec
 from samphire_broker.embedded.valkey import valkey_spec
 from samphire_broker.embedded.worker import worker_spec
+from samphire_broker.repository.changes import Changes, say_ignored, watch
+from samphire_broker.repository.folder import Model
+from samphire_broker.repository.loads import Loads
+from samphire_broker.repository.mirror import Mirror
+from samphire_broker.repository.record import RECORD, Record, note_trouble, write_record
 from samphire_broker.settings import FsyncPolicy, Settings, read_settings, shipped_model_repository
+
+TRITON_PORTS = ("--triton-grpc-port", "--triton-http-port", "--triton-metrics-port")
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class StackOptions:
     broker_fsync: FsyncPolicy = "always"
     model_repository: Path | None = None
     """Models to serve; by default those that ship."""
+    watch_models: bool = False
+    """Whether changes of these are taken over while the stack runs."""
     ready_file: Path | None = None
     external_broker_url: str | None = None
     external_triton_urls: str | None = None
@@ -64,6 +76,9 @@ class Stack:
         self._workers: list[Part] = []
         self.metrics_ports: list[int] = []
         self._flower: Part | None = None
+        self._mirror: Mirror | None = None
+        self._models: dict[str, Model] = {}
+        """What the folder of models had as it was mirrored."""
         self._keepers: list[asyncio.Task[None]] = []
         self._lock: Any = None
         self.broker_url = options.external_broker_url or ""
@@ -112,29 +127,37 @@ class Stack:
     def _progress(self, line: str) -> None:
         self._say(f"[{time.monotonic() - self._began:5.1f} s] {line}")
 
-    def _make_specs(self) -> list[PartSpec]:
+    def _choose_ports(self) -> dict[str, int]:
+        """The port of each flag of the parts that this stack runs."""
+        options = self._options
+        asked = {"--flower-port": options.flower_port}
+        if options.external_broker_url is None:
+            asked["--broker-port"] = options.broker_port
+        if options.external_triton_urls is None:
+            triton = (options.triton_grpc_port, options.triton_http_port, options.triton_metrics_port)
+            asked |= zip(TRITON_PORTS, triton, strict=True)
+        return choose_ports(asked)
+
+    def _make_specs(self, ports: dict[str, int]) -> list[PartSpec]:
         options = self._options
         specs = []
         if options.external_broker_url is None:
-            port = choose_port(options.broker_port, "--broker-port")
-            spec = valkey_spec(options.data_dir, port, options.broker_memory_bytes, options.broker_fsync)
+            spec = valkey_spec(
+                options.data_dir, ports["--broker-port"], options.broker_memory_bytes, options.broker_fsync
+            )
             self.broker_url = spec.address
             specs.append(spec)
         if options.external_triton_urls is None:
-            grpc_port = choose_port(options.triton_grpc_port, "--triton-grpc-port")
-            http_port = choose_port(options.triton_http_port, "--triton-http-port")
-            metrics_port = choose_port(options.triton_metrics_port, "--triton-metrics-port")
-            source = options.model_repository or shipped_model_repository()
-            seed_model_repository(source, options.data_dir / "model_repository")
-            spec = triton_spec(options.data_dir, grpc_port, http_port, metrics_port, self._progress)
+            grpc_port, http_port, metrics_port = (ports[flag] for flag in TRITON_PORTS)
+            note = functools.partial(note_trouble, options.data_dir)
+            spec = triton_spec(options.data_dir, grpc_port, http_port, metrics_port, self._progress, note)
             self.triton_grpc = spec.address
             self.triton_http = f"{spec.address.rpartition(':')[0]}:{http_port}"
             specs.append(spec)
         return specs
 
-    def _make_flower_spec(self) -> PartSpec:
+    def _make_flower_spec(self, port: int) -> PartSpec:
         data_dir = self._options.data_dir
-        port = choose_port(self._options.flower_port, "--flower-port")
         password = given_password()
         if password is None:
             self.flower_password_file = data_dir / "flower-password"
@@ -147,8 +170,11 @@ class Stack:
         options = self._options
         options.data_dir.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        specs = self._make_specs()
-        self._flower = Part(self._make_flower_spec())
+        ports = self._choose_ports()
+        specs = self._make_specs(ports)
+        if options.external_triton_urls is None:
+            await self._mirror_models()
+        self._flower = Part(self._make_flower_spec(ports["--flower-port"]))
         parts = [Part(spec) for spec in specs]
         for part in parts:
             if part.spec.name == "broker":
@@ -173,12 +199,35 @@ class Stack:
         ]
         await self._start_together([*self._workers, self._flower])
         self._keepers = [asyncio.create_task(part.keep_running(self._on_change)) for part in self.parts]
+        if options.watch_models:
+            self._keepers.append(asyncio.create_task(self._watch_models()))
         self._write_ready_file()
         for part in self.parts:
             self._say(f"  {part.spec.name:<8} {part.spec.address:<32} log: {part.spec.log_file}")
         where = f"in {self.flower_password_file}" if self.flower_password_file else f"that of {PASSWORD_VARIABLE}"
         self._say(f"  metrics of the workers: {', '.join(self.metrics_urls)}")
         self._say(f"  flower's user is {FLOWER_USER}, the password is {where}")
+
+    async def _mirror_models(self) -> None:
+        options = self._options
+        source = options.model_repository or shipped_model_repository()
+        self._mirror = Mirror(source, options.data_dir)
+        self._models = await self._mirror.begin()
+        for name, model in self._models.items():
+            say_ignored(name, model, self._progress)
+            if model.trouble:
+                self._progress(f"model {name} is not served: {model.trouble}")
+        troubles = {name: model.trouble for name, model in self._models.items() if model.trouble}
+        is_own = options.model_repository is not None
+        write_record(options.data_dir, Record(self.triton_grpc, str(source), is_own, troubles))
+
+    async def _watch_models(self) -> None:
+        assert self._mirror is not None and self._triton is not None
+        note = functools.partial(note_trouble, self._options.data_dir)
+        async with InferenceServerClient(self.triton_grpc) as client:
+            loads = Loads(client, self._triton.spec.log_file)
+            changes = Changes(self._mirror, loads, self._progress, note)
+            await watch(self._mirror, changes, self._models, self._progress)
 
     async def _start_together(self, parts: list[Part]) -> None:
         async def start(part: Part) -> None:
@@ -245,6 +294,8 @@ class Stack:
             self._options.ready_file.unlink(missing_ok=True)
         if self.parts:
             self._progress("stopping")
+        if self._mirror is not None:
+            (self._options.data_dir / RECORD).unlink(missing_ok=True)
         await asyncio.gather(*(worker.stop() for worker in self._workers))
         for part in (self._flower, self._triton, self._broker):
             if part is not None:

@@ -8,7 +8,6 @@ versions back.
 from __future__ import annotations
 
 import asyncio
-import filecmp
 import hashlib
 import importlib.util
 import os
@@ -27,20 +26,12 @@ from tritonclient.utils import InferenceServerException
 
 from samphire_broker.embedded.ports import LOOPBACK
 from samphire_broker.embedded.process import PartError, PartSpec
+from samphire_broker.repository.loads import Loads
 
 SHARED_MEMORY = Path("/dev/shm")
 
-
-def seed_model_repository(source: Path, target: Path) -> None:
-    """Copy what ships into the data directory's own repository; what only stands there stays."""
-    for path in sorted(source.rglob("*")):
-        if path.is_dir() or "__pycache__" in path.parts:
-            continue
-        copy = target / path.relative_to(source)
-        if copy.is_file() and filecmp.cmp(path, copy, shallow=False):
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+Note = Callable[[str, str], None]
+"""Called with a model and why it did not load."""
 
 
 def _package_folder() -> Path:
@@ -69,15 +60,12 @@ def _lay_out_backends(package: Path, target: Path) -> None:
     (target / "onnxruntime" / "model.py").write_bytes(ours.read_bytes())
 
 
-async def load_all_models(client: InferenceServerClient, progress: Callable[[str], None]) -> None:
+async def load_all_models(client: InferenceServerClient, loads: Loads, note: Note) -> None:
     """Load every model of the repository; one that is broken is reported and does not stop the rest."""
     index = await client.get_model_repository_index(as_json=True)
     for name in sorted({entry["name"] for entry in index.get("models", [])}):
-        progress(f"triton: loading model {name}")
-        try:
-            await client.load_model(name, client_timeout=300)
-        except InferenceServerException as error:
-            progress(f"triton: model {name} did not load: {error.message()}")
+        if reason := await loads.load(name):
+            note(name, reason)
 
 
 async def probe_numpy(client: InferenceServerClient) -> None:
@@ -102,15 +90,21 @@ async def probe_numpy(client: InferenceServerClient) -> None:
 
 
 def triton_spec(
-    data_dir: Path, grpc_port: int, http_port: int, metrics_port: int, progress: Callable[[str], None]
+    data_dir: Path,
+    grpc_port: int,
+    http_port: int,
+    metrics_port: int,
+    progress: Callable[[str], None],
+    note: Note = lambda model, reason: None,
 ) -> PartSpec:
-    """Triton over `data_dir/model_repository`, every address bound to loopback.
+    """Triton over `data_dir/model_repository`, every address bound to loopback; `note` is told what does not load.
 
     Raises:
         PartError: the nvidia-pytriton wheel is missing.
     """
     package = _package_folder()
     backends = data_dir / "triton" / "backends"
+    log_file = data_dir / "logs" / "triton.log"
     shm_prefix = "samphire-" + hashlib.sha256(str(data_dir).encode()).hexdigest()[:12]
     command = [str(package / "tritonserver" / "bin" / "tritonserver")]
     command += [f"--model-repository={data_dir / 'model_repository'}", f"--backend-directory={backends}"]
@@ -140,7 +134,7 @@ def triton_spec(
                 except InferenceServerException:  # not listening yet
                     pass
                 await asyncio.sleep(0.1)
-            await load_all_models(client, progress)
+            await load_all_models(client, Loads(client, log_file, progress), note)
             await probe_numpy(client)
 
     libraries = [str(package.parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
@@ -153,7 +147,7 @@ def triton_spec(
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
             "LD_LIBRARY_PATH": ":".join(filter(None, [*libraries, os.environ.get("LD_LIBRARY_PATH")])),
         },
-        log_file=data_dir / "logs" / "triton.log",
+        log_file=log_file,
         address=f"{LOOPBACK}:{grpc_port}",
         wait_ready=wait_ready,
         ready_timeout_s=300.0,

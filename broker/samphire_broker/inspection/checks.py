@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from samphire import BrokerRightError, Client, InvalidInputError, SamphireError, UnknownModelError
 from samphire.transport.connection import key_text
-from samphire.wire.keys import CATALOGUE_COMPLETE, Keys, is_of_deliveries, parse_queue
+from samphire.wire.keys import CATALOGUE_COMPLETE, CATALOGUE_TROUBLE, Keys, is_of_deliveries, parse_queue
 from samphire_broker.inspection.misplaced import misplaced
 from samphire_broker.inspection.overview import Overview, broker_connection, look
 from samphire_broker.settings import Settings, read_settings
@@ -55,6 +55,7 @@ def examine(broker_url: str | None = None) -> Iterator[Finding]:
         return
     yield Finding("settings", "ok", f"broker {settings.broker.address}, Triton {', '.join(settings.triton_urls)}")
     seen: Overview | None = None
+    of_models: list[Finding] = []
     try:
         with broker_connection(settings.broker) as client:
             client.ping()
@@ -63,6 +64,8 @@ def examine(broker_url: str | None = None) -> Iterator[Finding]:
             yield from check_broker(client)
             seen = look(client, settings.broker.keys)
             yield from check_work(client, settings.broker.keys, seen)
+            of_models = list(check_models(client, settings.broker.keys, seen))
+            yield from of_models
             yield from check_webhooks(seen)
             yield from itertools.starmap(Finding, misplaced(client, settings.broker.keys))
     except SamphireError as error:
@@ -73,7 +76,7 @@ def examine(broker_url: str | None = None) -> Iterator[Finding]:
     ready = []
     for url in settings.triton_urls:
         findings = list(check_endpoint(url))
-        yield from findings
+        yield from (one for one in findings if one not in of_models)
         if findings[0].state == "ok":
             ready.append(url)
     yield from check_round_trip(settings, seen, ready)
@@ -242,16 +245,29 @@ def check_work(client: redis.Redis, keys: Keys, seen: Overview) -> Iterator[Find
     for worker in alive:
         if abs(worker.clock_ahead_s) > CLOCK_SKEW_S:
             yield _clock(f"worker {worker.hostname}: its", worker.clock_ahead_s)
-    known = {key_text(name) for name in client.hkeys(keys.catalogue)}
-    if CATALOGUE_COMPLETE in known:
-        for queue, count in waiting.items():
-            model = parse_queue(queue)[0]
-            if model and not is_of_deliveries(model) and model not in known:
-                found = f"{count} tasks wait for {model!r}, which no endpoint of the workers has"
-                yield Finding(f"queue {queue}", "warning", found, "load the model, or point a worker at its Triton")
     if seen.dead_letters:
         found = f"{seen.dead_letters} in all: tasks that failed for good, or were no tasks"
         yield Finding("dead letters", "warning", found, "look at why: samphire dead-letters list")
+
+
+def check_models(client: redis.Redis, keys: Keys, seen: Overview) -> Iterator[Finding]:
+    """Models that are not loaded, or not as their files are, and tasks that wait for what nobody has."""
+    told = {key_text(name): key_text(value) for name, value in client.hgetall(keys.catalogue).items()}
+    for name, trouble in told.items():
+        if name.startswith(CATALOGUE_TROUBLE):
+            yield _broken_model(name.removeprefix(CATALOGUE_TROUBLE), trouble)
+    if CATALOGUE_COMPLETE not in told:
+        return
+    for queue in seen.queues:
+        model = parse_queue(queue.name)[0]
+        if queue.total and model and not is_of_deliveries(model) and model not in told:
+            found = f"{queue.total} tasks wait for {model!r}, which no endpoint of the workers has"
+            yield Finding(f"queue {queue.name}", "warning", found, "load the model, or point a worker at its Triton")
+
+
+def _broken_model(model: str, trouble: str) -> Finding:
+    remedy = "mend the model's files or configuration, and load it again: samphire models reload"
+    return Finding(f"model {model}", "error", trouble[:500], remedy)
 
 
 def check_webhooks(seen: Overview) -> Iterator[Finding]:
@@ -284,10 +300,7 @@ def check_endpoint(url: str) -> Iterator[Finding]:
             return
     broken = [model for model in index.models if model.state == "UNAVAILABLE" and model.reason not in ("", "unloaded")]
     for model in broken:
-        found = f"version {model.version}: {model.reason[:500]}"
-        yield Finding(
-            f"model {model.name}", "error", found, "mend the model's files or configuration, and load it again"
-        )
+        yield _broken_model(model.name, f"version {model.version}: {model.reason}")
     loaded = sorted({model.name for model in index.models if model.state == "READY"})
     if loaded or not broken:
         yield Finding(f"models of {url}", "ok" if loaded else "warning", ", ".join(loaded) or "none loaded")

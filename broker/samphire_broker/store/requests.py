@@ -137,15 +137,10 @@ class Requests(Calls):
         deleted, left, oldest, now = await self._run("trim", [self.keys.dead], args)
         return LetterCounts(deleted, left, float(now) - float(oldest) if oldest else 0.0)
 
-    async def publish_catalogue(self, signatures: Mapping[str, bytes], gone: Collection[str]) -> None:
-        """Tell clients what the models take, and which are gone; what no worker renews expires."""
-        if gone:
-            await self._rest.execute("HDEL", self.keys.catalogue, *gone)
-        if signatures:
-            await self._rest.execute(
-                "HSET", self.keys.catalogue, *(part for item in signatures.items() for part in item)
-            )
-            await self._rest.execute("EXPIRE", self.keys.catalogue, CATALOGUE_TTL_S)
+    async def publish_catalogue(self, told: Mapping[str, bytes]) -> None:
+        """Tell clients what the models take, and take out what no worker tells; what none renews expires."""
+        args: list[Argument] = [self.worker_id, CATALOGUE_TTL_S, *(part for item in told.items() for part in item)]
+        await self._run("catalogue", [self.keys.catalogue, self.keys.workers], args)
 
     async def known_queues(self) -> set[str]:
         """The queues whose names are noted; what is no queue's name is taken out."""

@@ -116,6 +116,7 @@ def rights(keys: Keys) -> Sequence[Right]:
         *_all("webhooks", f"HDEL {keys.webhook_warned} x", f"XADD {keys.operator_events} * x x"),
         *_all("webhooks", *(f"{command} x" for command in _of_deliveries(keys))),
         *_all("webhooks", f"LPUSH {keys.of_celery(delivery_queue('x'))} x", f"LPUSH {keys.of_celery(WEBHOOKS)} x"),
+        *_all("the catalogue", f"HKEYS {keys.catalogue}", f"HGET {keys.catalogue} x"),
         *_all("the catalogue", f"HSET {keys.catalogue} x x", f"HDEL {keys.catalogue} x", f"EXPIRE {keys.catalogue} 1"),
         *_all(
             "finding lost workers within seconds, and not only once their lease has lapsed", "CLIENT LIST", vital=False

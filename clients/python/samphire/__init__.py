@@ -9,9 +9,11 @@
 from samphire.client.aio import AsyncClient
 from samphire.client.dead_letters import Attempt, DeadLetter, LetterFilter
 from samphire.client.events import TaskEvent
+from samphire.client.models import ServedModel
 from samphire.client.pipeline import Output, Step
 from samphire.client.results import InferResult
-from samphire.client.sync import Client, Task
+from samphire.client.sync import Client
+from samphire.client.sync_parts import Task
 from samphire.client.task import AsyncTask
 from samphire.client.webhooks import DeliveryAttempt, WebhookDelivery, WebhookEndpoint
 from samphire.errors import (
@@ -79,6 +81,7 @@ __all__ = [
     "ResultExpiredError",
     "ResultTimeoutError",
     "SamphireError",
+    "ServedModel",
     "Step",
     "StreamDiffersError",
     "StreamLimitError",

@@ -13,6 +13,7 @@ import msgspec
 from samphire.errors import EndpointUnavailableError, SamphireError, TransientError, UnknownModelError
 from samphire.wire import keys
 from samphire.wire.signature import ModelSignature
+from samphire_broker.repository.record import read_record
 from samphire_broker.settings import Settings
 from samphire_workers.intake.checking import Checker
 from samphire_workers.triton.endpoint import Endpoint
@@ -28,6 +29,9 @@ UNUSED_FRESH_S = 5.0
 """And one that is not in use, which clients may still want to know."""
 
 CHECK_S = 0.5
+
+TROUBLE_BYTES = 4096
+"""Most bytes of a trouble that clients are told."""
 
 DIFFERING_S = 2.0
 """Between two looks at an endpoint whose signature of a model differs from that of others."""
@@ -49,6 +53,8 @@ class ServedModels:
         """Called with a model that is served and was not known."""
         self.queues: set[str] = set()
         """Queues of the models in the endpoints' repositories."""
+        self._reasons: dict[str, str] = {}
+        """Why models are not loaded, as an endpoint tells it."""
 
     def known(self, model: str) -> Checker | None:
         """The checker of a model, if it is in memory."""
@@ -61,7 +67,16 @@ class ServedModels:
         told = {keys.parse_queue(queue)[0]: b"" for queue in self.queues}
         if told:
             told[keys.CATALOGUE_COMPLETE] = b"1"
-        return told | {model: msgspec.json.encode(checker.signature) for model, (checker, _) in self._checkers.items()}
+        for model, (checker, _) in self._checkers.items():
+            told[model] = msgspec.json.encode(checker.signature)
+        for model, reason in (self._reasons | self._troubles_of_stack()).items():
+            told[keys.CATALOGUE_TROUBLE + model] = reason.encode()[:TROUBLE_BYTES]
+        return told
+
+    def _troubles_of_stack(self) -> dict[str, str]:
+        """What the stack on this machine that runs our Triton tells of its models: Triton itself does not tell all."""
+        record = read_record(self._settings.data_dir.expanduser())
+        return record.troubles if record is not None and record.triton in self._settings.triton_urls else {}
 
     async def checker(self, model: str, *, fresh: bool = False) -> Checker:
         """Return the checker of a model, from memory or from an endpoint.
@@ -189,7 +204,9 @@ class ServedModels:
             await self._probe(on_back)
             try:
                 endpoint = self._endpoints.pick()
-                self.queues = {keys.queue_name(model) for model in await endpoint.models()}
+                index = await endpoint.index()
+                self.queues = {keys.queue_name(model) for model in index}
+                self._reasons = {model: reason for model, reason in index.items() if reason}
                 ready = await endpoint.models(ready=True)
             except SamphireError:
                 await asyncio.sleep(CHECK_S)

@@ -162,16 +162,28 @@ class Endpoint:
 
     async def models(self, *, ready: bool = False) -> set[str]:
         """Names of the models in the server's repository, or of those that are ready; none if it does not tell."""
+        return set(await self.index(ready=ready))
+
+    async def index(self, *, ready: bool = False) -> dict[str, str]:
+        """Models of the server's repository, or those that are ready, each with why a version of it is not loaded.
+
+        That is empty where the server gives no reason; there are no models if the server does not tell.
+        """
         request = service_pb2.RepositoryIndexRequest(ready=ready)
         try:
             index = await self._call("RepositoryIndex", request, CONTROL_TIMEOUT_S)
         except TransientError as error:
             if "restricted" not in str(error):
                 raise
-            return set()
+            return {}
         except SamphireError:  # the control API is closed to us
-            return set()
-        return {entry.name for entry in index.models}
+            return {}
+        reasons: dict[str, str] = {}
+        for entry in index.models:
+            reasons.setdefault(entry.name, "")
+            if entry.state == "UNAVAILABLE" and entry.reason not in ("", "unloaded"):
+                reasons[entry.name] = f"version {entry.version}: {entry.reason}"
+        return reasons
 
     async def reload(self, model: str) -> None:
         """Unload a model and load it again: to load what is loaded already does nothing."""

@@ -164,7 +164,7 @@ async def tell_clients(store: Store, signatures: Callable[[], dict[str, bytes]])
         told = signatures()
         if told != published or time.monotonic() - told_at > CATALOGUE_S:
             try:
-                await store.publish_catalogue(told, published.keys() - told.keys())
+                await store.publish_catalogue(told)
                 published, told_at = told, time.monotonic()
             except SamphireError as error:
                 logger.warning(

@@ -22,6 +22,7 @@ from samphire.client.encoder import (
     request_for,
 )
 from samphire.client.mapping import Batches, Counted, Map, MapOptions, Progress, Sizes, Source
+from samphire.client.models import AsyncModels
 from samphire.client.pipeline import Stage, StepOptions, encode_chain, stages_of
 from samphire.client.results import InferResult
 from samphire.client.session import Session
@@ -276,6 +277,12 @@ class AsyncClient:
         session = self._session
         session.check_usable()
         return AsyncWebhooks(session.publisher.connection, session.broker.keys, session.webhooks, self.tenant)
+
+    @property
+    def models(self) -> AsyncModels:
+        """The models of the endpoints, and why one is not loaded; see `AsyncModels`."""
+        self._session.check_usable()
+        return AsyncModels(self._session.publisher.connection, self._session.broker.keys)
 
     async def signature(self, model: str) -> ModelSignature | None:
         """What a model takes and returns, as the workers tell it; None where no worker has told.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from samphire.errors import ProtocolError, UnknownModelError
 from samphire.transport.connection import key_text
 from samphire.transport.direct import DirectConnection
-from samphire.wire.keys import CATALOGUE_COMPLETE, Keys
+from samphire.wire.keys import CATALOGUE_COMPLETE, CATALOGUE_TELLER, CATALOGUE_TROUBLE, Keys
 from samphire.wire.signature import ModelSignature
 
 FRESH_S = 5.0
@@ -47,16 +50,74 @@ class ModelCatalogue:
         told, complete = await self._connection.ask("HMGET", self._key, model, CATALOGUE_COMPLETE)
         if told is None:
             if complete is not None:
-                names = sorted({key_text(name) for name in await self._connection.ask("HKEYS", self._key)})
-                names.remove(CATALOGUE_COMPLETE)
-                more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
-                raise UnknownModelError(
-                    f"no model {model!r}; there are {', '.join(map(repr, names[:NAMED_MAX])) or '(none)'}{more}"
-                )
+                names = [key_text(name) for name in await self._connection.ask("HKEYS", self._key)]
+                raise _unknown(model, [name for name in names if _names_a_model(name)])
             return None
-        if not told:  # it is there, and not ready
-            return None
-        try:
-            return _decode(told)
-        except msgspec.MsgspecError as error:
-            raise ProtocolError(f"what the workers tell of model {model!r} is not understood: {error}") from error
+        return _signature(model, told)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model of the endpoints, as the workers tell it."""
+
+    name: str
+    signature: ModelSignature | None
+    """What it takes and returns, and its versions that are ready; None: none is."""
+    trouble: str = ""
+    """Why it is not loaded, or not as its files are now; "" where nothing is known of that."""
+
+
+class AsyncModels:
+    """The models of the endpoints, as the workers tell it; `AsyncClient.models` has one."""
+
+    def __init__(self, connection: DirectConnection, keys: Keys) -> None:
+        self._connection = connection
+        self._key = keys.catalogue
+
+    async def list(self) -> list[ServedModel]:
+        """All models, by name; none where no worker has told of any.
+
+        Raises:
+            BrokerUnavailableError: no answer.
+        """
+        told = await self._connection.ask("HGETALL", self._key)
+        fields = {key_text(name): value for name, value in zip(told[::2], told[1::2], strict=True)}
+        names = {name.removeprefix(CATALOGUE_TROUBLE) for name in fields}
+        return [_served(name, fields) for name in sorted(names) if _names_a_model(name)]
+
+    async def get(self, model: str) -> ServedModel:
+        """One model.
+
+        Raises:
+            BrokerUnavailableError: no answer.
+            UnknownModelError: no worker has told of it.
+        """
+        found = await self.list()
+        for one in found:
+            if one.name == model:
+                return one
+        raise _unknown(model, [one.name for one in found])
+
+
+def _served(model: str, fields: Mapping[str, Any]) -> ServedModel:
+    trouble = fields.get(CATALOGUE_TROUBLE + model, b"")
+    return ServedModel(model, _signature(model, fields.get(model, b"")), bytes(trouble).decode(errors="replace"))
+
+
+def _signature(model: str, told: Any) -> ModelSignature | None:
+    if not told:  # it is there, and not ready
+        return None
+    try:
+        return _decode(told)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"what the workers tell of model {model!r} is not understood: {error}") from error
+
+
+def _names_a_model(field: str) -> bool:
+    return not field.startswith((CATALOGUE_COMPLETE, CATALOGUE_TROUBLE, CATALOGUE_TELLER))
+
+
+def _unknown(model: str, names: Sequence[str]) -> UnknownModelError:
+    more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
+    known = ", ".join(map(repr, sorted(names)[:NAMED_MAX])) or "(none)"
+    return UnknownModelError(f"no model {model!r}; there are {known}{more}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import threading
 import weakref
@@ -11,135 +10,21 @@ from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterat
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from samphire.client.aio import AsyncClient
-from samphire.client.dead_letters import AsyncDeadLetters, DeadLetter, LetterFilter, Letters
 from samphire.client.encoder import Inputs, Parameters
-from samphire.client.events import TaskEvent
 from samphire.client.loop_thread import LoopThread
 from samphire.client.mapping import Counted, MapOptions, Progress
 from samphire.client.pipeline import Stage
-from samphire.client.results import InferResult, Status
-from samphire.client.streams import Resume
-from samphire.client.task import AsyncTask
-from samphire.client.waiter import Look
-from samphire.client.webhooks import AsyncWebhooks, WebhookDelivery, WebhookEndpoint
+from samphire.client.results import InferResult
+from samphire.client.sync_parts import DeadLetters, Models, Task, Webhooks, tell_in_full
 from samphire.errors import ClientClosedError, InvalidInputError, SamphireError
 from samphire.wire.contract import Backoff
 from samphire.wire.keys import Priority
 from samphire.wire.signature import ModelSignature
 
 T = TypeVar("T")
-P = TypeVar("P")
-
-
-class Task:
-    """A handle of one submitted task."""
-
-    def __init__(self, client: Client, task_id: str, look: Look) -> None:
-        self._client = client
-        self._look: Look = look
-        self._process = os.getpid()
-        self.id = task_id
-        """The task's id, also Celery's."""
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id}>"
-
-    def _run(self, use: Callable[[AsyncTask], Coroutine[Any, Any, T]]) -> T:
-        # After a fork the events of this task go to the parent's client.
-        look: Look = self._look if self._process == os.getpid() else "often"
-        if isinstance(look, int):
-            self._look = "now"
-
-        async def run() -> T:
-            return await use(AsyncTask(self._client._client._session, self.id, look))
-
-        return self._client._run(run)
-
-    def status(self) -> Status:
-        """See `AsyncTask.status`."""
-        return self._run(lambda task: task.status())
-
-    def result(self, timeout_s: float | None = None, *, delete: bool = False) -> InferResult:
-        """See `AsyncTask.result`."""
-        return self._run(lambda task: task.result(timeout_s, delete=delete))
-
-    def cancel(self, timeout_s: float = 5.0) -> bool:
-        """See `AsyncTask.cancel`."""
-        return self._run(lambda task: task.cancel(timeout_s))
-
-    def _reader(self) -> AsyncTask:
-        if isinstance(self._look, int):
-            self._look = "now"  # its end may be told to the reader
-        return AsyncTask(self._client._client._session, self.id, "often")
-
-    def progress(self) -> TaskEvent | None:
-        """See `AsyncTask.progress`."""
-        return self._run(lambda task: task.progress())
-
-    def events(self, after: str | None = None) -> Iterator[TaskEvent]:
-        """See `AsyncTask.events`."""
-        events = self._reader().events(after)
-        with self._client._iterating(events) as iterator:
-            yield from iterator
-
-    def stream(self, after: str | None = None, *, resume: Resume = "restart") -> Iterator[TaskEvent]:
-        """See `AsyncTask.stream`."""
-        events = self._reader().stream(after, resume=resume)
-        with self._client._iterating(events) as iterator:
-            yield from iterator
-
-
-class _Part(Generic[P]):
-    """A part of a client, which has it anew for each call."""
-
-    def __init__(self, client: Client, part: Callable[[AsyncClient], P]) -> None:
-        self._client = client
-        self._part = part
-
-    def _run(self, use: Callable[[P], Coroutine[Any, Any, T]]) -> T:
-        async def run() -> T:
-            return await use(self._part(self._client._client))
-
-        return self._client._run(run)
-
-
-class DeadLetters(_Part[AsyncDeadLetters]):
-    """See `AsyncDeadLetters`."""
-
-    def list(self, which: LetterFilter | None = None, *, limit: int | None = 100) -> Letters:
-        """See `AsyncDeadLetters.list`."""
-        return self._run(lambda letters: letters.list(which, limit=limit))
-
-    def get(self, letter_id: str) -> DeadLetter:
-        """See `AsyncDeadLetters.get`."""
-        return self._run(lambda letters: letters.get(letter_id))
-
-    def redrive(self, letter_ids: Iterable[str], *, rate_per_s: float | None = None, timeout_s: float = 30.0) -> int:
-        """See `AsyncDeadLetters.redrive`."""
-        return self._run(lambda letters: letters.redrive(letter_ids, rate_per_s=rate_per_s, timeout_s=timeout_s))
-
-    def purge(self, letter_ids: Iterable[str], *, timeout_s: float = 30.0) -> int:
-        """See `AsyncDeadLetters.purge`."""
-        return self._run(lambda letters: letters.purge(letter_ids, timeout_s=timeout_s))
-
-
-class Webhooks(_Part[AsyncWebhooks]):
-    """See `AsyncWebhooks`."""
-
-    def endpoints(self) -> list[WebhookEndpoint]:
-        """See `AsyncWebhooks.endpoints`."""
-        return self._run(lambda webhooks: webhooks.endpoints())
-
-    def has_default_secret(self) -> bool:
-        """See `AsyncWebhooks.has_default_secret`."""
-        return self._run(lambda webhooks: webhooks.has_default_secret())
-
-    def delivery(self, task_id: str, webhook: str) -> WebhookDelivery | None:
-        """See `AsyncWebhooks.delivery`."""
-        return self._run(lambda webhooks: webhooks.delivery(task_id, webhook))
 
 
 class Client:
@@ -355,6 +240,11 @@ class Client:
         return DeadLetters(self, lambda client: client.dead_letters)
 
     @property
+    def models(self) -> Models:
+        """See `AsyncClient.models`."""
+        return Models(self, lambda client: client.models)
+
+    @property
     def webhooks(self) -> Webhooks:
         """See `AsyncClient.webhooks`."""
         return Webhooks(self, lambda client: client.webhooks)
@@ -382,13 +272,4 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _tell_in_full(blocking: type, asynchronous: type) -> None:
-    """Give the methods of a blocking class the whole text of the asynchronous ones that they refer to."""
-    for name, member in vars(blocking).items():
-        told = inspect.getdoc(getattr(asynchronous, name, None))
-        if told and (member.__doc__ or "").startswith("See `"):
-            member.__doc__ = f"{told}\n\n{member.__doc__}"
-
-
-for _kinds in ((Task, AsyncTask), (DeadLetters, AsyncDeadLetters), (Webhooks, AsyncWebhooks), (Client, AsyncClient)):
-    _tell_in_full(*_kinds)
+tell_in_full(Client, AsyncClient)

@@ -41,8 +41,9 @@ Those that only workers write:
     ended:turn                   STRING  present for as long as ends are to be remembered; expires
     alone                        STRING  "<wid> <number of the hold> <model or nothing>": no other worker starts
                                          anything of the model, or of all; expires, and goes when its worker is reaped
-    catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; `*` is there if these
-                                         are all models; expires when no worker renews it
+    catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; "!<model>" -> why it is
+                                         not loaded as its files are; "@<wid>" -> the fields that a worker tells; `*` is
+                                         there if these are all models; expires when no worker renews it
     leaders                      HASH    model whose requests must keep their order -> id of the one worker that claims
                                          them
     tried                        SET     ids of the tasks that have a task:<id>; expires
@@ -121,6 +122,10 @@ BLOB_PREFIX = "sub:blob:"
 RESULT_BLOB_PREFIX = "result:blob:"
 STREAM_PREFIX = "events:"
 CATALOGUE_COMPLETE = "*"
+CATALOGUE_TROUBLE = "!"
+"""Begins the names of the fields that tell of troubles: no model's name does."""
+CATALOGUE_TELLER = "@"
+"""Begins the names of the fields that tell what a worker has told."""
 
 _OF_DELIVERIES = f"({WEBHOOKS}"
 

@@ -1,0 +1,91 @@
+"""Loads of models by a Triton whose repository and log lie here.
+
+Where Triton cannot read a model's configuration, its answer says only that; the reason stands in its log.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+LOAD_TIMEOUT_S = 300.0
+READY_TIMEOUT_S = 5.0
+_POLL_FAILED = "failed to poll from model repository"
+
+
+class TritonAwayError(Exception):
+    """Triton does not answer: nothing is known of what was asked."""
+
+
+class Loads:
+    """Loads by one Triton.
+
+    Args:
+        client: of that Triton.
+        log: its log.
+        say: is told what is loaded.
+    """
+
+    def __init__(
+        self, client: InferenceServerClient, log: Path, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self._client = client
+        self._log = log
+        self._say = say
+
+    async def is_ready(self) -> bool:
+        """Whether Triton answers."""
+        try:
+            return bool(await self._client.is_server_ready(client_timeout=READY_TIMEOUT_S))
+        except InferenceServerException:
+            return False
+
+    async def load(self, model: str) -> str:
+        """Load a model, or what is new of it; returns why that failed, empty if it did not.
+
+        Raises:
+            TritonAwayError: no answer.
+        """
+        self._say(f"triton: loading model {model}")
+        seen = self._log.stat().st_size if self._log.exists() else 0
+        try:
+            await self._client.load_model(model, client_timeout=LOAD_TIMEOUT_S)
+        except InferenceServerException as error:
+            reason = _reason(error)
+            if _POLL_FAILED in reason:
+                reason = _poll_failure(self._log, seen, model) or reason
+            self._say(f"triton: model {model} did not load: {reason}")
+            return reason
+        return ""
+
+    async def unload(self, model: str) -> str:
+        """Unload a model; returns why that failed, empty if it did not; raises as `load` does."""
+        try:
+            await self._client.unload_model(model)
+        except InferenceServerException as error:
+            return _reason(error)
+        return ""
+
+
+def _reason(error: InferenceServerException) -> str:
+    if error.status() == "StatusCode.UNAVAILABLE":
+        raise TritonAwayError(error.message()) from error
+    if error.status() == "StatusCode.DEADLINE_EXCEEDED":
+        return f"it did not load within {LOAD_TIMEOUT_S:.0f} s"
+    return str(error.message())
+
+
+def _poll_failure(log: Path, seen: int, model: str) -> str:
+    with log.open("rb") as lines:
+        lines.seek(seen)
+        text = lines.read().decode(errors="replace")
+    said = f"(?:Error parsing (text-format .*)\\n)?.*Poll failed for model directory '{re.escape(model)}': (.*)"
+    reasons = re.findall(said, text)
+    if not reasons:
+        return ""
+    detail, reason = reasons[-1]
+    return ": ".join(filter(None, [reason.rstrip().removesuffix('"'), detail]))

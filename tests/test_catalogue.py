@@ -1,0 +1,47 @@
+"""What workers tell of the models, as clients read it: it ends with what told it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from samphire import AsyncClient, ModelSignature, ServedModel, TensorSpec
+from samphire.wire.keys import CATALOGUE_COMPLETE, CATALOGUE_TROUBLE
+from tests.stacks import Valkey
+from tests.support.lane import in_a_loop
+from tests.support.names import KEYS
+from tests.test_store import worker
+
+SIGNATURE = ModelSignature("m", ("1",), {"x": TensorSpec("x", "FP32", (1,))}, {}, 8)
+TOLD = msgspec.json.encode(SIGNATURE)
+
+
+@in_a_loop
+async def test_a_model_that_no_worker_tells_is_gone(valkey: Valkey) -> None:
+    """Also where the worker that told it has ended without a word, and its broker's memory has outlived it."""
+    async with (
+        worker(valkey, "first") as first,
+        worker(valkey, "second") as second,
+        worker(valkey, "third") as third,
+        AsyncClient(valkey.url) as client,
+    ):
+        await first.store.publish_catalogue({"m": TOLD, "only": b"", CATALOGUE_TROUBLE + "only": b"why"})
+        await second.store.publish_catalogue({"m": TOLD, "other": b"", CATALOGUE_COMPLETE: b"1"})
+        only, other = ServedModel("only", None, "why"), ServedModel("other", None)
+        assert await client.models.list() == [ServedModel("m", SIGNATURE), only, other]
+        assert await client.models.get("only") == only
+        await second.store.publish_catalogue({"m": TOLD})
+        assert await client.models.list() == [ServedModel("m", SIGNATURE), only], "others' models stay"
+        valkey.client.srem(KEYS.workers, "first")  # as when it is lost
+        await third.store.publish_catalogue({"other": b""})
+        assert await client.models.list() == [ServedModel("m", SIGNATURE), other]
+        await second.store.publish_catalogue({})
+        assert await client.models.list() == [other]
+
+
+@in_a_loop
+async def test_what_an_older_version_left_is_taken_out(valkey: Valkey) -> None:
+    """Nobody is named as its teller."""
+    valkey.client.hset(KEYS.catalogue, mapping={"old": TOLD, CATALOGUE_COMPLETE: "1"})
+    async with worker(valkey, "w") as one:
+        await one.store.publish_catalogue({"m": TOLD})
+    assert valkey.client.hgetall(KEYS.catalogue) == {b"m": TOLD, b"@w": b"m"}
