@@ -253,3 +253,21 @@ def test_environment_replaces_parts(tmp_path: Path, stack: Up) -> None:
             assert up.ready["pids"]["broker"] is None
             assert up.ready["pids"]["triton"] is None
             infer(valkey.url)
+
+
+def test_a_broker_elsewhere_that_is_away_or_refuses(tmp_path: Path) -> None:
+    """The wait is told at once; a password that is wrong ends it, and nothing is started."""
+    port = choose_port(0, "")
+    with running_valkey(tmp_path / "valkey") as valkey:
+        wrong = valkey.url.replace("redis://", "redis://somebody:wrong@")
+        refused = run_up(tmp_path, "--ports", "free", env={"SAMPHIRE_BROKER_URL": wrong})
+    assert (refused.returncode, "starting" in refused.stderr) == (1, False)
+    assert "refused the credentials" in refused.stderr and ":wrong" not in refused.stderr, refused.stderr
+    env = {"SAMPHIRE_BROKER_URL": f"redis://127.0.0.1:{port}/0"}
+    up = start_up(tmp_path / "away", env=env)
+    try:
+        eventually(lambda: "waiting for it, for at most 60 s" in up.output.read_text(), 30, "the message")
+        assert not up.children()
+    finally:
+        stop(up, signal.SIGINT)
+    assert up.process.returncode == 0

@@ -10,5 +10,5 @@ def main() -> None:
     try:
         from samphire_broker.commands import samphire
     except ModuleNotFoundError as error:
-        sys.exit(f"samphire: {error.name} is missing: pip install 'samphire[embedded]'")
+        sys.exit(f"samphire: {error.name} is missing: pip install 'samphire[server]'")
     samphire()

@@ -14,13 +14,11 @@ from celery import Celery
 from numpy.typing import NDArray
 
 from samphire import AsyncClient, InvalidInputError, SamphireError, Step, WebhookVerificationError
-from samphire.transport.connection import key_text
 from samphire.webhooks import WebhookEvent, verify
 from samphire.wire.contract import INFER_TASK
 from samphire.wire.keys import INTAKE
 from samphire_broker.digits import load_split
 from samphire_broker.embedded.stack import Stack, serve
-from samphire_broker.inspection.overview import broker_connection
 from samphire_broker.webhooks.endpoint import Endpoint
 from samphire_broker.webhooks.registry import open_registry
 
@@ -53,7 +51,7 @@ async def show(stack: Stack, *, keep: bool) -> None:
         await _bad_request(client)
         await _dead_letter(client)
     hint = "" if keep else "; --keep leaves it running"
-    click.echo(f"\nFlower shows every task: {stack.flower_url} (password in {stack.flower_password_file}{hint})")
+    click.echo(f"\nFlower shows the tasks: {stack.flower_url} (password in {stack.flower_password_file}{hint})")
     if keep:
         click.echo(
             f"\nThe stack goes on: SAMPHIRE_BROKER_URL={stack.broker_url} SAMPHIRE_TRITON_URLS={stack.triton_grpc}"
@@ -191,9 +189,7 @@ async def _dead_letter(client: AsyncClient) -> None:
         click.echo(f"a failure of the model: {type(error).__name__}: {error}")
     else:
         raise SamphireError("bytes that are no UTF-8 were normalized")
-    key = client.broker.keys.dead_prefix + task.id
-    with broker_connection(client.broker) as connection:
-        reason, message = connection.hmget(key, ["reason", "message"])
-    if message is None:
-        raise SamphireError("the failed task has left no dead letter")
-    click.echo(f"its dead letter, {key}: reason {key_text(reason)}, {len(message)} bytes as sent")
+    letter = await client.dead_letters.get(task.id)
+    click.echo(
+        f"its dead letter: reason {letter.reason}, {len(letter.message or b'')} bytes as sent; it can be redriven"
+    )

@@ -30,7 +30,7 @@ def doctor(broker_url: str | None, as_json: bool, bundle: Path | None, data_dir:
     from samphire_broker.inspection.checks import examine  # its packages take a second to load
 
     findings = []
-    for finding in examine(broker_url):
+    for finding in examine(broker_url, lambda line: say(shown(f"{line} …"))):
         findings.append(finding)
         if as_json:
             print_json(asdict(finding))

@@ -17,7 +17,8 @@ from typing import Any, Self
 
 from tritonclient.grpc.aio import InferenceServerClient
 
-from samphire.transport.address import broker_of
+from samphire.errors import BrokerUnavailableError
+from samphire.transport.address import Broker, broker_of
 from samphire_broker.embedded.flower import (
     FLOWER_USER,
     PASSWORD_VARIABLE,
@@ -30,6 +31,7 @@ from samphire_broker.embedded.process import Part, PartError, PartSpec
 from samphire_broker.embedded.tritonserver import triton_spec
 from samphire_broker.embedded.valkey import valkey_spec
 from samphire_broker.embedded.worker import worker_spec
+from samphire_broker.inspection.overview import broker_connection
 from samphire_broker.repository.changes import Changes, say_ignored, watch
 from samphire_broker.repository.folder import Model
 from samphire_broker.repository.loads import Loads
@@ -38,6 +40,9 @@ from samphire_broker.repository.record import RECORD, Record, note_trouble, writ
 from samphire_broker.settings import FsyncPolicy, Settings, read_settings, shipped_model_repository
 
 TRITON_PORTS = ("--triton-grpc-port", "--triton-http-port", "--triton-metrics-port")
+
+BROKER_WAIT_S = 60.0
+BROKER_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,8 @@ class Stack:
         self._take_lock()
         ports = self._choose_ports()
         specs = self._make_specs(ports)
+        if options.external_broker_url is not None:
+            await self._wait_for_broker(options.external_broker_url)
         if options.external_triton_urls is None:
             await self._mirror_models()
         self._flower = Part(self._make_flower_spec(ports["--flower-port"]))
@@ -207,6 +214,26 @@ class Stack:
         where = f"in {self.flower_password_file}" if self.flower_password_file else f"that of {PASSWORD_VARIABLE}"
         self._say(f"  metrics of the workers: {', '.join(self.metrics_urls)}")
         self._say(f"  flower's user is {FLOWER_USER}, the password is {where}")
+
+    async def _wait_for_broker(self, url: str) -> None:
+        """Wait for a broker that this stack does not run.
+
+        Raises:
+            BrokerUnavailableError: it has not answered for `BROKER_WAIT_S`.
+            InvalidInputError: it refuses the credentials.
+            BrokerRightError: this user may do nothing there.
+        """
+        gives_up_at, told = time.monotonic() + BROKER_WAIT_S, False
+        while True:
+            try:
+                return await asyncio.to_thread(_ping, broker_of(url))
+            except BrokerUnavailableError as error:
+                if time.monotonic() >= gives_up_at:
+                    raise
+                if not told:
+                    self._progress(f"broker: {error}; waiting for it, for at most {BROKER_WAIT_S:.0f} s")
+                told = True
+                await asyncio.sleep(BROKER_PAUSE_S)
 
     async def _mirror_models(self) -> None:
         options = self._options
@@ -302,6 +329,11 @@ class Stack:
                 await part.stop()
         if self._lock is not None:
             self._lock.close()
+
+
+def _ping(broker: Broker) -> None:
+    with broker_connection(broker) as client:
+        client.ping()
 
 
 Job = Callable[[Stack], Awaitable[None]]

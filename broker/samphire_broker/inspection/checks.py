@@ -45,8 +45,11 @@ class Finding:
     remedy: str = ""
 
 
-def examine(broker_url: str | None = None) -> Iterator[Finding]:
-    """Look at everything, one finding after the other; what depends on something broken is skipped."""
+def examine(broker_url: str | None = None, progress: Callable[[str], None] = lambda line: None) -> Iterator[Finding]:
+    """Look at everything, one finding after the other; what depends on something broken is skipped.
+
+    `progress` is told what is waited for, which may take `TIMEOUT_S` where it hangs.
+    """
     yield from check_versions()
     try:
         settings = read_settings() if broker_url is None else read_settings(broker_url=broker_url)
@@ -56,6 +59,7 @@ def examine(broker_url: str | None = None) -> Iterator[Finding]:
     yield Finding("settings", "ok", f"broker {settings.broker.address}, Triton {', '.join(settings.triton_urls)}")
     seen: Overview | None = None
     of_models: list[Finding] = []
+    progress(f"asking the broker at {settings.broker.address}")
     try:
         with broker_connection(settings.broker) as client:
             client.ping()
@@ -75,10 +79,12 @@ def examine(broker_url: str | None = None) -> Iterator[Finding]:
         yield Finding("broker", "error", str(error), remedy)
     ready = []
     for url in settings.triton_urls:
+        progress(f"asking Triton at {url}")
         findings = list(check_endpoint(url))
         yield from (one for one in findings if one not in of_models)
         if findings[0].state == "ok":
             ready.append(url)
+    progress("sending numbers through everything")
     yield from check_round_trip(settings, seen, ready)
 
 
