@@ -8,8 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Commands that tests need beside Python, each with the Debian package that has it.
 SYSTEM_COMMANDS := chromium:chromium curl:curl docker-compose:docker-compose faketime:faketime g++:g++ \
   openssl:openssl promtool:prometheus redis-cli:redis-tools strace:strace
-# And headers: files, with the package that has them.
-SYSTEM_FILES := /usr/include/lua5.1/lua.h:liblua5.1-0-dev
+# And files, with the package that has them.
+SYSTEM_FILES := /usr/include/lua5.1/lua.h:liblua5.1-0-dev /usr/lib/postgresql/*/bin/postgres:postgresql
 
 # Tests wait more than they compute: on two cores this many processes at once are done soonest.
 TEST_PROCESSES ?= 4
@@ -71,7 +71,7 @@ system-packages:
 	  command -v "$${pair%%:*}" > /dev/null || missing="$$missing $${pair##*:}"; \
 	done; \
 	for pair in $(SYSTEM_FILES); do \
-	  test -e "$${pair%%:*}" || missing="$$missing $${pair##*:}"; \
+	  ls $${pair%%:*} > /dev/null 2>&1 || missing="$$missing $${pair##*:}"; \
 	done; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \

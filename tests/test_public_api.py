@@ -59,9 +59,11 @@ max_request_bytes=, blob_ttl_s=, idempotency_ttl_s=, validate=)
     async for map(model, batches, *, return_exceptions=, progress=, window=, window_bytes=, version=, priority=, \
 outputs=, parameters=, deadline_s=, webhook=)
     models
+    async prepare(model, inputs, **options)
     async signature(model)
     async submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=, \
 idempotency_key=, max_attempts=, backoff=, collect=, webhook=)
+    async submit_prepared(prepared, *, once_s=)
     task(task_id)
     webhooks
 AsyncTask
@@ -81,9 +83,11 @@ max_request_bytes=, blob_ttl_s=, idempotency_ttl_s=, validate=)
     map(model, batches, *, return_exceptions=, progress=, window=, window_bytes=, version=, priority=, outputs=, \
 parameters=, deadline_s=, webhook=)
     models
+    prepare(model, inputs, **options)
     signature(model)
     submit(model, inputs, *, version=, priority=, outputs=, parameters=, eta=, delay_s=, deadline_s=, \
 idempotency_key=, max_attempts=, backoff=, collect=, webhook=)
+    submit_prepared(prepared, *, once_s=)
     task(task_id)
     webhooks
 DeadLetter(id, task_id, model, queue, reason, error, attempts, worker, died_at, run=, history=, message=, refusals=)
@@ -96,6 +100,7 @@ ModelSignature(name, versions, inputs, outputs, max_batch_size, decoupled=, dyna
     check(request)
     resolve(version)
 Output(step, name)
+PreparedTask(id, queue, priority, message, blobs=, key=)
 ServedModel(name, signature, trouble=)
 Step(model, inputs, *, version=, outputs=, parameters=)
     __getitem__(output)

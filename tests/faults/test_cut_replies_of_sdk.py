@@ -26,6 +26,7 @@ from samphire import (
     Step,
 )
 from samphire.client.dead_letters import AsyncDeadLetters
+from samphire.client.models import AsyncModels
 from samphire.client.webhooks import AsyncWebhooks, DeliveryAttempt, WebhookDelivery, WebhookEndpoint
 from samphire.wire.deliveries import LAST, delivery_id
 from tests.faults.ends import Ends, nothing_is_left
@@ -200,6 +201,23 @@ async def sdk_signature(s: Sdk) -> None:
     assert found is not None and found.versions == ("1",)
 
 
+async def sdk_prepare(s: Sdk) -> None:
+    """And submit, twice: it is queued once, since it says so."""
+    s.arm()
+    prepared = await again(lambda: s.client.prepare("identity", fp32(7), deadline_s=600))
+    s.made(s.direct.task(prepared.id))
+    for _ in range(2):
+        task = await again(lambda: s.client.submit_prepared(prepared, once_s=60))
+        assert task.id == prepared.id
+    assert first_value(await task.result(TIMEOUT_S)) == 7
+
+
+async def sdk_models(s: Sdk) -> None:
+    s.arm()
+    listed = await again(s.client.models.list)
+    assert await again(lambda: s.client.models.get("identity")) in listed
+
+
 async def sdk_list(s: Sdk) -> None:
     letter = await s.letter()
     s.arm()
@@ -278,6 +296,11 @@ SDK_CASES: dict[str, tuple[Callable[[Sdk], Awaitable[None]], ...]] = {
     "AsyncClient.map": (sdk_map,),
     "AsyncClient.signature": (sdk_signature,),
     "AsyncClient.task": (sdk_task,),
+    "AsyncClient.prepare": (sdk_prepare,),
+    "AsyncClient.submit_prepared": (),
+    "AsyncClient.models": (),
+    "AsyncModels.list": (sdk_models,),
+    "AsyncModels.get": (),
     "AsyncClient.dead_letters": (),
     "AsyncClient.webhooks": (),
     "AsyncTask.result": (sdk_result, sdk_result_deleted),
@@ -332,6 +355,6 @@ def account(ended: Counter[str], expected: dict[str, int]) -> None:
 
 def test_every_public_method_of_the_sdk_has_a_case() -> None:
     """A new one is cut as well."""
-    kinds = (AsyncClient, AsyncTask, AsyncDeadLetters, AsyncWebhooks)
+    kinds = (AsyncClient, AsyncTask, AsyncDeadLetters, AsyncModels, AsyncWebhooks)
     public = {f"{kind.__name__}.{name}" for kind in kinds for name in public_methods(kind)}
     assert set(SDK_CASES) == public - {"AsyncTask.id"}

@@ -11,6 +11,7 @@ from samphire.client.dead_letters import Attempt, DeadLetter, LetterFilter
 from samphire.client.events import TaskEvent
 from samphire.client.models import ServedModel
 from samphire.client.pipeline import Output, Step
+from samphire.client.prepared import PreparedTask
 from samphire.client.results import InferResult
 from samphire.client.sync import Client
 from samphire.client.sync_parts import Task
@@ -75,6 +76,7 @@ __all__ = [
     "ModelSignature",
     "Output",
     "PayloadTooLargeError",
+    "PreparedTask",
     "ProtocolError",
     "QueueFullError",
     "ResultDeletedError",

@@ -24,6 +24,7 @@ from samphire.client.encoder import (
 from samphire.client.mapping import Batches, Counted, Map, MapOptions, Progress, Sizes, Source
 from samphire.client.models import AsyncModels
 from samphire.client.pipeline import Stage, StepOptions, encode_chain, stages_of
+from samphire.client.prepared import PreparedTask, SubmitOptions, once
 from samphire.client.results import InferResult
 from samphire.client.session import Session
 from samphire.client.task import AsyncTask
@@ -33,7 +34,7 @@ from samphire.transport.address import Broker, broker_of
 from samphire.wire import keys
 from samphire.wire.contract import Backoff, check_task_id, check_tenant
 from samphire.wire.keys import Priority
-from samphire.wire.signature import ModelSignature
+from samphire.wire.signature import CHAMPION, ModelSignature
 
 
 class AsyncClient:
@@ -141,26 +142,63 @@ class AsyncClient:
             QueueFullError, BrokerMemoryFullError, BrokerRightError: refused; nothing was queued.
             BrokerUnavailableError: no answer; the task may or may not be queued.
         """
-        headers = await self._session.when(eta, delay_s, deadline_s)
-        encode = await self._encoder(
+        prepared = await self.prepare(
             model,
-            version,
-            priority,
-            outputs,
-            parameters,
-            headers,
-            max_attempts,
-            backoff,
+            inputs,
+            version=version,
+            priority=priority,
+            outputs=outputs,
+            parameters=parameters,
+            eta=eta,
+            delay_s=delay_s,
+            deadline_s=deadline_s,
+            idempotency_key=idempotency_key,
+            max_attempts=max_attempts,
+            backoff=backoff,
             collect=collect,
             webhook=webhook,
         )
+        return await self.submit_prepared(prepared)
+
+    async def prepare(self, model: str, inputs: Inputs, **options: Unpack[SubmitOptions]) -> PreparedTask:
+        """Check and encode one inference, and submit nothing: `submit_prepared` does, here or in another process.
+
+        Delays and deadlines count from now.
+
+        Args:
+            model, inputs, options: as in `submit`.
+
+        Raises:
+            InvalidInputError: the request can never succeed, or its webhook never arrive.
+        """
+        key = options.pop("idempotency_key", None)
+        eta, delay_s = options.pop("eta", None), options.pop("delay_s", None)
+        headers = await self._session.when(eta, delay_s, options.pop("deadline_s", None))
+        encode = await self._encoder(model, headers, **{"collect": False, **options})  # type: ignore[arg-type]
         task_id, message, blobs = await self._session.encode(encode, inputs)
-        key = None
-        if idempotency_key is not None:
-            key = idempotency(idempotency_key, encode.request, task_id, self._idempotency_ttl_s)
+        known_by = None
+        if key is not None:
+            known_by = idempotency(key, encode.request, task_id, self._idempotency_ttl_s)
+        return PreparedTask(task_id, encode.queue, encode.priority, message, tuple(blobs), known_by)
+
+    async def submit_prepared(self, prepared: PreparedTask, *, once_s: int | None = None) -> AsyncTask:
+        """Queue a prepared task and return its handle, as soon as the broker has it.
+
+        Args:
+            prepared: as `prepare` made it, of any client of this broker.
+            once_s: submit it once however often this is called within so many seconds, by whatever process.
+
+        Raises:
+            InvalidInputError, IdempotencyConflictError, QueueFullError, BrokerMemoryFullError, BrokerRightError,
+            BrokerUnavailableError: as in `submit`.
+        """
+        self._session.check_usable()
+        key = prepared.key if once_s is None else once(prepared, once_s)
         epoch = self._session.waiter.epoch  # before the task can end
-        known = await self._session.publisher.publish(encode.queue, encode.priority, [message], blobs, key)
-        return AsyncTask(self._session, known, "often") if known else AsyncTask(self._session, task_id, epoch)
+        known = await self._session.publisher.publish(
+            prepared.queue, prepared.priority, [prepared.message], list(prepared.blobs), key
+        )
+        return AsyncTask(self._session, known, "often") if known else AsyncTask(self._session, prepared.id, epoch)
 
     async def chain(
         self,
@@ -320,7 +358,7 @@ class AsyncClient:
         """Like `map`, with the results that are there together in one list."""
         if window < 1 or window_bytes < 1:
             raise InvalidInputError(f"expected a window of at least 1, given {window} tasks, {window_bytes} bytes")
-        encode = await self._encoder(model, version, priority, outputs, parameters, {}, collect=True, webhook=webhook)
+        encode = await self._encoder(model, {}, version, priority, outputs, parameters, collect=True, webhook=webhook)
         under_way = Map(self._session, encode, Source(batches), Sizes(window, window_bytes), deadline_s)
         async with contextlib.aclosing(under_way.chunks()) as chunks:
             async for chunk in chunks:
@@ -333,16 +371,16 @@ class AsyncClient:
     async def _encoder(
         self,
         model: str,
-        version: str | int,
-        priority: str,
-        outputs: Iterable[str],
-        parameters: Parameters | None,
         headers: dict[str, Any],
+        version: str | int = CHAMPION,
+        priority: str = "normal",
+        outputs: Iterable[str] = (),
+        parameters: Parameters | None = None,
         max_attempts: int | None = None,
         backoff: Backoff | None = None,
         *,
         collect: bool,
-        webhook: str | None,
+        webhook: str | None = None,
     ) -> Encoder:
         self._session.check_usable()
         template = request_for(

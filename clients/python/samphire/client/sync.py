@@ -17,6 +17,7 @@ from samphire.client.encoder import Inputs, Parameters
 from samphire.client.loop_thread import LoopThread
 from samphire.client.mapping import Counted, MapOptions, Progress
 from samphire.client.pipeline import Stage
+from samphire.client.prepared import PreparedTask, SubmitOptions
 from samphire.client.results import InferResult
 from samphire.client.sync_parts import DeadLetters, Models, Task, Webhooks, tell_in_full
 from samphire.errors import ClientClosedError, InvalidInputError, SamphireError
@@ -162,6 +163,15 @@ class Client:
                 webhook=webhook,
             )
         )
+        return Task(self, task.id, task._look)
+
+    def prepare(self, model: str, inputs: Inputs, **options: Unpack[SubmitOptions]) -> PreparedTask:
+        """See `AsyncClient.prepare`."""
+        return self._run(lambda: self._client.prepare(model, inputs, **options))
+
+    def submit_prepared(self, prepared: PreparedTask, *, once_s: int | None = None) -> Task:
+        """See `AsyncClient.submit_prepared`."""
+        task = self._run(lambda: self._client.submit_prepared(prepared, once_s=once_s))
         return Task(self, task.id, task._look)
 
     def chain(

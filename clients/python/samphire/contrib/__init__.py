@@ -1,0 +1,1 @@
+"""Samphire within the transactions of a backend's own database."""
