@@ -37,6 +37,7 @@ def test_the_demo_shows_the_main_job() -> None:
         "^a bad request is not even queued: InvalidInputError",
         "^a failure of the model: ",
         r"^its dead letter: reason \w+, [1-9]\d+ bytes as sent; it can be redriven$",
+        r"^a model of one's own, dropped into .*/demo_models/ink, answers \d+\.\d s later: \d+\.\d$",
         r"^Flower shows the tasks: http://127\.0\.0\.1:\d+ ",
     ):
         assert re.search(expected, ended.stdout, re.MULTILINE), expected

@@ -30,6 +30,22 @@ SHADES = " .:-=+*#%@"
 TIMEOUT_S = 60.0
 STREAMED = "Partial results come from the queue as they are made – and a stream says truthfully how it ends."
 
+OWN_MODEL = "ink"
+OWN_CONFIG = """
+name: "ink" backend: "python" max_batch_size: 64
+input [ { name: "image", data_type: TYPE_FP32, dims: [ 8, 8 ] } ]
+output [ { name: "ink", data_type: TYPE_FP32, dims: [ 1 ] } ]
+"""
+OWN_CODE = """
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        images = [pb_utils.get_input_tensor_by_name(request, "image").as_numpy() for request in requests]
+        sums = [image.sum(axis=(1, 2)).reshape(-1, 1) for image in images]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("ink", ink)]) for ink in sums]
+"""
+
 
 async def show(stack: Stack, *, keep: bool) -> None:
     """Classify held-out digits, draw some, and show what an error looks like.
@@ -48,6 +64,8 @@ async def show(stack: Stack, *, keep: bool) -> None:
         await _chain(client, images, labels)
         await _stream(client)
         await _webhook(client, stack, images)
+        if stack.watches_models:
+            await _own_model(client, stack, images)
         await _bad_request(client)
         await _dead_letter(client)
     hint = "" if keep else "; --keep leaves it running"
@@ -169,6 +187,24 @@ async def _webhook(client: AsyncClient, stack: Stack, images: NDArray[np.float32
     click.echo(
         f"\na webhook, verified by its receiver: {event.type}, its result has {outputs[0]['name']}, id {event.id}"
     )
+
+
+async def _own_model(client: AsyncClient, stack: Stack, images: NDArray[np.float32]) -> None:
+    """A model that is dropped into the watched folder answers, without a restart."""
+    folder = stack.model_folder / OWN_MODEL
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(OWN_CONFIG)
+    (folder / "1" / "model.py").write_text(OWN_CODE)
+    began = time.perf_counter()
+    async with asyncio.timeout(TIMEOUT_S):
+        while not any(model.name == OWN_MODEL and model.signature for model in await client.models.list()):
+            await asyncio.sleep(0.1)
+    task = await client.submit(OWN_MODEL, {"image": images[:1]})
+    ink = float((await task.result(timeout_s=TIMEOUT_S)).outputs["ink"][0, 0])
+    took_s = time.perf_counter() - began
+    if abs(ink - float(images[0].sum())) > 1e-3:
+        raise SamphireError(f"the model of one's own says {ink}, expected {images[0].sum()}")
+    click.echo(f"\na model of one's own, dropped into {folder}, answers {took_s:.1f} s later: {ink:.1f}")
 
 
 async def _bad_request(client: AsyncClient) -> None:

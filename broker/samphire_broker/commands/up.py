@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import platform
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ import click
 
 from samphire.errors import SamphireError
 from samphire_broker.commands.output import data_dir_option, fail, say
-from samphire_broker.settings import read_settings
+from samphire_broker.settings import read_settings, shipped_model_repository
 
 
 class Size(click.ParamType[int]):
@@ -172,8 +174,13 @@ def demo(data_dir: Path | None, keep: bool, **options: Any) -> None:
     except ModuleNotFoundError as error:
         fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
     job = functools.partial(show, keep=keep)
-    if data_dir is not None:
+    with contextlib.ExitStack() as kept:
+        if data_dir is None:
+            data_dir = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="samphire-demo-")))
+        if options["model_repository"] is None and not os.environ.get("SAMPHIRE_TRITON_URLS"):
+            # A folder that the demo may drop a model into.
+            models = data_dir.expanduser() / "demo_models"
+            shutil.rmtree(models, ignore_errors=True)
+            shutil.copytree(shipped_model_repository(), models)
+            options |= {"model_repository": models, "watch_models": True}
         _run_stack(data_dir, options, job)
-        return
-    with tempfile.TemporaryDirectory(prefix="samphire-demo-") as folder:
-        _run_stack(Path(folder), options, job)

@@ -99,6 +99,16 @@ class Stack:
         """The parts that the stack runs, in the order of their start."""
         return [part for part in (self._broker, self._triton, *self._workers, self._flower) if part is not None]
 
+    @property
+    def model_folder(self) -> Path:
+        """The folder of models that is served."""
+        return self._options.model_repository or shipped_model_repository()
+
+    @property
+    def watches_models(self) -> bool:
+        """Whether changes of that folder are taken over."""
+        return self._options.watch_models
+
     async def __aenter__(self) -> Self:
         try:
             await self._start()
@@ -237,7 +247,7 @@ class Stack:
 
     async def _mirror_models(self) -> None:
         options = self._options
-        source = options.model_repository or shipped_model_repository()
+        source = self.model_folder
         self._mirror = Mirror(source, options.data_dir)
         self._models = await self._mirror.begin()
         for name, model in self._models.items():
