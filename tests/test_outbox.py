@@ -16,8 +16,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from samphire import BrokerUnavailableError, Client, InvalidInputError, ProtocolError
-from samphire.contrib.outbox import ONCE_S, from_row, to_row
+from samphire import BrokerUnavailableError, Client, InvalidInputError, ProtocolError, QueueFullError
+from samphire.contrib.outbox import AT_ONCE, ONCE_S, SENT_ONCE_S, from_row, to_row
 from samphire.contrib.sqlalchemy import Outbox, submit_on_commit
 from samphire.wire import keys
 from tests.stacks import ENDS_S, Valkey, bound, clean_environment, eventually
@@ -102,8 +102,12 @@ def test_what_is_rolled_back_submits_nothing(valkey: Valkey, client: Client, eng
         submit_on_commit(session, client, "m", INPUTS)
         raise LookupError
     with Session(engine) as session:
-        submit_on_commit(session, client, "m", INPUTS)  # closed without a commit
-    assert queued(valkey) == [kept.id, also.id]
+        submit_on_commit(session, client, "m", INPUTS)
+        session.close()  # tells of no rollback
+        session.execute(sa.text("SELECT 1"))
+        last = submit_on_commit(session, client, "m", INPUTS)
+        session.commit()
+    assert queued(valkey) == [kept.id, also.id, last.id]
 
 
 def test_a_bad_request_is_refused_within_the_transaction(valkey: Valkey, client: Client, engine: sa.Engine) -> None:
@@ -114,13 +118,17 @@ def test_a_bad_request_is_refused_within_the_transaction(valkey: Valkey, client:
         for add in (submit_on_commit, outbox.add):
             with pytest.raises(InvalidInputError, match="expected a priority"):
                 add(session, client, "m", INPUTS, priority="urgent")  # type: ignore[operator]
+            with pytest.raises(InvalidInputError, match="expected no idempotency_key"):
+                add(session, client, "m", INPUTS, idempotency_key="k")  # type: ignore[operator]
+        with pytest.raises(InvalidInputError, match="given one that has a key"):
+            outbox.add_prepared(session, client.prepare("m", INPUTS, idempotency_key="k"))
         session.commit()
         assert session.scalar(sa.select(sa.func.count()).select_from(outbox.table)) == 0
     assert queued(valkey) == []
 
 
 def test_a_broker_that_is_away_at_the_commit(tmp_path: Path, client: Client, valkey: Valkey) -> None:
-    """The data is committed, and the error says that nothing was submitted."""
+    """The data is committed, the error says that nothing was submitted, and the session goes on."""
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'db.sqlite'}")
     metadata = sa.MetaData()
     table = sa.Table("t", metadata, sa.Column("n", sa.Integer))
@@ -131,8 +139,11 @@ def test_a_broker_that_is_away_at_the_commit(tmp_path: Path, client: Client, val
         valkey.process.kill()
         with pytest.raises(BrokerUnavailableError):
             session.commit()
+        session.rollback()
+        session.execute(sa.insert(table).values(n=2))
+        session.commit()
     with engine.connect() as connection:
-        assert connection.scalar(sa.select(table.c.n)) == 1
+        assert list(connection.scalars(sa.select(table.c.n))) == [1, 2]
     engine.dispose()
 
 
@@ -145,7 +156,7 @@ def test_an_outbox_commits_with_the_data(valkey: Valkey, client: Client, engine:
         session.commit()
         outbox.add(session, client, "m", INPUTS)
         session.rollback()
-        ids.append(outbox.add(session, client, "m", INPUTS, priority="normal", deadline_s=600, idempotency_key="k"))
+        ids.append(outbox.add_prepared(session, client.prepare("m", INPUTS, deadline_s=600)))
         session.commit()
     relay = outbox.relay(engine, client)
     assert queued(valkey) == []
@@ -194,31 +205,66 @@ def test_a_relay_that_is_killed_submits_nothing_twice(
     with engine.connect() as connection:
         assert connection.scalar(sa.select(sa.func.count()).select_from(outbox.table)) == 21
     assert queued(valkey) == ids
+    marks = list(valkey.client.scan_iter(f"{KEYS.idempotency_prefix}*"))
+    assert len(marks) == 21 and min(map(valkey.client.ttl, marks)) > ONCE_S - 3600
     assert outbox.relay(engine, client).run_once() == 21
     assert queued(valkey) == ids
-    assert max(valkey.client.ttl(name) for name in valkey.client.scan_iter()) > ONCE_S - 3600
+    assert 0 < max(map(valkey.client.ttl, marks)) <= SENT_ONCE_S, "the broker's memory is not filled for a week"
+
+
+def test_a_full_queue_holds_up_no_other(valkey: Valkey, engine: sa.Engine) -> None:
+    """Its rows wait, and the relay says why once nothing else is there."""
+    outbox = Outbox(metadata := sa.MetaData())
+    metadata.create_all(engine)
+    with Client(valkey.url, queue_limit=2) as client:
+        with Session(engine) as session, session.begin():
+            ids = [outbox.add(session, client, "m", INPUTS) for _ in range(AT_ONCE + 5)]
+            outbox.add(session, client, "other", INPUTS)
+        relay = outbox.relay(engine, client)
+        assert relay.run_once() == 2
+        assert relay.run_once() == 1
+        with pytest.raises(QueueFullError):
+            relay.run_once()
+        assert queued(valkey) == ids[:2]
+        valkey.client.delete(KEYS.of_celery(LIST))
+        assert relay.run_once() == 2
+        assert queued(valkey) == ids[2:4]
+
+
+def test_a_handle_of_a_task_that_another_client_prepared(valkey: Valkey, client: Client) -> None:
+    """It looks at the result itself: the other client's stream is told of the end."""
+    prepared = client.prepare("m", INPUTS)
+    with Client(valkey.url) as other:
+        assert other.submit_prepared(prepared)._look == "often"
+    assert client.submit_prepared(prepared)._look != "often"
 
 
 def test_relays_side_by_side_and_a_broker_that_comes_back(
     valkey: Valkey, client: Client, engine: sa.Engine, database: str, tmp_path: Path
 ) -> None:
-    """Two processes of the command; the queue is full for a while: each task is queued once, and both end in order."""
+    """Two processes, before the table is there and while the broker is full: each task is queued once."""
     outbox = Outbox(metadata := sa.MetaData())
-    metadata.create_all(engine)
     environment = clean_environment() | {"SAMPHIRE_BROKER_URL": valkey.url}
     command = [sys.executable, "-m", "samphire.contrib.sqlalchemy", database]
-    relays = [
-        subprocess.Popen(bound(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
-    ]
+    logs = [tmp_path / f"relay{number}" for number in range(2)]
+    relays = []
     try:
-        for relay in relays:
-            assert relay.stdout is not None and "relaying samphire_outbox" in relay.stdout.readline()
+        for log in logs:
+            with log.open("w") as output:
+                relays.append(subprocess.Popen(bound(command), stdout=output, stderr=output, env=environment))
+
+        def said(text: str) -> bool:
+            return all(text in log.read_text() for log in logs)
+
+        eventually(lambda: said("relaying samphire_outbox"), 60, "their first line")
+        eventually(lambda: said("it is tried again"), 60, "the missing table")
+        metadata.create_all(engine)
         valkey.client.config_set("maxmemory", 1)  # refuses submits, as a memory that is full does
         ids = []
         for _ in range(5):
             with Session(engine) as session, session.begin():
                 ids += [outbox.add(session, client, "m", INPUTS) for _ in range(10)]
+        eventually(lambda: said("submits are refused above"), 60, "the refusal")
         valkey.client.config_set("maxmemory", 0)
         eventually(lambda: len(queued(valkey)) == 50, 60, "all tasks in the queue")
 
@@ -231,8 +277,9 @@ def test_relays_side_by_side_and_a_broker_that_comes_back(
     finally:
         for relay in relays:
             relay.terminate()
-        ends = [relay.communicate(timeout=ENDS_S) for relay in relays]
-    assert [relay.returncode for relay in relays] == [0, 0], ends
+        ends = [relay.wait(ENDS_S) for relay in relays]
+        print(*(log.read_text() for log in logs))
+    assert ends == [0, 0]
 
 
 def test_a_row_that_can_never_be_submitted(valkey: Valkey, client: Client, engine: sa.Engine) -> None:
@@ -240,30 +287,24 @@ def test_a_row_that_can_never_be_submitted(valkey: Valkey, client: Client, engin
     outbox = Outbox(metadata := sa.MetaData())
     metadata.create_all(engine)
     with Session(engine) as session, session.begin():
-        first = outbox.add(session, client, "m", INPUTS, idempotency_key="k")
-        outbox.add(session, client, "m", {"x": np.zeros((1, 1), np.float32)}, idempotency_key="k")
-        row = {"task_id": "odd", "task": "{}", "added_at": sa.func.now(), "refused": ""}
+        first = outbox.add(session, client, "m", INPUTS)
+        row = {"task_id": "odd", "queue": "inference.m", "task": "{}", "added_at": sa.func.now(), "refused": ""}
         session.execute(sa.insert(outbox.table).values(row))
         last = outbox.add(session, client, "m", INPUTS)
     relay = outbox.relay(engine, client)
-    assert relay.run_once() == 4
+    assert relay.run_once() == 3
     assert relay.run_once() == 0
     assert queued(valkey) == [first, last]
     with engine.connect() as connection:
         reasons = list(connection.scalars(sa.select(outbox.table.c.refused).order_by(outbox.table.c.number)))
-    assert [reason.split(":")[0] for reason in reasons] == ["IdempotencyConflictError", "ProtocolError"]
+    assert [reason.split(":")[0] for reason in reasons] == ["ProtocolError"]
 
 
 def test_a_task_as_text(client: Client) -> None:
-    """It comes back as it was; its key lives as long as a row may come again."""
-    big = {"x": np.zeros((1, 50_000), np.float32)}
-    for options in ({}, {"idempotency_key": "k"}):
-        prepared = client.prepare("m", big, **options)  # type: ignore[typeddict-item]
-        assert prepared.blobs
-        again = from_row(to_row(prepared))
-        assert (again.id, again.message, again.blobs) == (prepared.id, prepared.message, prepared.blobs)
-        if prepared.key is not None:
-            assert again.key == prepared.key._replace(ttl_s=ONCE_S)
+    """It comes back as it was, with its claim checks."""
+    prepared = client.prepare("m", {"x": np.zeros((1, 50_000), np.float32)})
+    assert prepared.blobs
+    assert from_row(to_row(prepared)) == prepared
     for text in ("", "{}", '{"id": 5}', to_row(prepared).replace('"queue"', '"lane"')):
         with pytest.raises(ProtocolError, match="as the outbox writes it"):
             from_row(text)

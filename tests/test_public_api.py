@@ -100,7 +100,7 @@ ModelSignature(name, versions, inputs, outputs, max_batch_size, decoupled=, dyna
     check(request)
     resolve(version)
 Output(step, name)
-PreparedTask(id, queue, priority, message, blobs=, key=)
+PreparedTask(id, queue, priority, message, stream, blobs=, key=)
 ServedModel(name, signature, trouble=)
 Step(model, inputs, *, version=, outputs=, parameters=)
     __getitem__(output)

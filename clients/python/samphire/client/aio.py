@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
@@ -179,7 +179,8 @@ class AsyncClient:
         known_by = None
         if key is not None:
             known_by = idempotency(key, encode.request, task_id, self._idempotency_ttl_s)
-        return PreparedTask(task_id, encode.queue, encode.priority, message, tuple(blobs), known_by)
+        stream = self._session.stream
+        return PreparedTask(task_id, encode.queue, encode.priority, message, stream, tuple(blobs), known_by)
 
     async def submit_prepared(self, prepared: PreparedTask, *, once_s: int | None = None) -> AsyncTask:
         """Queue a prepared task and return its handle, as soon as the broker has it.
@@ -198,7 +199,9 @@ class AsyncClient:
         known = await self._session.publisher.publish(
             prepared.queue, prepared.priority, [prepared.message], list(prepared.blobs), key
         )
-        return AsyncTask(self._session, known, "often") if known else AsyncTask(self._session, prepared.id, epoch)
+        if known or prepared.stream != self._session.stream:
+            return AsyncTask(self._session, known or prepared.id, "often")
+        return AsyncTask(self._session, prepared.id, epoch)
 
     async def chain(
         self,
@@ -296,12 +299,13 @@ class AsyncClient:
             model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s, webhook
         )
         counted = Counted(batches, progress)
-        async for chunk in chunks:
-            for result in chunk:
-                counted.one_more()
-                if isinstance(result, SamphireError) and not return_exceptions:
-                    raise result
-                yield result
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                for result in chunk:
+                    counted.one_more()
+                    if isinstance(result, SamphireError) and not return_exceptions:
+                        raise result
+                    yield result
 
     @property
     def dead_letters(self) -> AsyncDeadLetters:
@@ -354,7 +358,7 @@ class AsyncClient:
         parameters: Parameters | None,
         deadline_s: float | None,
         webhook: str | None,
-    ) -> AsyncIterator[list[InferResult | SamphireError]]:
+    ) -> AsyncGenerator[list[InferResult | SamphireError], None]:
         """Like `map`, with the results that are there together in one list."""
         if window < 1 or window_bytes < 1:
             raise InvalidInputError(f"expected a window of at least 1, given {window} tasks, {window_bytes} bytes")

@@ -42,6 +42,8 @@ class PreparedTask:
     priority: int
     """Celery's number."""
     message: bytes
+    stream: str
+    """Where its end is told to the client that prepared it."""
     blobs: tuple[Blob, ...] = ()
     """Names and bytes of its claim checks."""
     key: IdempotencyKey | None = None

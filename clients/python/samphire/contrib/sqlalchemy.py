@@ -3,30 +3,36 @@
 >>> task = submit_on_commit(session, client, "digits", {"image": image})    # lost if the process dies after the commit
 >>> task_id = outbox.add(session, client, "digits", {"image": image})       # never lost: a relay submits it
 
-`python -m samphire.contrib.sqlalchemy DATABASE_URL` is a relay. Source of what a session tells: SQLAlchemy's
+`python -m samphire.contrib.sqlalchemy` is a relay. Source of what a session tells: SQLAlchemy's
 SessionEvents.
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
+import os
 import signal
-import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Unpack
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.mysql import LONGTEXT
 from sqlalchemy.orm import Session, SessionTransaction
 
 from samphire.client.encoder import Inputs
 from samphire.client.prepared import PreparedTask, SubmitOptions
 from samphire.client.sync import Client
 from samphire.client.sync_parts import Task
-from samphire.contrib.outbox import Relay, to_row
-from samphire.errors import SamphireError
+from samphire.contrib.outbox import Relay, prepare_once, to_row
+from samphire.errors import InvalidInputError, SamphireError
 
-_WAITING = "samphire_waiting"
+_WAITING, _COMMITTED = "samphire_waiting", "samphire_committed"
 TABLE = "samphire_outbox"
+DATABASE_VARIABLE = "SAMPHIRE_OUTBOX_DATABASE_URL"
+
+_Waiting = list[tuple[SessionTransaction, Client, PreparedTask]]
 
 
 def submit_on_commit(
@@ -41,31 +47,45 @@ def submit_on_commit(
     Args:
         session: whose transaction it is; one begins if there is none.
         client: submits it.
-        model, inputs, options: as in `Client.submit`.
+        model, inputs, options: as in `Client.submit`, but for `idempotency_key`.
 
     Raises:
         InvalidInputError: as in `Client.submit`; nothing is submitted.
     """
-    prepared = client.prepare(model, inputs, **options)
+    prepared = prepare_once(client, model, inputs, options)
     transaction = session.get_nested_transaction() or session.get_transaction() or session.begin()
-    waiting = session.info.get(_WAITING)
-    if waiting is None:
-        waiting = session.info[_WAITING] = []
+    if _WAITING not in session.info:
+        session.info[_WAITING], session.info[_COMMITTED] = [], []
         sa.event.listen(session, "after_commit", _committed)
         sa.event.listen(session, "after_soft_rollback", _rolled_back)
-    waiting.append((transaction, client, prepared))
+        sa.event.listen(session, "after_transaction_end", _ended)
+    session.info[_WAITING].append((transaction, client, prepared))
     return client.task(prepared.id)
 
 
-_Waiting = list[tuple[SessionTransaction, Client, PreparedTask]]
-
-
 def _committed(session: Session) -> None:
-    """Submit what waits for the outermost transaction, all of it, before the first error is raised."""
-    if session.get_nested_transaction() is not None:
-        return  # a savepoint was released
+    """The outermost transaction has committed, or a savepoint was released, which decides nothing."""
+    if session.get_nested_transaction() is None:
+        session.info[_COMMITTED] += session.info[_WAITING]
+        session.info[_WAITING].clear()
+
+
+def _rolled_back(session: Session, previous: SessionTransaction) -> None:
+    """Forget what waits for a transaction, or for one within it."""
     waiting: _Waiting = session.info[_WAITING]
-    taken, waiting[:] = list(waiting), []
+    waiting[:] = [one for one in waiting if not _is_within(one[0], previous)]
+
+
+def _ended(session: Session, transaction: SessionTransaction) -> None:
+    """Submit what has committed, now that the session can be used again; all of it, before the first error is raised.
+
+    A session that is closed tells of no rollback: what waits yet was not committed.
+    """
+    if transaction.parent is not None:
+        return
+    session.info[_WAITING].clear()
+    committed: _Waiting = session.info[_COMMITTED]
+    taken, committed[:] = list(committed), []
     errors: list[SamphireError] = []
     for _, client, prepared in taken:
         try:
@@ -74,12 +94,6 @@ def _committed(session: Session) -> None:
             errors.append(error)
     if errors:
         raise errors[0]
-
-
-def _rolled_back(session: Session, previous: SessionTransaction) -> None:
-    """Forget what waits for a transaction, or for one within it."""
-    waiting: _Waiting = session.info[_WAITING]
-    waiting[:] = [one for one in waiting if not _is_within(one[0], previous)]
 
 
 def _is_within(transaction: SessionTransaction | None, outer: SessionTransaction) -> bool:
@@ -95,18 +109,20 @@ class Outbox:
 
     Args:
         metadata: of the application: `metadata.create_all` then makes the table, and Alembic finds it.
-        name: of the table.
+        name, schema: of the table.
     """
 
-    def __init__(self, metadata: sa.MetaData, name: str = TABLE) -> None:
+    def __init__(self, metadata: sa.MetaData, name: str = TABLE, schema: str | None = None) -> None:
         self.table = sa.Table(
             name,
             metadata,
             sa.Column("number", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
             sa.Column("task_id", sa.String(255), nullable=False, unique=True),
-            sa.Column("task", sa.Text, nullable=False),
+            sa.Column("queue", sa.String(255), nullable=False),
+            sa.Column("task", sa.Text().with_variant(LONGTEXT(), "mysql", "mariadb"), nullable=False),
             sa.Column("added_at", sa.DateTime(timezone=True), nullable=False),
-            sa.Column("refused", sa.Text, nullable=False, default=""),
+            sa.Column("refused", sa.Text, nullable=False),
+            schema=schema,
         )
 
     def add(
@@ -125,9 +141,18 @@ class Outbox:
         Raises:
             InvalidInputError: as in `Client.submit`; nothing is written.
         """
-        prepared = client.prepare(model, inputs, **options)
-        values = {"task_id": prepared.id, "task": to_row(prepared), "added_at": datetime.now(UTC), "refused": ""}
-        session.execute(sa.insert(self.table).values(values))
+        return self.add_prepared(session, prepare_once(client, model, inputs, options))
+
+    def add_prepared(self, session: Session | sa.Connection, prepared: PreparedTask) -> str:
+        """Write a task of `prepare` into the outbox; else as `add`. It asks the broker nothing, and so blocks no loop.
+
+        Raises:
+            InvalidInputError: the task has an idempotency key.
+        """
+        if prepared.key is not None:
+            raise InvalidInputError("expected a task without an idempotency key, given one that has a key")
+        values = {"task_id": prepared.id, "queue": prepared.queue, "task": to_row(prepared)}
+        session.execute(sa.insert(self.table).values({**values, "added_at": datetime.now(UTC), "refused": ""}))
         return prepared.id
 
     def relay(self, engine: sa.Engine, client: Client) -> Relay:
@@ -138,17 +163,28 @@ class Outbox:
 class _Rows:
     """The outbox as a relay reads it."""
 
-    away: tuple[type[Exception], ...] = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+    away: tuple[type[Exception], ...] = (
+        sa.exc.OperationalError,
+        sa.exc.InterfaceError,
+        sa.exc.TimeoutError,
+        sa.exc.ProgrammingError,  # PostgreSQL's, where the table is not there
+    )
 
     def __init__(self, engine: sa.Engine, table: sa.Table) -> None:
         self._engine = engine
         self._table = table
 
-    def waiting(self, most: int) -> Sequence[tuple[int, str]]:
+    def waiting(self, most: int, without: Collection[str]) -> Sequence[tuple[int, str]]:
         columns = self._table.c
-        oldest = sa.select(columns.number, columns.task).where(columns.refused == "").order_by(columns.number)
+        waiting = sa.select(columns.number, columns.queue).where(columns.refused == "")
+        oldest = waiting.where(columns.queue.not_in(without)).order_by(columns.number).limit(most)
         with self._engine.connect() as connection:
-            return [(number, task) for number, task in connection.execute(oldest.limit(most))]
+            return [(number, queue) for number, queue in connection.execute(oldest)]
+
+    def read(self, number: int) -> str | None:
+        with self._engine.connect() as connection:
+            found: str | None = connection.scalar(sa.select(self._table.c.task).where(self._table.c.number == number))
+            return found
 
     def sent(self, numbers: Sequence[int]) -> None:
         with self._engine.begin() as connection:
@@ -159,21 +195,30 @@ class _Rows:
             connection.execute(sa.update(self._table).where(self._table.c.number == number).values(refused=why))
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Relay an outbox with the default name until SIGTERM or Ctrl-C."""
-    if len(arguments) != 1:
-        sys.exit("usage: python -m samphire.contrib.sqlalchemy DATABASE_URL, with the broker in SAMPHIRE_BROKER_URL")
-    metadata = sa.MetaData()
-    outbox = Outbox(metadata)
-    engine = sa.create_engine(arguments[0])
-    metadata.create_all(engine)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Relay an outbox until SIGTERM or Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m samphire.contrib.sqlalchemy",
+        description="Submit what an outbox holds, until SIGTERM or Ctrl-C.",
+    )
+    parser.add_argument(
+        "database", nargs="?", default=os.environ.get(DATABASE_VARIABLE), help=f"default: {DATABASE_VARIABLE}"
+    )
+    parser.add_argument("--table", default=TABLE, help="name of the outbox (default: %(default)s)")
+    parser.add_argument("--schema", help="schema of the outbox")
+    given = parser.parse_args(arguments)
+    if not given.database:
+        parser.error(f"expected the database's URL, or {DATABASE_VARIABLE}")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    engine = sa.create_engine(given.database)
+    outbox = Outbox(sa.MetaData(), given.table, given.schema)
     with Client() as client:
         relay = outbox.relay(engine, client)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: relay.stop())
-        print(f"relaying {outbox.table.name} of {engine.url!r} to {client!r}", flush=True)
+        print(f"relaying {outbox.table.fullname} of {engine.url!r} to {client!r}", flush=True)
         relay.run()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

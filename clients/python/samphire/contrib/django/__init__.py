@@ -16,7 +16,7 @@ from samphire.client.encoder import Inputs
 from samphire.client.prepared import SubmitOptions
 from samphire.client.sync import Client
 from samphire.client.sync_parts import Task
-from samphire.contrib.outbox import to_row
+from samphire.contrib.outbox import prepare_once, to_row
 
 
 def submit_on_commit(
@@ -27,17 +27,18 @@ def submit_on_commit(
     The request is checked and encoded now. A transaction or savepoint that is rolled back submits nothing; without a
     transaction it is submitted at once. A process that dies between commit and submit loses the task, and a broker that
     is away then raises from the end of the outermost `atomic` block, after the data was committed: use `add_to_outbox`
-    where nothing may be lost.
+    where nothing may be lost. Django runs no callback of that commit after one that raises: tasks that follow are lost
+    too.
 
     Args:
         client: submits it.
-        model, inputs, options: as in `Client.submit`.
+        model, inputs, options: as in `Client.submit`, but for `idempotency_key`.
         using: the database whose transaction it is; by default the default one.
 
     Raises:
         InvalidInputError: as in `Client.submit`; nothing is submitted.
     """
-    prepared = client.prepare(model, inputs, **options)
+    prepared = prepare_once(client, model, inputs, options)
     transaction.on_commit(lambda: client.submit_prepared(prepared), using=using)
     return client.task(prepared.id)
 
@@ -52,7 +53,7 @@ def add_to_outbox(
 
     Args:
         client: checks the request.
-        model, inputs, options: as in `Client.submit`.
+        model, inputs, options: as in `Client.submit`, but for `idempotency_key`.
         using: the database that has the outbox; by default the one that the router says.
 
     Raises:
@@ -60,6 +61,6 @@ def add_to_outbox(
     """
     from samphire.contrib.django.models import OutboxTask  # models can be imported once the applications are loaded
 
-    prepared = client.prepare(model, inputs, **options)
-    OutboxTask.objects.using(using).create(task_id=prepared.id, task=to_row(prepared))
+    prepared = prepare_once(client, model, inputs, options)
+    OutboxTask.objects.using(using).create(task_id=prepared.id, queue=prepared.queue, task=to_row(prepared))
     return prepared.id

@@ -9,6 +9,7 @@ class OutboxTask(models.Model):
     """A task that was written in a transaction, and that a relay submits and then deletes."""
 
     task_id = models.CharField(max_length=255, unique=True)
+    queue = models.CharField(max_length=255)
     task = models.TextField()
     added_at = models.DateTimeField(auto_now_add=True)
     refused = models.TextField(default="", blank=True)

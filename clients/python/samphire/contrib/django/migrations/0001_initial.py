@@ -18,6 +18,7 @@ class Migration(migrations.Migration):
             fields=[
                 ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
                 ("task_id", models.CharField(max_length=255, unique=True)),
+                ("queue", models.CharField(max_length=255)),
                 ("task", models.TextField()),
                 ("added_at", models.DateTimeField(auto_now_add=True)),
                 ("refused", models.TextField(blank=True, default="")),

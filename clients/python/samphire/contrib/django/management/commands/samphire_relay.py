@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from django.core.management.base import BaseCommand
-from django.db import InterfaceError, OperationalError, close_old_connections
+from django.db import InterfaceError, OperationalError, ProgrammingError, close_old_connections
 
 from samphire.client.sync import Client
 from samphire.contrib.django.models import OutboxTask
@@ -18,16 +18,23 @@ from samphire.contrib.outbox import Relay
 class Rows:
     """The outbox as a relay reads it."""
 
-    away: tuple[type[Exception], ...] = (OperationalError, InterfaceError)
+    away: tuple[type[Exception], ...] = (OperationalError, InterfaceError, ProgrammingError)
 
     def __init__(self, using: str | None) -> None:
         self._using = using
 
-    def waiting(self, most: int) -> Sequence[tuple[int, str]]:
+    def waiting(self, most: int, without: Collection[str]) -> Sequence[tuple[int, str]]:
         """See `samphire.contrib.outbox.Rows`."""
         close_old_connections()  # a database that was away is asked anew
-        oldest = OutboxTask.objects.using(self._using).filter(refused="").order_by("id")
-        return list(oldest.values_list("id", "task")[:most])
+        waiting = OutboxTask.objects.using(self._using).filter(refused="").exclude(queue__in=list(without))
+        return list(waiting.order_by("id").values_list("id", "queue")[:most])
+
+    def read(self, number: int) -> str | None:
+        """See `samphire.contrib.outbox.Rows`."""
+        found: str | None = (
+            OutboxTask.objects.using(self._using).filter(id=number).values_list("task", flat=True).first()
+        )
+        return found
 
     def sent(self, numbers: Sequence[int]) -> None:
         """See `samphire.contrib.outbox.Rows`."""
