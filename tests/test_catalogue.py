@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import msgspec
 
 from samphire import AsyncClient, ModelSignature, ServedModel, TensorSpec
@@ -45,3 +47,16 @@ async def test_what_an_older_version_left_is_taken_out(valkey: Valkey) -> None:
     async with worker(valkey, "w") as one:
         await one.store.publish_catalogue({"m": TOLD})
     assert valkey.client.hgetall(KEYS.catalogue) == {b"m": TOLD, b"@w": b"m"}
+
+
+@in_a_loop
+async def test_numbers_become_what_a_model_took_last(valkey: Valkey) -> None:
+    """While it is not loaded, too: what is queued then runs once it is back."""
+    async with worker(valkey, "w") as one, AsyncClient(valkey.url) as client:
+        await one.store.publish_catalogue({"m": TOLD})
+        assert await client.signature("m") == SIGNATURE
+        await one.store.publish_catalogue({"m": b""})
+        client._session.catalogue._known.clear()
+        assert await client.signature("m") is None
+        prepared = await client.prepare("m", {"x": [[1.0]]})
+        assert "x FP32[1, 1]" in json.loads(prepared.message)["headers"]["kwargsrepr"]

@@ -164,7 +164,7 @@ def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
 
 
 def test_undo_puts_back_what_was_there(tmp_path: Path) -> None:
-    """And a model that is new stays, so that its reason can be looked for."""
+    """Nothing of a model that is new: Triton would load it again at each start."""
     source = tmp_path / "models"
     write(source, "a/config.pbtxt", text="old")
     mirror = Mirror(source, tmp_path / "data")
@@ -172,8 +172,21 @@ def test_undo_puts_back_what_was_there(tmp_path: Path) -> None:
     write(source, "a/config.pbtxt", "b/config.pbtxt", text="newer")
     for name, model in look(source).items():
         mirror.put(name, model)
-    assert (mirror.undo("a"), mirror.undo("b")) == (True, False)
-    assert everything(mirror.target) == {"a/config.pbtxt": "old", "b/config.pbtxt": "newer"}
+        mirror.undo(name)
+    assert everything(mirror.target) == {"a/config.pbtxt": "old"}
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    """They are told with their bytes, as text that can be sent."""
+    source = tmp_path / "models"
+    write(source, "good/config.pbtxt", "link/config.pbtxt")
+    (source / os.fsdecode(b"caf\xe9")).mkdir()
+    (source / "link" / os.fsdecode(b"gon\xe9")).symlink_to(tmp_path / "nowhere")
+    troubles = {name: model.trouble for name, model in begin(Mirror(source, tmp_path / "data")).items()}
+    assert sorted(troubles) == ["caf\\udce9", "good", "link"]
+    assert not troubles["good"] and "gon\\udce9 cannot be read" in troubles["link"]
+    for text in (*troubles, *troubles.values()):
+        text.encode()
 
 
 def test_versions_that_triton_ignores(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from samphire import Client, ServedModel, TensorSpec
 from samphire_broker.commands.output import FAILED, NO_ANSWER, data_dir_option, fail, print_json, say, with_client
-from samphire_broker.repository.record import Record, note_trouble, read_record
+from samphire_broker.repository.record import Record, note_trouble, running_record
 from samphire_broker.shown import shown
 
 
@@ -93,10 +93,10 @@ def _with_triton(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(data_dir: Path, **kwargs: Any) -> None:
         folder = data_dir.expanduser().resolve()
-        record = read_record(folder)
-        urls = os.environ.get("SAMPHIRE_TRITON_URLS")
-        if urls and (record is None or record.triton not in urls.split(",")):
-            command(urls.split(","), folder, None, **kwargs)
+        record = running_record(folder)
+        urls = [url.strip() for url in os.environ.get("SAMPHIRE_TRITON_URLS", "").split(",") if url.strip()]
+        if urls and (record is None or record.triton not in urls):
+            command(urls, folder, None, **kwargs)
         elif record is not None:
             command([record.triton], folder, record, **kwargs)
         else:
@@ -169,7 +169,7 @@ async def _reload_mirrored(data_dir: Path, record: Record, names: tuple[str, ...
     async with InferenceServerClient(record.triton) as client:
         loads = Loads(client, data_dir / "logs" / "triton.log")
         changes = Changes(mirror, loads, lambda line: say(shown(line)), functools.partial(note_trouble, data_dir))
-        done = await reload(mirror, changes, names)
+        done = await reload(mirror, changes, names, record.troubles)
     if not done:
         say(f"nothing has changed in {record.source}")
     return any(done.values())

@@ -144,7 +144,7 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
     )
     try:
         asyncio.run(run_stack(stack_options, say, job or serve))
-    except (PartError, PortTakenError, ModelFolderError, SamphireError) as error:
+    except (PartError, PortTakenError, ModelFolderError, SamphireError, OSError) as error:
         fail(str(error))
 
 

@@ -36,13 +36,15 @@ from samphire_broker.repository.changes import Changes, say_ignored, watch
 from samphire_broker.repository.folder import Model
 from samphire_broker.repository.loads import Loads
 from samphire_broker.repository.mirror import Mirror
-from samphire_broker.repository.record import RECORD, Record, note_trouble, write_record
+from samphire_broker.repository.record import LOCK, RECORD, Record, note_trouble, write_record
 from samphire_broker.settings import FsyncPolicy, Settings, read_settings, shipped_model_repository
 
 TRITON_PORTS = ("--triton-grpc-port", "--triton-http-port", "--triton-metrics-port")
 
 BROKER_WAIT_S = 60.0
 BROKER_PAUSE_S = 0.5
+LOCK_TRIES = 5
+LOCK_PAUSE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -281,13 +283,17 @@ class Stack:
             await asyncio.gather(*starts, return_exceptions=True)
 
     def _take_lock(self) -> None:
-        self._lock = (self._options.data_dir / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise PartError(
-                f"another stack runs in {self._options.data_dir}: stop it, or choose another --data-dir"
-            ) from error
+        self._lock = (self._options.data_dir / LOCK).open("w")
+        for tries_left in reversed(range(LOCK_TRIES)):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not tries_left:
+                    raise PartError(
+                        f"another stack runs in {self._options.data_dir}: stop it, or choose another --data-dir"
+                    ) from error
+                time.sleep(LOCK_PAUSE_S)  # a command looks whether a stack runs
 
     @property
     def metrics_urls(self) -> list[str]:

@@ -60,12 +60,17 @@ def _lay_out_backends(package: Path, target: Path) -> None:
     (target / "onnxruntime" / "model.py").write_bytes(ours.read_bytes())
 
 
-async def load_all_models(client: InferenceServerClient, loads: Loads, note: Note) -> None:
-    """Load every model of the repository; one that is broken is reported and does not stop the rest."""
+async def load_all_models(client: InferenceServerClient, loads: Loads, note: Note, failed: set[str]) -> None:
+    """Load every model of the repository; one that is broken is reported and does not stop the rest.
+
+    `failed` has those that did not load the last time: that they do now is told as well.
+    """
     index = await client.get_model_repository_index(as_json=True)
     for name in sorted({entry["name"] for entry in index.get("models", [])}):
-        if reason := await loads.load(name):
+        reason = await loads.load(name)
+        if reason or name in failed:
             note(name, reason)
+        (failed.add if reason else failed.discard)(name)
 
 
 async def probe_numpy(client: InferenceServerClient) -> None:
@@ -105,6 +110,7 @@ def triton_spec(
     package = _package_folder()
     backends = data_dir / "triton" / "backends"
     log_file = data_dir / "logs" / "triton.log"
+    failed: set[str] = set()
     shm_prefix = "samphire-" + hashlib.sha256(str(data_dir).encode()).hexdigest()[:12]
     command = [str(package / "tritonserver" / "bin" / "tritonserver")]
     command += [f"--model-repository={data_dir / 'model_repository'}", f"--backend-directory={backends}"]
@@ -134,7 +140,7 @@ def triton_spec(
                 except InferenceServerException:  # not listening yet
                     pass
                 await asyncio.sleep(0.1)
-            await load_all_models(client, Loads(client, log_file, progress), note)
+            await load_all_models(client, Loads(client, log_file, progress), note, failed)
             await probe_numpy(client)
 
     libraries = [str(package.parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]

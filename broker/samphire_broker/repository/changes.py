@@ -12,6 +12,8 @@ from samphire_broker.repository.loads import Loads, TritonAwayError
 from samphire_broker.repository.mirror import Mirror
 
 LOOK_S = 0.25
+LOOK_SHARE = 10
+"""Between two looks at a large folder so many times as long as a look takes."""
 AWAY_MAX = 2
 STILL_S = 1.0
 """A change is taken once the model's files have been still for so long: nothing is read while it is being written."""
@@ -53,18 +55,20 @@ class Changes:
         Raises:
             TritonAwayError: no answer. The second time in a row that counts as the model's trouble.
         """
-        async with self._mirror.locked():
-            try:
+        try:
+            async with self._mirror.locked():
                 trouble = await (self._drop(name) if model is None else self._take(name, model))
-                self._away.pop(name, None)
-            except TritonAwayError as error:
-                self._away[name] = self._away.get(name, 0) + 1
-                if self._away[name] < AWAY_MAX:
-                    raise
-                trouble = f"Triton was gone {AWAY_MAX} times while it was loading: {error}"
-            except OSError as error:
-                trouble = f"its files cannot be changed: {error}"
+                self._note(name, trouble)
+            self._away.pop(name, None)
+        except TritonAwayError as error:
+            self._away[name] = self._away.get(name, 0) + 1
+            if self._away[name] < AWAY_MAX:
+                raise
+            del self._away[name]
+            trouble = f"Triton was gone {AWAY_MAX} times while it was loading: {error}"
             self._note(name, trouble)
+        except OSError as error:
+            trouble = f"its files cannot be changed: {error}"
         if trouble:
             self._say(f"model {name} is not as it is in {self._mirror.source}: {trouble}. What is served stays")
         else:
@@ -77,7 +81,7 @@ class Changes:
             return model.trouble
         say_ignored(name, model, self._say)
         try:
-            await asyncio.to_thread(self._mirror.put, name, model)
+            await self._mirror.work(self._mirror.put, name, model)
         except ModelFolderError as error:
             return str(error)
         is_loaded = False
@@ -85,14 +89,15 @@ class Changes:
             trouble = await self._loads.load(name)
             is_loaded = not trouble
         finally:
-            await asyncio.to_thread(self._mirror.keep if is_loaded else self._mirror.undo, name)
+            await self._mirror.work(self._mirror.keep if is_loaded else self._mirror.undo, name)
         return trouble
 
     async def _drop(self, name: str) -> str:
-        trouble = await self._loads.unload(name)
-        if not trouble:
-            await asyncio.to_thread(self._mirror.remove, name)
-        return trouble
+        await self._mirror.work(self._mirror.remove, name)
+        try:
+            return await self._loads.unload(name)
+        except TritonAwayError:
+            return ""  # it begins again without it
 
 
 def say_ignored(name: str, model: Model, say: Callable[[str], None]) -> None:
@@ -112,8 +117,10 @@ async def watch(mirror: Mirror, changes: Changes, taken: dict[str, Model], say: 
     taken = dict(taken)
     seen, since = dict(taken), dict.fromkeys(taken, time.monotonic())
     told = ""
+    looked_s = 0.0
     while True:
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(max(LOOK_S, LOOK_SHARE * looked_s))
+        began = time.monotonic()
         try:
             now = await asyncio.to_thread(look, mirror.source)
         except ModelFolderError as error:
@@ -122,6 +129,7 @@ async def watch(mirror: Mirror, changes: Changes, taken: dict[str, Model], say: 
             told = str(error)
             continue
         told = ""
+        looked_s = time.monotonic() - began
         for name in now.keys() | seen.keys():
             if now.get(name) != seen.get(name):
                 since[name] = time.monotonic()
@@ -130,6 +138,7 @@ async def watch(mirror: Mirror, changes: Changes, taken: dict[str, Model], say: 
         for name in differing:
             if time.monotonic() - since[name] >= STILL_S:
                 await _take(changes, name, now.get(name), taken)
+                break  # that may have taken long: the folder is looked at again
 
 
 async def _take(changes: Changes, name: str, model: Model | None, taken: dict[str, Model]) -> None:
@@ -144,8 +153,8 @@ async def _take(changes: Changes, name: str, model: Model | None, taken: dict[st
             taken[name] = model
 
 
-async def reload(mirror: Mirror, changes: Changes, names: Collection[str]) -> dict[str, str]:
-    """Take over what differs from the mirror, or these models whether they differ or not.
+async def reload(mirror: Mirror, changes: Changes, names: Collection[str], troubled: Collection[str]) -> dict[str, str]:
+    """Take over what differs from the mirror or is `troubled`, or these models whether they differ or not.
 
     Returns why that failed, by name; empty where it did not.
 
@@ -155,8 +164,8 @@ async def reload(mirror: Mirror, changes: Changes, names: Collection[str]) -> di
     """
     models = await asyncio.to_thread(look, mirror.source)
     have = await asyncio.to_thread(mirrored, mirror.target)
-    known = models.keys() | have.keys()
+    known = models.keys() | have.keys() | set(troubled)
     if unknown := sorted(set(names) - known):
         raise ModelFolderError(f"{mirror.source} has no model {unknown[0]}; there are {', '.join(sorted(models))}")
-    chosen = names or (name for name in known if models.get(name) != have.get(name))
+    chosen = names or (name for name in known if name in troubled or models.get(name) != have.get(name))
     return {name: await changes.take(name, models.get(name)) for name in sorted(chosen)}

@@ -46,11 +46,12 @@ def look(folder: Path) -> dict[str, Model]:
     Raises:
         ModelFolderError: it cannot be read, or holds no models.
     """
-    models = {}
-    for path in _listed(folder):
-        if path.is_dir() or path.is_symlink():
-            models[path.name] = _model(path)
-    if (folder / CONFIG).exists() or (models and all(name.isdecimal() for name in models)):
+    try:
+        models = {plain(path.name): _model(path) for path in _listed(folder) if path.is_dir() or path.is_symlink()}
+        has_config = (folder / CONFIG).exists()
+    except OSError as error:
+        raise ModelFolderError(f"{folder} cannot be read: {error.strerror}") from error
+    if has_config or (models and all(name.isdecimal() for name in models)):
         raise ModelFolderError(f"{folder} is itself a model: expected the folder above it, which has {LAYOUT}")
     if not models:
         raise ModelFolderError(f"{folder} has no models: expected {LAYOUT}")
@@ -62,6 +63,11 @@ def mirrored(folder: Path) -> dict[str, Model]:
     return {path.name: _model(path) for path in _listed(folder)} if folder.is_dir() else {}
 
 
+def plain(text: str) -> str:
+    """A name or message of the file system as text that UTF-8 can hold."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def ignored_versions(model: Model) -> list[str]:
     """Folders that look like versions and that Triton leaves out without a word: numbers that begin with 0."""
     folders = {path.split("/")[0] for path in model.files if "/" in path}
@@ -69,10 +75,7 @@ def ignored_versions(model: Model) -> list[str]:
 
 
 def _listed(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if not _is_left_out(path.name))
-    except OSError as error:
-        raise ModelFolderError(f"{folder} cannot be read: {error.strerror}") from error
+    return sorted(path for path in folder.iterdir() if not _is_left_out(path.name))
 
 
 def _is_left_out(name: str) -> bool:
@@ -84,11 +87,11 @@ def _model(folder: Path) -> Model:
         check_model_name(folder.name)
         return Model(dict(_files(folder, "", ())))
     except InvalidInputError as error:
-        return Model({}, f"the name of {folder} is none for a model: {error}")
+        return Model({}, plain(f"the name of {folder} is none for a model: {error}"))
     except OSError as error:
-        return Model({}, f"{error.filename or folder} cannot be read: {error.strerror}")
+        return Model({}, plain(f"{os.fsdecode(error.filename or folder)} cannot be read: {error.strerror}"))
     except ModelFolderError as error:
-        return Model({}, str(error))
+        return Model({}, plain(str(error)))
 
 
 def _files(folder: Path, within: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, File]]:

@@ -65,7 +65,7 @@ class Loads:
     async def unload(self, model: str) -> str:
         """Unload a model; returns why that failed, empty if it did not; raises as `load` does."""
         try:
-            await self._client.unload_model(model)
+            await self._client.unload_model(model, client_timeout=LOAD_TIMEOUT_S)
         except InferenceServerException as error:
             return _reason(error)
         return ""

@@ -11,10 +11,13 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import TypeVar
 
 from samphire_broker.repository.folder import FOLDER, File, Model, ModelFolderError, look, mirrored
+
+T = TypeVar("T")
 
 NAME = "model_repository"
 LOCK_PAUSE_S = 0.05
@@ -33,6 +36,7 @@ class Mirror:
         self.target = data_dir / NAME
         self._drafts = data_dir / f"{NAME}.drafts"
         self._lock = data_dir / f"{NAME}.lock"
+        self._is_stopped = False
 
     @contextlib.asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
@@ -56,8 +60,21 @@ class Mirror:
             ModelFolderError: the folder cannot be read, or holds no models.
         """
         models = await asyncio.to_thread(look, self.source)
-        async with self.locked():
-            return await asyncio.to_thread(self._begin, models)
+        try:
+            async with self.locked():
+                return await self.work(self._begin, models)
+        except OSError as error:
+            raise ModelFolderError(f"the copy of the models, {self.target}, cannot be changed: {error}") from error
+
+    async def work(self, do: Callable[..., T], *args: object) -> T:
+        """Do something with files in a thread. Where this is cancelled, it ends first: the lock is still held then."""
+        working = asyncio.ensure_future(asyncio.to_thread(do, *args))
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            self._is_stopped = True
+            await asyncio.wait([working])
+            raise
 
     def _begin(self, models: dict[str, Model]) -> dict[str, Model]:
         shutil.rmtree(self._drafts, ignore_errors=True)
@@ -90,6 +107,8 @@ class Mirror:
                 if file == FOLDER:
                     (draft / path).mkdir()
                 else:
+                    if self._is_stopped:
+                        raise ModelFolderError(f"model {name} is not copied: the copy was stopped")
                     _copy(self.source / name / path, draft / path, file)
             self.target.mkdir(parents=True, exist_ok=True)
             former = self._former(name)
@@ -107,14 +126,11 @@ class Mirror:
         """A model that was put stays: what it was is deleted."""
         shutil.rmtree(self._former(name), ignore_errors=True)
 
-    def undo(self, name: str) -> bool:
-        """Put what a model was back in its place; False: it was not there before, and the new one stays."""
-        former = self._former(name)
-        if not former.is_dir():
-            return False
-        shutil.rmtree(self.target / name)
-        former.rename(self.target / name)
-        return True
+    def undo(self, name: str) -> None:
+        """Put what a model was back in its place, or nothing where it is new."""
+        self.remove(name)
+        with contextlib.suppress(FileNotFoundError):
+            self._former(name).rename(self.target / name)
 
     def remove(self, name: str) -> None:
         """Delete a model of the mirror."""

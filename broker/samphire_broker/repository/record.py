@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import stat
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 RECORD = "models.json"
+LOCK = "lock"
+"""A stack holds it while it runs."""
 
 
 class Record(NamedTuple):
@@ -41,8 +45,25 @@ def read_record(data_dir: Path) -> Record | None:
         return None
 
 
+def running_record(data_dir: Path) -> Record | None:
+    """What the stack of a data directory tells; None: none runs, whatever one that was killed has left."""
+    try:
+        with (data_dir / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return read_record(data_dir)
+    except OSError:
+        pass
+    return None
+
+
 def note_trouble(data_dir: Path, model: str, reason: str) -> None:
-    """Tell why a model is not loaded as it is in its folder; an empty reason: it is."""
+    """Tell why a model is not loaded as it is in its folder; an empty reason: it is. Nothing is told on a full disk."""
+    with contextlib.suppress(OSError):
+        _note(data_dir, model, reason)
+
+
+def _note(data_dir: Path, model: str, reason: str) -> None:
     record = read_record(data_dir)
     if record is None:
         return

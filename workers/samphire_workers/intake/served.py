@@ -70,7 +70,7 @@ class ServedModels:
         for model, (checker, _) in self._checkers.items():
             told[model] = msgspec.json.encode(checker.signature)
         for model, reason in (self._reasons | self._troubles_of_stack()).items():
-            told[keys.CATALOGUE_TROUBLE + model] = reason.encode()[:TROUBLE_BYTES]
+            told[keys.CATALOGUE_TROUBLE + model] = reason.encode(errors="backslashreplace")[:TROUBLE_BYTES]
         return told
 
     def _troubles_of_stack(self) -> dict[str, str]:

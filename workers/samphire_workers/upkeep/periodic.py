@@ -162,7 +162,8 @@ async def tell_clients(store: Store, signatures: Callable[[], dict[str, bytes]])
     told_at = 0.0
     while True:
         told = signatures()
-        if told != published or time.monotonic() - told_at > CATALOGUE_S:
+        is_due = told and time.monotonic() - told_at > CATALOGUE_S
+        if told != published or is_due:
             try:
                 await store.publish_catalogue(told)
                 published, told_at = told, time.monotonic()

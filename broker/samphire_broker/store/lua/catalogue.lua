@@ -20,7 +20,7 @@ for _, field in ipairs(fields) do
   local worker = match(field, '^@(.+)$')
   if worker and worker ~= worker_id and call('SISMEMBER', workers_key, worker) == 1 then
     told[field] = true
-    for name in string.gmatch(call('HGET', catalogue_key, field), '%S+') do
+    for name in string.gmatch(call('HGET', catalogue_key, field), '[^%z]+') do
       told[name] = true
     end
   end
@@ -36,5 +36,5 @@ end
 for i = 3, #ARGV, 2 do
   call('HSET', catalogue_key, ARGV[i], ARGV[i + 1])
 end
-call('HSET', catalogue_key, own_field, table.concat(names, ' '))
+call('HSET', catalogue_key, own_field, table.concat(names, '\0'))
 call('EXPIRE', catalogue_key, ttl_s)

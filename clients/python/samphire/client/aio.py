@@ -190,8 +190,7 @@ class AsyncClient:
             once_s: submit it once however often this is called within so many seconds, by whatever process.
 
         Raises:
-            InvalidInputError, IdempotencyConflictError, QueueFullError, BrokerMemoryFullError, BrokerRightError,
-            BrokerUnavailableError: as in `submit`.
+            SamphireError: as in `submit`.
         """
         self._session.check_usable()
         key = prepared.key if once_s is None else once(prepared, once_s)
@@ -394,7 +393,8 @@ class AsyncClient:
         signature = await self._session.signature(model)
         if signature is not None and not signature.decoupled:
             template.collect = UNSET  # it means nothing there
-        encoder = Encoder(template, priority_step(priority), self._session.stream, self._limits, self._session.clock)
+        step, last = priority_step(priority), self._session.catalogue.last_known(model)
+        encoder = Encoder(template, step, self._session.stream, self._limits, self._session.clock, last)
         encoder.headers(headers)
         encoder.check_against(signature)
         return encoder

@@ -251,9 +251,20 @@ class TensorEncoder:
 
 
 class Encoder:
-    """Turns inputs into messages, for one model and one set of options."""
+    """Turns inputs into messages, for one model and one set of options.
 
-    def __init__(self, template: InferRequest, priority: int, stream: str, limits: Limits, clock: BrokerClock) -> None:
+    Python's numbers become what the model takes now, or took when that was known last (`last_signature`).
+    """
+
+    def __init__(
+        self,
+        template: InferRequest,
+        priority: int,
+        stream: str,
+        limits: Limits,
+        clock: BrokerClock,
+        last_signature: ModelSignature | None = None,
+    ) -> None:
         self._template = template
         self.model = template.model_name
         self.priority = priority
@@ -263,6 +274,7 @@ class Encoder:
         self._clock = clock
         self.queue = keys.queue_name(template.model_name, template.tenant)
         self._signature: ModelSignature | None = None
+        self._last_signature = last_signature
         self._forms: set[object] = set()
         self.request = template
         """The last one that was encoded."""
@@ -275,6 +287,8 @@ class Encoder:
         """Check what is encoded from now on against a model, None: nothing; whether that is new."""
         new = signature != self._signature
         self._signature = signature
+        if signature is not None:
+            self._last_signature = signature
         if new:
             self._forms.clear()
         return new
@@ -290,7 +304,7 @@ class Encoder:
         task_id = new_task_id()
         tensors = TensorEncoder(task_id, self._limits)
         request = self._template
-        request.inputs = [tensors.tensor(name, value, self._signature) for name, value in inputs.items()]
+        request.inputs = [tensors.tensor(name, value, self._last_signature) for name, value in inputs.items()]
         if self._signature is not None:
             self._check(self._signature, request)
         self.request = request

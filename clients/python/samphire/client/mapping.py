@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TypedDict
 
 from samphire.client.encoder import Encoded, Encoder, Inputs, Parameters
@@ -79,27 +79,39 @@ class Sizes:
         self.window = max(1, min(self._most, int(self.window_bytes / max(1.0, self._in + self._out))))
 
 
-class Source:
+def iterator_of(batches: Any) -> Iterator[Any]:
     """The elements of a map, one after the other.
+
+    Raises:
+        InvalidInputError: what was given has none.
+    """
+    if isinstance(batches, Mapping):
+        raise InvalidInputError("expected a list of inputs, given the inputs of one task: put them into a list")
+    try:
+        return iter(batches)
+    except TypeError as error:
+        given = type(batches).__name__
+        raise InvalidInputError(f"expected an iterable of inputs, or an asynchronous one, given {given}") from error
+
+
+class Source:
+    """The elements of a map, of an iterable or an asynchronous one.
+
+    An asynchronous one is read by one task from its begin to its end, which closes it, one element ahead.
 
     Raises:
         InvalidInputError: what was given has none.
     """
 
     def __init__(self, batches: Batches) -> None:
-        if isinstance(batches, Mapping):
-            raise InvalidInputError("expected a list of inputs, given the inputs of one task: put them into a list")
-        self._later: AsyncIterator[Any] | None = None
-        self._now: Iterator[Any] = iter(())
-        if isinstance(batches, AsyncIterable):
-            self._later = aiter(batches)
-        elif isinstance(batches, Iterable):
-            self._now = iter(batches)
-        else:
-            given = type(batches).__name__
-            raise InvalidInputError(f"expected an iterable of inputs, or an asynchronous one, given {given}")
-        self.coming: asyncio.Task[Any] | None = None
-        """The next element of an asynchronous source, which is not there yet."""
+        self._later = batches if isinstance(batches, AsyncIterable) else None
+        self._now: Iterator[Any] = iter(()) if self._later is not None else iterator_of(batches)
+        self._reader: asyncio.Task[None] | None = None
+        self._element: Any = _NONE
+        self._free = asyncio.Event()
+        """Set while the reader may put an element down."""
+        self.coming: asyncio.Future[None] | None = None
+        """Done once an element that was asked for in vain is there, or will never be."""
         self.is_exhausted = False
 
     async def take(self) -> Any:
@@ -108,21 +120,42 @@ class Source:
             element = next(self._now, _NONE)
             self.is_exhausted = element is _NONE
             return element
-        if self.coming is None:
-            self.coming = asyncio.ensure_future(anext(self._later, _NONE))
+        if self._reader is None:
+            self._free.set()
+            self._reader = asyncio.create_task(self._read(self._later))
+            self._reader.add_done_callback(self._arrived)
+        if self._element is _NONE and not self._reader.done():
             await asyncio.sleep(0)  # most sources have many at hand
-        if not self.coming.done():
-            return _NONE
-        coming, self.coming = self.coming, None
-        element = coming.result()
-        self.is_exhausted = element is _NONE
+        element, self._element = self._element, _NONE
+        if element is _NONE and self._reader.done():
+            self._reader.result()
+            self.is_exhausted = True
+        is_coming = element is _NONE and not self.is_exhausted
+        self.coming = asyncio.get_running_loop().create_future() if is_coming else None
+        self._free.set()
         return element
+
+    async def _read(self, later: AsyncIterable[Any]) -> None:
+        elements = aiter(later)
+        try:
+            async for element in elements:
+                await self._free.wait()
+                self._free.clear()
+                self._element = element
+                self._arrived()
+        finally:
+            if isinstance(elements, AsyncGenerator):
+                await elements.aclose()
+
+    def _arrived(self, _: object = None) -> None:
+        if self.coming is not None and not self.coming.done():
+            self.coming.set_result(None)
 
     async def close(self) -> None:
         """Read no further."""
-        if self.coming is not None:
-            self.coming.cancel()
-            await asyncio.gather(self.coming, return_exceptions=True)
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
 
 
 class Map:

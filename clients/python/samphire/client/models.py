@@ -31,6 +31,7 @@ class ModelCatalogue:
         self._connection = connection
         self._key = keys.catalogue
         self._known: dict[str, tuple[ModelSignature | None, float]] = {}
+        self._last: dict[str, ModelSignature] = {}
 
     async def signature(self, model: str, *, fresh: bool = False) -> ModelSignature | None:
         """What a model takes; None where that is not known.
@@ -44,7 +45,13 @@ class ModelCatalogue:
             return found
         found = await self._look_up(model)
         self._known[model] = (found, time.monotonic())
+        if found is not None:
+            self._last[model] = found
         return found
+
+    def last_known(self, model: str) -> ModelSignature | None:
+        """What a model took when that was known last."""
+        return self._last.get(model)
 
     async def _look_up(self, model: str) -> ModelSignature | None:
         told, complete = await self._connection.ask("HMGET", self._key, model, CATALOGUE_COMPLETE)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 from samphire.client.aio import AsyncClient
 from samphire.client.encoder import Inputs, Parameters
 from samphire.client.loop_thread import LoopThread
-from samphire.client.mapping import Counted, MapOptions, Progress
+from samphire.client.mapping import Counted, MapOptions, Progress, iterator_of
 from samphire.client.pipeline import Stage
 from samphire.client.prepared import PreparedTask, SubmitOptions
 from samphire.client.results import InferResult
@@ -230,10 +230,11 @@ class Client:
         """See `AsyncClient.map`. `batches` is an iterable; it is read on the client's thread, `progress` is called
         on the caller's.
         """
-        if isinstance(batches, AsyncIterable):
+        if isinstance(batches, AsyncIterable) and not isinstance(batches, Iterable):
             raise InvalidInputError("expected an iterable of inputs; only `AsyncClient.map` takes an asynchronous one")
+        elements = iterator_of(batches)
         chunks = self._client._map_chunks(
-            model, batches, window, window_bytes, version, priority, outputs, parameters, deadline_s, webhook
+            model, elements, window, window_bytes, version, priority, outputs, parameters, deadline_s, webhook
         )
         counted = Counted(batches, progress)
         with self._iterating(chunks) as iterator:

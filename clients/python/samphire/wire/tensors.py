@@ -220,7 +220,7 @@ NESTED_MAX = 32
 def _leaves(value: Any) -> list[Any]:
     """The elements of lists in lists, in row-major order; lists nested deeper than `NESTED_MAX` stay lists."""
     flat: list[Any] = [value]
-    for _ in range(NESTED_MAX + 1):  # not by recursion: the depth is the producer's choice
+    for _ in range(NESTED_MAX):  # not by recursion: the depth is the producer's choice
         if not any(isinstance(item, list | tuple) for item in flat):
             return flat
         flat = list(chain.from_iterable(item if isinstance(item, list | tuple) else (item,) for item in flat))
