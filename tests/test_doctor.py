@@ -90,7 +90,6 @@ def test_a_broker_that_forgets_and_evicts(tmp_path: Path) -> None:
         assert examine(valkey.url)[1]["memory"]["state"] == "error"
         valkey.client.config_set("appendonly", "yes")
         valkey.client.config_set("appendfsync", "no")
-        valkey.client.hset(KEYS.catalogue, mapping={keys.CATALOGUE_COMPLETE: "1"})
         _, found = examine(valkey.url)
         assert found["durability"]["state"] == "error"
         assert "appendfsync no" in found["durability"]["found"]
@@ -99,7 +98,23 @@ def test_a_broker_that_forgets_and_evicts(tmp_path: Path) -> None:
             durability = examine(valkey.url)[1]["durability"]
             assert durability["state"] == "ok"
             assert durability["found"].startswith(f"{mode}: ") and meaning in durability["found"]
-        assert "no endpoint of the workers has" in found["queue inference.m"]["found"]
+
+
+def test_a_queue_that_nobody_can_serve(valkey: Valkey) -> None:
+    """Says why: no endpoint has its model, or it is not loaded, and for what reason."""
+    valkey.client.sadd(KEYS.workers, "w")
+    valkey.client.set(f"{KEYS.worker_prefix}w", "1")
+    for model in ("absent", "unloaded", "broken", "served"):
+        valkey.client.lpush(f"inference.{model}", "x")
+    told = {keys.CATALOGUE_COMPLETE: "1", "unloaded": "", "broken": "", "!broken": "not today", "served": "{}"}
+    valkey.client.hset(KEYS.catalogue, mapping=told)
+    _, found = examine(valkey.url)
+    whys = {name: finding["found"] for name, finding in found.items() if name.startswith("queue ")}
+    assert whys == {
+        "queue inference.absent": "1 tasks wait: no endpoint of the workers has the model absent",
+        "queue inference.broken": "1 tasks wait: model broken is not loaded: not today",
+        "queue inference.unloaded": "1 tasks wait: model unloaded is not loaded",
+    }
 
 
 def test_a_cluster_is_refused(tmp_path: Path) -> None:

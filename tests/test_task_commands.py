@@ -93,7 +93,8 @@ def test_queues(valkey: Valkey, stack: Up) -> None:
     assert ended.returncode == 0
     rows = {line.split()[0]: line.split()[1:] for line in ended.stdout.splitlines()[1:4]}
     expected = {"inference": [1, 0, 0, 0], "inference.m": [0, 0, 3, 0], "inference.m@acme": [1, 0, 0, 0]}
-    assert {name: list(map(int, row)) for name, row in rows.items()} == expected
+    assert {name: list(map(int, row[:4])) for name, row in rows.items()} == expected
+    assert all(row[4:] == ["no", "worker", "runs"] for row in rows.values())
     assert "no worker serves these queues" in ended.stderr
     seen = lines(samphire(stack.broker_url, "queues", "--json"))[0]
     assert [worker["alive"] for worker in seen["workers"]] == [True]

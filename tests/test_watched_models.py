@@ -272,6 +272,35 @@ def test_the_command_tells_and_loads(up: Up, models: Path) -> None:
     assert answer(up) == "2"
 
 
+def refusal(client: Client) -> str:
+    """Why a client refuses a task of `times`; "" where it does not."""
+    try:
+        client.prepare("times", {"x": [[1.0]]})
+    except UnknownModelError as error:
+        return str(error)
+    return ""
+
+
+def test_queues_say_why_they_wait(up: Up, models: Path) -> None:
+    """A model that is not loaded keeps its tasks; one that never loaded is refused with the reason."""
+    with InferenceServerClient(up.triton_grpc) as triton, Client(up.broker_url) as client:
+        triton.unload_model("identity")
+        eventually(lambda: not versions(up, "identity"), TAKEN_S, "the unloading")
+        task = client.submit("identity", {"input_fp32": np.ones((1, 1), np.float32)})
+        row = next(
+            line for line in samphire(up, "queues").stdout.splitlines() if line.startswith("inference.identity ")
+        )
+        assert row.endswith("model identity is not loaded")
+        triton.load_model("identity")
+        assert task.result(TAKEN_S)
+        write_times(models, 1, 2)
+        (models / "times" / "1" / "model.py").write_text("import what_is_not_installed")
+        eventually(lambda: "what_is_not_installed" in refusal(client), TAKEN_S, "the refusal with its reason")
+        assert "no model 'times' is loaded: " in refusal(client)
+        shutil.rmtree(models / "times")
+        eventually(lambda: told(up, "times") is None, TAKEN_S, "its end")
+
+
 def test_what_is_deleted_between_two_starts_is_not_served(tmp_path: Path) -> None:
     """Copies of earlier starts are no source. Without `--watch-models` a command takes changes over."""
     folder = tmp_path / "models"

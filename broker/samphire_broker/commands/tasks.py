@@ -249,7 +249,7 @@ def cancel(client: Client, *, task_ids: tuple[str, ...], timeout_s: float, as_js
 @click.command()
 @with_broker_url
 def queues(broker_url: str | None, as_json: bool) -> None:
-    """Show what waits where, and who works."""
+    """Show what waits where and why, and who works."""
     seen = overview(broker_of(broker_url))
     if as_json:
         print_json(seen.as_dict())
@@ -257,7 +257,8 @@ def queues(broker_url: str | None, as_json: bool) -> None:
     width = max([len(shown(queue.name)) for queue in seen.queues] + [5])
     click.echo(f"{'queue':<{width}}  {'high':>8}{'normal':>8}{'low':>8}{'lowest':>8}")
     for queue in seen.queues:
-        click.echo(f"{shown(queue.name):<{width}}  " + "".join(f"{count:>8}" for count in queue.waiting))
+        counts = "".join(f"{count:>8}" for count in queue.waiting)
+        click.echo(shown(f"{queue.name:<{width}}  {counts}{f'  {queue.why}' if queue.why else ''}"))
     click.echo(f"scheduled {seen.scheduled}, dead letters {seen.dead_letters}")
     for endpoint in seen.endpoints:
         trouble = f", {endpoint.trouble}" if endpoint.trouble else ""

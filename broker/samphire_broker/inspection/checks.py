@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from samphire import BrokerRightError, Client, InvalidInputError, SamphireError, UnknownModelError
 from samphire.transport.connection import key_text
-from samphire.wire.keys import CATALOGUE_COMPLETE, CATALOGUE_TROUBLE, Keys, is_of_deliveries, parse_queue
+from samphire.wire.keys import CATALOGUE_TROUBLE, Keys
 from samphire_broker.inspection.misplaced import misplaced
 from samphire_broker.inspection.overview import Overview, broker_connection, look
 from samphire_broker.settings import Settings, read_settings
@@ -262,12 +262,11 @@ def check_models(client: redis.Redis, keys: Keys, seen: Overview) -> Iterator[Fi
     for name, trouble in told.items():
         if name.startswith(CATALOGUE_TROUBLE):
             yield _broken_model(name.removeprefix(CATALOGUE_TROUBLE), trouble)
-    if CATALOGUE_COMPLETE not in told:
+    if not any(worker.alive for worker in seen.workers):
         return
     for queue in seen.queues:
-        model = parse_queue(queue.name)[0]
-        if queue.total and model and not is_of_deliveries(model) and model not in told:
-            found = f"{queue.total} tasks wait for {model!r}, which no endpoint of the workers has"
+        if queue.why:
+            found = f"{queue.total} tasks wait: {queue.why}"
             yield Finding(f"queue {queue.name}", "warning", found, "load the model, or point a worker at its Triton")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +14,17 @@ from redis.exceptions import RedisError
 from samphire.transport.address import Broker
 from samphire.transport.connection import client_of, key_text, translate
 from samphire.wire.endpoints import POLICY
-from samphire.wire.keys import INTAKE, PRIORITY_STEPS, Keys, known_form, queue_lists
+from samphire.wire.keys import (
+    CATALOGUE_COMPLETE,
+    CATALOGUE_TROUBLE,
+    INTAKE,
+    PRIORITY_STEPS,
+    Keys,
+    is_of_deliveries,
+    known_form,
+    parse_queue,
+    queue_lists,
+)
 from samphire_broker.webhooks.endpoint import failing_text
 
 TIMEOUT_S = 5.0
@@ -27,6 +37,8 @@ class QueueState:
 
     name: str
     waiting: tuple[int, ...]
+    why: str = ""
+    """Why nothing is taken from it, as far as that is known; "" where it is worked on, or empty."""
 
     @property
     def total(self) -> int:
@@ -102,15 +114,35 @@ def look(client: redis.Redis, keys: Keys) -> Overview:
                 pipe.llen(keys.of_celery(list_name))
         lengths = [length if isinstance(length, int) else 0 for length in pipe.execute(raise_on_error=False)]
     steps = len(PRIORITY_STEPS)
-    queues = [QueueState(name, tuple(lengths[n * steps : (n + 1) * steps])) for n, name in enumerate(names)]
     ids = sorted(key_text(member) for member in client.smembers(keys.workers))
+    workers = [_worker(client, keys, worker_id) for worker_id in ids]
+    told = {key_text(name): key_text(value) for name, value in client.hgetall(keys.catalogue).items()}
+    is_served = any(worker.alive for worker in workers)
+    queues = []
+    for n, name in enumerate(names):
+        waiting = tuple(lengths[n * steps : (n + 1) * steps])
+        queues.append(QueueState(name, waiting, _why(name, told, is_served) if any(waiting) else ""))
     return Overview(
         queues,
         int(client.zcard(keys.scheduled)),
         int(client.zcard(keys.dead)),
-        [_worker(client, keys, worker_id) for worker_id in ids],
+        workers,
         _endpoints(client, keys),
     )
+
+
+def _why(queue: str, told: Mapping[str, str], is_served: bool) -> str:
+    """Why nothing is taken from a queue, by what the workers tell of the models."""
+    if not is_served:
+        return "no worker runs"
+    model = parse_queue(queue)[0]
+    if not model or is_of_deliveries(model) or told.get(model):
+        return ""
+    if trouble := told.get(CATALOGUE_TROUBLE + model):
+        return f"model {model} is not loaded: {trouble}"
+    if model in told:
+        return f"model {model} is not loaded"
+    return f"no endpoint of the workers has the model {model}" if CATALOGUE_COMPLETE in told else ""
 
 
 def _endpoints(client: Any, keys: Keys) -> list[EndpointSeen]:

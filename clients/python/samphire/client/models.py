@@ -54,8 +54,11 @@ class ModelCatalogue:
         return self._last.get(model)
 
     async def _look_up(self, model: str) -> ModelSignature | None:
-        told, complete = await self._connection.ask("HMGET", self._key, model, CATALOGUE_COMPLETE)
+        fields = (model, CATALOGUE_COMPLETE, CATALOGUE_TROUBLE + model)
+        told, complete, trouble = await self._connection.ask("HMGET", self._key, *fields)
         if told is None:
+            if complete is not None and trouble is not None:
+                raise UnknownModelError(f"no model {model!r} is loaded: {key_text(trouble)}")
             if complete is not None:
                 names = [key_text(name) for name in await self._connection.ask("HKEYS", self._key)]
                 raise _unknown(model, [name for name in names if _names_a_model(name)])
