@@ -151,7 +151,7 @@ def _run(work: Coroutine[Any, Any, bool]) -> bool:
 
     try:
         return asyncio.run(work)
-    except ModelFolderError as error:
+    except (ModelFolderError, OSError) as error:
         fail(str(error))
     except TritonAwayError as error:
         fail(f"Triton does not answer: {error}", NO_ANSWER)
