@@ -55,6 +55,12 @@ def test_the_first_endpoint_counts(stack: Up, valkey: Valkey, tmp_path: Path) ->
     with running_stack(tmp_path / "second", "--model-repository", str(tmp_path / "models")) as second:
         urls = f"{stack.triton_grpc},{second.triton_grpc}"
         with running_worker(tmp_path / "w", valkey.url, urls) as worker, Client(valkey.url) as client:
+
+            def first_is_known() -> bool:  # until it answers, the other counts
+                signature = client.signature("two_faced")
+                return signature is not None and signature.inputs["x"].datatype == "FP32"
+
+            eventually(first_is_known, TIMEOUT_S, "the signature of the first endpoint")
             tasks = [client.submit("two_faced", {"x": np.array([[n]], np.float32)}) for n in range(120)]
             assert [int(task.result(TIMEOUT_S).outputs["y"][0, 0]) for task in tasks] == list(range(120))
             assert not valkey.client.zcard(KEYS.dead)

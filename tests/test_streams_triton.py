@@ -35,7 +35,7 @@ from samphire_workers.triton.endpoint import Endpoint
 from samphire_workers.triton.errors import GivenUpError
 from samphire_workers.triton.messages import Tensor, infer_request
 from tests.stacks import Up, eventually, only, running_stack, samphire, standing_still
-from tests.support.lane import in_a_loop
+from tests.support.lane import fake_triton, held, in_a_loop
 from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 from tests.test_flower import connect
@@ -326,16 +326,21 @@ async def test_a_stream_that_is_given_up_while_it_connects_ends(
 
 
 @in_a_loop
-async def test_a_request_that_grpc_gives_up_is_an_error(own_stack: Up, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It cancels the call itself then: nobody has cancelled the task that waits for it."""
+async def test_a_request_that_grpc_gives_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cancels the call itself then: nobody has cancelled the task that waits for it.
+
+    The server is a stand-in: a Triton may have answered before.
+    """
 
     async def fails(_: object) -> None:
         raise RuntimeError("as where the connection breaks just then")
 
     monkeypatch.setattr("grpc.aio._call.StreamStreamCall._done_writing", fails)
-    async with asking(own_stack.triton_grpc, Running()) as reading:
-        with pytest.raises(EndpointUnavailableError, match="gRPC has given up the request"):
-            await reading
+    async with fake_triton("streamer") as triton:
+        triton.streams["streamer"] = held(asyncio.Event())
+        async with asking(triton.address, Running()) as reading:
+            with pytest.raises(EndpointUnavailableError, match="gRPC has given up the request"):
+                await reading
 
 
 @in_a_loop

@@ -189,11 +189,11 @@ class Stack:
         self._take_lock()
         ports = self._choose_ports()
         specs = self._make_specs(ports)
+        self._flower = Part(self._make_flower_spec(ports["--flower-port"]))
         if options.external_broker_url is not None:
             await self._wait_for_broker(options.external_broker_url)
         if options.external_triton_urls is None:
             await self._mirror_models()
-        self._flower = Part(self._make_flower_spec(ports["--flower-port"]))
         parts = [Part(spec) for spec in specs]
         for part in parts:
             if part.spec.name == "broker":
