@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -240,12 +241,13 @@ def test_a_folder_that_is_gone_leaves_what_is_served(up: Up, models: Path) -> No
 
 def test_a_triton_that_dies_takes_the_change_later(up: Up, models: Path) -> None:
     """What changes while it is away is taken once it is back."""
-    stop_triton = up.ready["pids"]["triton"]
-    subprocess.run(["kill", "-9", str(stop_triton)], check=True)
+    before = up.output.read_text()
+    os.kill(up.ready["pids"]["triton"], signal.SIGKILL)
     shutil.copytree(models / "digits" / "1", models / "digits" / "3")
     eventually(lambda: versions(up, "digits") == ("1", "2", "3"), TAKEN_S, "version 3")
     shutil.rmtree(models / "digits" / "3")
     eventually(lambda: versions(up, "digits") == ("1", "2"), TAKEN_S, "version 2 as the newest")
+    assert "triton ended (exit code" in up.output.read_text().removeprefix(before)
 
 
 def test_the_command_tells_and_loads(up: Up, models: Path) -> None:

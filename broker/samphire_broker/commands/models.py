@@ -186,9 +186,8 @@ async def _everywhere(urls: list[str], names: tuple[str, ...], method: str, done
     for url in urls:
         async with InferenceServerClient(url) as client:
             for name in names:
-                options = {"client_timeout": LOAD_TIMEOUT_S} if method == "load_model" else {}
                 try:
-                    await getattr(client, method)(name, **options)
+                    await getattr(client, method)(name, client_timeout=LOAD_TIMEOUT_S)
                     say(shown(f"model {name} is {done} on {url}"))
                 except InferenceServerException as error:
                     failed = True

@@ -178,9 +178,8 @@ def demo(data_dir: Path | None, keep: bool, **options: Any) -> None:
         if data_dir is None:
             data_dir = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="samphire-demo-")))
         if options["model_repository"] is None and not os.environ.get("SAMPHIRE_TRITON_URLS"):
-            # A folder that the demo may drop a model into.
-            models = data_dir.expanduser() / "demo_models"
-            shutil.rmtree(models, ignore_errors=True)
+            # A folder that the demo may drop a model into; its own, since nothing of the data directory is locked yet.
+            models = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="samphire-demo-"))) / "demo_models"
             shutil.copytree(shipped_model_repository(), models)
             options |= {"model_repository": models, "watch_models": True}
         _run_stack(data_dir, options, job)

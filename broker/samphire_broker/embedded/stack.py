@@ -84,6 +84,7 @@ class Stack:
         self.metrics_ports: list[int] = []
         self._flower: Part | None = None
         self._mirror: Mirror | None = None
+        self._note = functools.partial(note_trouble, options.data_dir)
         self._models: dict[str, Model] = {}
         """What the folder of models had as it was mirrored."""
         self._keepers: list[asyncio.Task[None]] = []
@@ -166,8 +167,7 @@ class Stack:
             specs.append(spec)
         if options.external_triton_urls is None:
             grpc_port, http_port, metrics_port = (ports[flag] for flag in TRITON_PORTS)
-            note = functools.partial(note_trouble, options.data_dir)
-            spec = triton_spec(options.data_dir, grpc_port, http_port, metrics_port, self._progress, note)
+            spec = triton_spec(options.data_dir, grpc_port, http_port, metrics_port, self._progress, self._note)
             self.triton_grpc = spec.address
             self.triton_http = f"{spec.address.rpartition(':')[0]}:{http_port}"
             specs.append(spec)
@@ -262,10 +262,9 @@ class Stack:
 
     async def _watch_models(self) -> None:
         assert self._mirror is not None and self._triton is not None
-        note = functools.partial(note_trouble, self._options.data_dir)
         async with InferenceServerClient(self.triton_grpc) as client:
             loads = Loads(client, self._triton.spec.log_file)
-            changes = Changes(self._mirror, loads, self._progress, note)
+            changes = Changes(self._mirror, loads, self._progress, self._note)
             await watch(self._mirror, changes, self._models, self._progress)
 
     async def _start_together(self, parts: list[Part]) -> None:

@@ -53,8 +53,8 @@ class ServedModels:
         """Called with a model that is served and was not known."""
         self.queues: set[str] = set()
         """Queues of the models in the endpoints' repositories."""
-        self._reasons: dict[str, str] = {}
-        """Why models are not loaded, as an endpoint tells it."""
+        self._troubles: dict[str, str] = {}
+        """Why models are not loaded, as an endpoint and the stack on this machine tell it."""
 
     def known(self, model: str) -> Checker | None:
         """The checker of a model, if it is in memory."""
@@ -69,7 +69,7 @@ class ServedModels:
             told[keys.CATALOGUE_COMPLETE] = b"1"
         for model, (checker, _) in self._checkers.items():
             told[model] = msgspec.json.encode(checker.signature)
-        for model, reason in (self._reasons | self._troubles_of_stack()).items():
+        for model, reason in self._troubles.items():
             told[keys.CATALOGUE_TROUBLE + model] = reason.encode(errors="backslashreplace")[:TROUBLE_BYTES]
         return told
 
@@ -206,7 +206,8 @@ class ServedModels:
                 endpoint = self._endpoints.pick()
                 index = await endpoint.index()
                 self.queues = {keys.queue_name(model) for model in index}
-                self._reasons = {model: reason for model, reason in index.items() if reason}
+                self._troubles = {model: reason for model, reason in index.items() if reason}
+                self._troubles |= self._troubles_of_stack()
                 ready = await endpoint.models(ready=True)
             except SamphireError:
                 await asyncio.sleep(CHECK_S)
