@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from celery.result import AsyncResult
 from hypothesis import settings
 
 from samphire import Client
 from samphire.wire import keys
 from tests.stacks import Up, Valkey, eventually, model_repository, need_servers, running_stack, running_valkey
 from tests.support.names import KEYS
+
+# A result of Celery unsubscribes when it is collected: where its server is gone by then, Celery tries for 20 s to reach
+# it, in the thread of whichever test runs. Connections end with their applications (`tests/support/plain.py`).
+del AsyncResult.__del__
 
 settings.register_profile("samphire", deadline=None, derandomize=True)  # a slow machine is no failure
 settings.load_profile("samphire")
