@@ -90,6 +90,9 @@ def test_task_events_reach_a_monitor(plain: Celery, client: Client) -> None:
     (received,) = [event for event in seen if event.get("uuid") == task.id and event["type"] == "task-received"]
     assert received["name"] == "samphire.infer"
     assert received["kwargs"] == "identity: input_fp32 FP32[1, 1]"
+    (succeeded,) = [event for event in seen if event.get("uuid") == task.id and event["type"] == "task-succeeded"]
+    assert succeeded["result"] == str(task.result().timings)
+    assert ", Triton " in succeeded["result"] and "; attempt 1, worker worker" in succeeded["result"]
     (failure,) = [event for event in seen if event.get("uuid") == failed.id and event["type"] == "task-failed"]
     assert "negative" in failure["exception"]
 

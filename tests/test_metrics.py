@@ -148,7 +148,7 @@ def test_records_are_frozen() -> None:
     told: list[TaskSeen] = []
 
     class Changing(Observer):
-        def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
+        def succeeded(self, tasks: Sequence[TaskSeen], timings: Sequence[object]) -> None:
             told.extend(tasks)
             tasks[0].model = "another"  # type: ignore[misc]
 

@@ -92,7 +92,7 @@ idempotency_key=, max_attempts=, backoff=, collect=, webhook=)
     webhooks
 DeadLetter(id, task_id, model, queue, reason, error, attempts, worker, died_at, run=, history=, message=, refusals=)
 DeliveryAttempt(at, error=, status=, ms=, answer=)
-InferResult(task_id, model_name, model_version, outputs, output_count=)
+InferResult(task_id, model_name, model_version, outputs, output_count=, timings=)
 LetterFilter(model=, reason=, since=, until=)
     fits(letter)
 ModelSignature(name, versions, inputs, outputs, max_batch_size, decoupled=, dynamic_batching=, sequence_batching=)
@@ -114,6 +114,10 @@ Task
 TaskEvent(task_id, kind, status, at, position, run=, attempt=, seq=, outputs=, index=, fraction=, message=, \
 output_count=, output_bytes=, requested=, earliest=, latest=, begins_anew=)
 TensorSpec(name, datatype, shape, optional=)
+Timings(*, settled_at, queued_s=, waited_s, triton_s, triton_queue_s=, triton_compute_s=, settling_s, attempts=, \
+batch_size=, worker)
+    claimed_at
+    submitted_at
 WebhookDelivery(id, event, run, state, attempts=, next_at=)
 WebhookEndpoint(name, disabled)
 """

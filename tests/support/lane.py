@@ -138,6 +138,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.values: list[float] = []
         """Inputs, in the order in which they came."""
         self.address = ""
+        self.statistics = service_pb2.InferStatistics()
+        """What it tells of each model."""
+        self.looks = 0
+        """How often it was asked for them."""
 
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         return service_pb2.ServerReadyResponse(ready=self.is_up)
@@ -168,6 +172,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         config.input.add(name="x", data_type=model_config_pb2.TYPE_FP32, dims=[1])
         config.output.add(name="y", data_type=model_config_pb2.TYPE_FP32, dims=[self.widths.get(request.name, 1)])
         return service_pb2.ModelConfigResponse(config=config)
+
+    async def ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.looks += 1
+        answer = service_pb2.ModelStatisticsResponse()
+        answer.model_stats.add(name=request.name, version=request.version, inference_stats=self.statistics)
+        return answer
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         if not self.is_up:

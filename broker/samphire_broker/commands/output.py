@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+import msgspec
 
 from samphire import (
     BrokerMemoryFullError,
@@ -102,7 +103,8 @@ def print_result(result: InferResult, *, as_json: bool) -> None:
     if as_json:
         outputs = [_tensor(name, array) for name, array in result.outputs.items()]
         fields = {"id": result.task_id, "model_name": result.model_name, "model_version": result.model_version}
-        print_json({**fields, "outputs": outputs})
+        timings = {} if result.timings is None else {"timings": msgspec.to_builtins(result.timings)}
+        print_json({**fields, **timings, "outputs": outputs})
         return
     click.echo(shown(f"{result.model_name} version {result.model_version}, task {result.task_id}"))
     for name, array in result.outputs.items():
@@ -110,6 +112,8 @@ def print_result(result: InferResult, *, as_json: bool) -> None:
         more = ", …" if array.size > SHOWN_VALUES else ""
         datatype, shape, _ = array_to_bytes(name, array)
         click.echo(shown(f"  {name} {datatype}{shape}: {values}{more}"))
+    if result.timings is not None:
+        say(shown(str(result.timings)))
 
 
 def _text(value: Any) -> str:

@@ -50,6 +50,7 @@ from samphire.errors import (
 )
 from samphire.wire.contract import Backoff
 from samphire.wire.signature import ModelSignature, TensorSpec
+from samphire.wire.timings import Timings
 
 __all__ = [
     "AsyncClient",
@@ -93,6 +94,7 @@ __all__ = [
     "TaskExpiredError",
     "TaskGoneError",
     "TensorSpec",
+    "Timings",
     "TransientError",
     "UnknownModelError",
     "UnknownTaskError",

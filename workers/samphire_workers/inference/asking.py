@@ -19,7 +19,7 @@ from samphire_workers.inference import batching
 from samphire_workers.inference.locks import ModelLocks
 from samphire_workers.inference.reloading import Reloads
 from samphire_workers.inference.streaming import Starting, Streaming
-from samphire_workers.intake.request import Request
+from samphire_workers.intake.request import Answered, Request
 from samphire_workers.intake.served import ServedModels
 from samphire_workers.monitoring.observers import BatchSeen, Observers
 from samphire_workers.settlement.consequences import Model, consequence_of
@@ -31,6 +31,7 @@ from samphire_workers.triton.endpoint import Endpoint
 from samphire_workers.triton.endpoints import Endpoints
 from samphire_workers.triton.errors import GivenUpError, StalledError
 from samphire_workers.triton.messages import Tensor
+from samphire_workers.triton.statistics import Statistics
 from samphire_workers.unexpected import our_error
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Asker:
         self._streaming = streaming
         self._observers = observers
         self._reloads = Reloads(served)
+        self._statistics = Statistics()
         self._asked: set[_Asked] = set()
         self._ending: SamphireError | None = None
 
@@ -144,9 +146,14 @@ class Asker:
             if asked.clock is not None:
                 asked.clock.cancel()
             self._ledger.limits.took(model, time.monotonic() - batch[0].taken_in_at)
+        answered_at = time.monotonic()
         self._reloads.has_answered(asked.endpoint, model)
         if not batch[0].streams:  # each of its outputs is checked by itself
             self._check(batch, outputs)
+        averages = await self._statistics.averages(asked.endpoint, model, batch[0].version)
+        answered = Answered(asked.at, answered_at, len(batch), averages)
+        for request in batch:
+            request.answered = answered
         return batching.split(batch, outputs)
 
     async def _send(self, asked: _Asked, starting: Starting | None) -> list[Tensor]:

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from samphire.errors import SamphireError
 from samphire.wire import keys
 from samphire.wire.contract import Envelope, InferRequest, Streamed
 from samphire.wire.signature import ModelSignature
+from samphire.wire.timings import Timings
 from samphire_broker.settings import Settings
 from samphire_broker.store import Claimed, Delivery, Webhook
 from samphire_broker.webhooks.endpoint import Destination
 from samphire_workers.triton.endpoint import Endpoint
+from samphire_workers.triton.statistics import Averages
 
 
 class Times(NamedTuple):
@@ -31,6 +33,15 @@ class Times(NamedTuple):
 
 
 NO_TIMES = Times()
+
+
+class Answered(NamedTuple):
+    """How Triton has answered a micro-batch; points in time by the monotonic clock."""
+
+    asked_at: float
+    at: float
+    tasks: int
+    averages: Averages
 
 
 Run = Callable[["Request"], Coroutine[Any, Any, Any]]
@@ -101,6 +112,11 @@ class Request:
     """When its micro-batch was made, by the monotonic clock."""
     started_at: float | None = None
     """When it began to run, in s since 1970."""
+    claimed_at: float = 0.0
+    """When this worker has claimed it, by the monotonic clock."""
+    answered: Answered | None = None
+    timings: Timings | UnsetType = UNSET
+    """Where its time went, once it has succeeded."""
     canvas: dict[str, Any] | None = None
     """Celery's request, of a task that has next steps or belongs to a chord."""
     kind: Kind | None = None

@@ -104,12 +104,13 @@ class Sorter:
     async def take_in(self, claimed: Sequence[Claimed]) -> None:
         """Read what was claimed, and start what each message asks for."""
         requests: list[Request] = []
-        began = time.monotonic()
+        claimed_at = began = time.monotonic()
         for claim in claimed:
             if time.monotonic() - began > READ_S:
                 await asyncio.sleep(0)
                 began = time.monotonic()
             request, error = read_or_error(claim, self._settings, self._kinds)
+            request.claimed_at = claimed_at
             if request.infer is not None and request.infer.webhook:
                 error = await self._find_destination(request, request.infer, error)
             if isinstance(request.payload, CanvasStart):

@@ -18,10 +18,12 @@ from typing import Any
 from celery import Celery
 from celery.worker import state as worker_state
 from kombu.exceptions import OperationalError
+from msgspec import UNSET, UnsetType
 
 from samphire.errors import SamphireError
+from samphire.wire.timings import Timings
 from samphire_workers.monitoring.observers import Observer, TaskSeen
-from samphire_workers.monitoring.sent import SentTasks
+from samphire_workers.monitoring.sent import End, SentTasks
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +74,16 @@ class CeleryEvents(Observer):
             # A state of its own would hide a later retry or cancellation: Celery puts unknown states above these.
             self._add("task-started", task.task_id, result=told)
 
-    def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
-        """These have their answers."""
+    def succeeded(self, tasks: Sequence[TaskSeen], timings: Sequence[Timings | UnsetType]) -> None:
+        """These have their answers: where the time of each went is shown in the place of its result."""
         now = time.time()
-        for task in tasks:
+        for task, times in zip(tasks, timings, strict=True):
             runtime = now - (task.started_at or now)
             if self._was_shown(task):
-                self._add("task-succeeded", task.task_id, last=True, result="", runtime=runtime)
+                told = "" if times is UNSET else str(times)
+                self._add("task-succeeded", task.task_id, last=True, result=told, runtime=runtime)
             elif self.enabled:
-                self._sent.ended(task.task_id, now, runtime)
+                self._sent.ended(task.task_id, End(now, runtime, times))
 
     def dropped(self, task: TaskSeen) -> None:
         """A task is not this worker's any more: it goes back to its queue, and whoever ends it is to tell its end."""
@@ -117,8 +120,11 @@ class CeleryEvents(Observer):
             with ThreadPoolExecutor(1, thread_name_prefix="samphire-events") as thread:
                 while True:
                     await asyncio.sleep(FLUSH_S)
-                    for task_id, at, runtime in self._sent.take(LATE_ENDS_A_FLUSH):
-                        self._add("task-succeeded", task_id, last=True, timestamp=at, result="", runtime=runtime)
+                    for task_id, end in self._sent.take(LATE_ENDS_A_FLUSH):
+                        told = "" if end.timings is UNSET else str(end.timings)
+                        self._add(
+                            "task-succeeded", task_id, last=True, timestamp=end.at, result=told, runtime=end.runtime_s
+                        )
                     if self._buffer:
                         await self._flush(thread)
         except RuntimeError as error:

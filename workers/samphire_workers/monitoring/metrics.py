@@ -104,7 +104,7 @@ class Metrics(Observer):
         self._outputs.add(self._known(model), count=outputs)
         self._output_bytes.add(self._known(model), count=nbytes)
 
-    def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
+    def succeeded(self, tasks: Sequence[TaskSeen], timings: Sequence[object]) -> None:
         """These have their answers."""
         for model, count in Counter([task.model for task in tasks]).items():
             self._ends.add(self._known(model), "succeeded", count=count)

@@ -12,10 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from msgspec import UnsetType
+
 from samphire.errors import SamphireError
 from samphire.wire import keys
 from samphire.wire.contract import Headers, InferRequest
 from samphire.wire.envelope import describe
+from samphire.wire.timings import Timings
 from samphire_workers.intake.request import Request
 
 logger = logging.getLogger(__name__)
@@ -112,8 +115,8 @@ class Observer:
     def streamed(self, model: str, outputs: int, nbytes: int) -> None:
         """A stream has ended, however; so many outputs and bytes of it are written."""
 
-    def succeeded(self, tasks: Sequence[TaskSeen]) -> None:
-        """These have their answers."""
+    def succeeded(self, tasks: Sequence[TaskSeen], timings: Sequence[Timings | UnsetType]) -> None:
+        """These have their answers; where the time of each went, if Triton has answered it."""
 
     def released(self, task: TaskSeen) -> None:
         """A task goes back to its queue."""
@@ -213,7 +216,8 @@ class Observers:
 
     def succeeded(self, requests: Sequence[Request]) -> None:
         """See `Observer`."""
-        self._tell("succeeded", [request.seen or seen(request, self._now()) for request in requests])
+        tasks = [request.seen or seen(request, self._now()) for request in requests]
+        self._tell("succeeded", tasks, [request.timings for request in requests])
 
     def released(self, request: Request) -> None:
         """See `Observer`."""

@@ -10,11 +10,13 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict, deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import Celery
+from msgspec import UnsetType
 
 from samphire.transport.repeat import Pauses
+from samphire.wire.timings import Timings
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,15 @@ RETRY_S = 0.5
 RETRY_CAP_S = 5.0
 
 
+class End(NamedTuple):
+    """How a task has succeeded."""
+
+    at: float
+    """In s since 1970."""
+    runtime_s: float
+    timings: Timings | UnsetType
+
+
 class SentTasks:
     """What is heard of tasks that were sent, and which of their ends are still to be told."""
 
@@ -34,19 +45,18 @@ class SentTasks:
         self._app = app
         self._lock = threading.Lock()
         self._sent: OrderedDict[str, None] = OrderedDict()
-        self._ended: OrderedDict[str, tuple[float, float]] = OrderedDict()
-        """By task: when it ended, in s since 1970, and how long it ran, in s."""
-        self._to_tell: deque[tuple[str, float, float]] = deque(maxlen=SENT_MAX)
+        self._ended: OrderedDict[str, End] = OrderedDict()
+        self._to_tell: deque[tuple[str, End]] = deque(maxlen=SENT_MAX)
         self._stopped = threading.Event()
 
-    def ended(self, task_id: str, at: float, runtime_s: float) -> None:
+    def ended(self, task_id: str, end: End) -> None:
         """A task has ended of which nothing was shown."""
         with self._lock:
             if task_id in self._sent:
                 del self._sent[task_id]
-                self._to_tell.append((task_id, at, runtime_s))
+                self._to_tell.append((task_id, end))
                 return
-            self._ended[task_id] = (at, runtime_s)
+            self._ended[task_id] = end
             if len(self._ended) > ENDED_MAX:
                 self._ended.popitem(last=False)
 
@@ -56,8 +66,8 @@ class SentTasks:
             with self._lock:
                 self._sent.pop(task_id, None)
 
-    def take(self, most: int) -> list[tuple[str, float, float]]:
-        """Ends that are to be told now: task, when, and how long it ran."""
+    def take(self, most: int) -> list[tuple[str, End]]:
+        """Ends that are to be told now, by task."""
         with self._lock:
             return [self._to_tell.popleft() for _ in range(min(most, len(self._to_tell)))]
 
@@ -75,7 +85,7 @@ class SentTasks:
             return
         with self._lock:
             if (end := self._ended.pop(task_id, None)) is not None:  # it was quicker than its event
-                self._to_tell.append((task_id, *end))
+                self._to_tell.append((task_id, end))
                 return
             self._sent[task_id] = None
             if len(self._sent) > SENT_MAX:

@@ -69,11 +69,14 @@ class Endings:
     async def succeed(self, answered: Sequence[tuple[Request, list[Tensor]]]) -> None:
         """End tasks that Triton has answered."""
         done, ended = outcome.now_text(), []
+        now, clock_now = time.monotonic(), self._store.clock.now()
         for request, outputs in answered:
             if request.over:
                 continue
             try:
-                refs = await self._claim_checks(request, outputs)
+                if refs := await self._claim_checks(request, outputs):
+                    now, clock_now = time.monotonic(), self._store.clock.now()
+                request.timings = outcome.timings(request, now, clock_now, self._worker)
                 answer = outcome.response(request, outputs, refs)
                 settlement = outcome.success(request, answer, done)
                 passed_on = answer if request.canvas is None else await self._passed_on(request, outputs, answer)

@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from samphire.errors import EndpointTimeoutError, InternalError, SamphireError
 from samphire.wire import keys
 from samphire.wire.contract import FailureInfo, InferResponse, OutputTensor, Ref
 from samphire.wire.envelope import new_task_id
 from samphire.wire.tensors import bytes_to_values
+from samphire.wire.timings import Timings
 from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store
 from samphire_workers.intake.loading import sha256_hex
 from samphire_workers.intake.request import Request
@@ -97,7 +98,40 @@ def response(request: Request, outputs: Sequence[Tensor], refs: Mapping[str, Ref
     """What Triton answered, as the contract says it."""
     tensors = [_output(tensor, refs, request.json_values) for tensor in outputs]
     streamed = UNSET if request.streamed is None else request.streamed
-    return InferResponse(request.request.model_name, request.version, tensors, streamed)
+    return InferResponse(request.request.model_name, request.version, tensors, streamed, request.timings)
+
+
+def timings(request: Request, now: float, clock_now: float, worker: str) -> Timings | UnsetType:
+    """Where the time of a task went that Triton has answered.
+
+    Args:
+        request: that was answered.
+        now: by the monotonic clock.
+        clock_now: by the broker's clock, in s since 1970.
+        worker: name of this worker.
+    """
+    answered = request.answered
+    if answered is None:
+        return UNSET
+    claimed_at = request.claimed_at
+    sent_at = None if request.envelope is None else request.envelope.headers.samphire_sent_at
+    queue_s, compute_s = answered.averages
+    return Timings(
+        settled_at=_rounded(clock_now),
+        queued_s=None if sent_at is None else _rounded(max(0.0, clock_now - (now - claimed_at) - sent_at)),
+        waited_s=_rounded(answered.asked_at - claimed_at),
+        triton_s=_rounded(answered.at - answered.asked_at),
+        triton_queue_s=None if queue_s is None else _rounded(queue_s),
+        triton_compute_s=None if compute_s is None else _rounded(compute_s),
+        settling_s=_rounded(now - answered.at),
+        attempts=request.attempts + 1,
+        batch_size=answered.tasks,
+        worker=worker,
+    )
+
+
+def _rounded(seconds: float) -> float:
+    return int(seconds * 1e6) / 1e6  # `round` takes ten times as long
 
 
 def _own_blobs(request: Request) -> tuple[str, ...]:

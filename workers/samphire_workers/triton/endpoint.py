@@ -38,6 +38,8 @@ from samphire_workers.triton.messages import Tensor, flag, set_timeout, tensors_
 
 CONTROL_TIMEOUT_S = 5.0
 """A server that does not answer a simple question for so long hangs: nothing under way there is waited for."""
+STATISTICS_TIMEOUT_S = 0.5
+"""A task that has its answer waits for them."""
 RELOAD_S = 60.0
 END_S = 0.25
 """A stream that has failed may come to its end for so long before a moment is sought to cancel it."""
@@ -184,6 +186,12 @@ class Endpoint:
             if entry.state == "UNAVAILABLE" and entry.reason not in ("", "unloaded"):
                 reasons[entry.name] = f"version {entry.version}: {entry.reason}"
         return reasons
+
+    async def statistics(self, model: str, version: str) -> Any:
+        """The `InferStatistics` of a version of a model; None where the server tells nothing of it."""
+        request = service_pb2.ModelStatisticsRequest(name=model, version=version)
+        answer = await self._call("ModelStatistics", request, STATISTICS_TIMEOUT_S)
+        return answer.model_stats[0].inference_stats if answer.model_stats else None
 
     async def reload(self, model: str) -> None:
         """Unload a model and load it again: to load what is loaded already does nothing."""

@@ -23,6 +23,7 @@ from samphire.errors import (
 from samphire.wire.contract import DELETED, FailureInfo, InferResponse, OutputTensor, Ref, TaskMeta
 from samphire.wire.outputs import StreamedTensor
 from samphire.wire.tensors import bytes_to_array, values_to_bytes
+from samphire.wire.timings import Timings
 
 Status = Literal["queued", "scheduled", "running", "retrying", "succeeded", "failed", "cancelled", "expired"]
 
@@ -56,6 +57,8 @@ class InferResult:
     dimension."""
     output_count: int | None = None
     """Of a model that streams: how many outputs it has given out."""
+    timings: Timings | None = None
+    """Where its time went; None of a result that an older worker has written."""
 
 
 def decode_meta(meta: bytes) -> TaskMeta:
@@ -107,7 +110,8 @@ async def result_of(task_id: str, meta: TaskMeta, fetch: FetchBlob) -> InferResu
             f"task {task_id} is no inference of Samphire: its stored result is not understood: {error}"
         )
     count = None if response.streamed is UNSET else response.streamed.outputs
-    return InferResult(task_id, response.model_name, response.model_version, outputs, count)
+    timings = None if response.timings is UNSET else response.timings
+    return InferResult(task_id, response.model_name, response.model_version, outputs, count, timings)
 
 
 async def streamed_array(tensor: StreamedTensor, fetch: FetchBlob) -> NDArray[Any]:

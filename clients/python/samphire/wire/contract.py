@@ -17,6 +17,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from samphire.errors import InvalidInputError
+from samphire.wire.timings import Timings
 
 CONTRACT_VERSION = 1
 ID_MAX_CHARACTERS = 255
@@ -160,6 +161,7 @@ class InferResponse(Struct, omit_defaults=True):
     outputs: list[OutputTensor]
     """Of a task that has streamed they are joined along the first dimension, or are in its log only."""
     streamed: Streamed | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
 
 
 class FailureInfo(Struct):
