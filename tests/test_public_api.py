@@ -114,8 +114,8 @@ Task
 TaskEvent(task_id, kind, status, at, position, run=, attempt=, seq=, outputs=, index=, fraction=, message=, \
 output_count=, output_bytes=, requested=, earliest=, latest=, begins_anew=)
 TensorSpec(name, datatype, shape, optional=)
-Timings(*, settled_at, queued_s=, waited_s, triton_s, triton_queue_s=, triton_compute_s=, settling_s, attempts=, \
-batch_size=, worker)
+Timings(*, settled_at, queued_s=, waited_s, triton_s, triton_queue_s=, triton_compute_s=, settling_s, attempts, \
+batch_size, worker)
     claimed_at
     submitted_at
 WebhookDelivery(id, event, run, state, attempts=, next_at=)

@@ -28,9 +28,9 @@ class Timings(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The same for what the model took, copies of inputs and outputs with it."""
     settling_s: float
     """From the answer until the end was handed over: the answer was taken apart, and large outputs were stored."""
-    attempts: int = 1
+    attempts: int
     """How often it was tried, this time with it."""
-    batch_size: int = 1
+    batch_size: int
     """Tasks of its micro-batch, itself with them."""
     worker: str
     """Name of the worker that answered."""
