@@ -6,6 +6,7 @@ import base64
 import bz2
 import json
 import lzma
+import time
 import uuid
 import zlib
 from typing import Any
@@ -18,7 +19,7 @@ from kombu.compression import compress
 from samphire.errors import InvalidInputError, PayloadTooLargeError
 from samphire.wire import keys
 from samphire.wire.contract import INFER_TASK, InferRequest, InputTensor
-from samphire.wire.envelope import decode_body, decode_envelope, describe, encode_task, new_task_id
+from samphire.wire.envelope import decode_body, decode_envelope, describe, encode_task, new_task_id, time_of_id
 from samphire_broker.queues import inference_queue, intake
 from tests.stacks import Valkey
 from tests.support.plain import plain_celery
@@ -28,7 +29,7 @@ REQUEST = InferRequest("digits", [InputTensor("image", "FP32", [1, 1], raw="AAAA
 
 def test_kombu_reads_what_the_sdk_writes(valkey: Valkey) -> None:
     """A stock kombu consumer gets task, id and arguments out of an SDK message."""
-    task_id = new_task_id()
+    task_id = new_task_id(time.time())
     queue = inference_queue("digits", "acme")
     message = encode_task(INFER_TASK, task_id, REQUEST, queue.name, 0, headers={"samphire_stream": "events:1"})
     valkey.client.lpush(queue.name, message)
@@ -43,11 +44,17 @@ def test_kombu_reads_what_the_sdk_writes(valkey: Valkey) -> None:
     assert embed["chain"] is None
 
 
-def test_task_ids_are_random_uuids() -> None:
-    """RFC 9562, version 4."""
-    ids = {new_task_id() for _ in range(200)}
+def test_task_ids_are_uuids_in_the_order_of_time() -> None:
+    """RFC 9562, version 7; ids of others tell no time."""
+    now = 1_790_000_000.123
+    ids = {new_task_id(now) for _ in range(200)}
     assert len(ids) == 200
-    assert {(uuid.UUID(task_id).version, uuid.UUID(task_id).variant) for task_id in ids} == {(4, uuid.RFC_4122)}
+    assert {(uuid.UUID(task_id).version, uuid.UUID(task_id).variant) for task_id in ids} == {(7, uuid.RFC_4122)}
+    assert {time_of_id(task_id) for task_id in ids} == {now}
+    assert max(ids) < min(new_task_id(now + 0.001), new_task_id(now + 3600))
+    assert [time_of_id(other) for other in (str(uuid.uuid4()), "", "mine", max(ids) + "0", max(ids).upper())] == [
+        None
+    ] * 5
 
 
 @pytest.mark.parametrize("compression", [None, "zlib", "bzip2", "lzma"])

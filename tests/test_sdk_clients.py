@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -276,7 +277,7 @@ def test_a_broken_canvas_message_is_a_dead_letter(client: Client, stack: Up) -> 
     from samphire.wire.contract import CANVAS_TASK, CanvasStart
     from samphire.wire.envelope import encode_task, new_task_id
 
-    task_id = new_task_id()
+    task_id = new_task_id(time.time())
     message = encode_task(CANVAS_TASK, task_id, CanvasStart({"task": "celery.chain", "kwargs": 7}), "inference", 0)
     with stack.redis() as redis:
         redis.lpush("inference", message)

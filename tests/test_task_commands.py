@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
 
 from samphire import Client
 from samphire.wire import keys
-from tests.stacks import Up, Valkey, eventually, samphire
+from tests.stacks import ENDS_S, SAMPHIRE, Up, Valkey, bound, clean_environment, eventually, samphire
 
 
 def lines(ended: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -82,6 +85,48 @@ def test_cancel(stack: Up) -> None:
     assert "TaskCancelledError" in watched.stderr
 
 
+@contextlib.contextmanager
+def watching(broker_url: str, task_id: str) -> Iterator[IO[str]]:
+    """What `samphire watch` says while it waits; it is ended as by Ctrl-C."""
+    environment = clean_environment() | {"SAMPHIRE_BROKER_URL": broker_url}
+    command = bound([SAMPHIRE, "watch", task_id], "TERM")
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as watch:
+        try:
+            assert watch.stderr is not None
+            yield watch.stderr
+        finally:
+            watch.send_signal(signal.SIGINT)
+            assert watch.wait(ENDS_S) != 0
+
+
+def test_watch_says_why_a_task_waits(stack: Up, valkey: Valkey) -> None:
+    """At once, and whenever that changes."""
+    inputs = {"x": np.ones((1, 1), np.float32)}
+    with Client(valkey.url) as client:  # where no worker is
+        task = client.submit("one", inputs)
+        with watching(valkey.url, task.id) as said:
+            assert said.readline() == "(no worker runs; 0 of the 1 tasks in queue inference.one are before it)\n"
+            client.submit("one", inputs, priority="high")
+            assert "1 of the 2 tasks" in said.readline()
+    with Client(stack.broker_url) as client:
+        later = client.submit("slow", {"seconds": np.zeros((1, 1), np.float32)}, delay_s=3600)
+        with watching(stack.broker_url, later.id) as said:
+            assert said.readline().startswith("(scheduled for 20")
+        later.cancel()
+
+
+def test_watch_ends_with_what_is_wrong(stack: Up) -> None:
+    """Nobody knows the task, or it has failed."""
+    unknown = samphire(stack.broker_url, "watch", "no-such-task")
+    assert unknown.returncode == 1 and unknown.stdout == ""
+    assert "UnknownTaskError: task no-such-task: nobody knows it" in unknown.stderr
+    failed = samphire(stack.broker_url, "submit", "picky", "--input", "x=[[-1]]", "--max-attempts", "1").stdout.strip()
+    watched = samphire(stack.broker_url, "watch", failed)
+    assert watched.returncode == 1 and "ModelFaultError: " in watched.stderr
+
+
 def test_queues(valkey: Valkey, stack: Up) -> None:
     """What waits where; who works."""
     with Client(valkey.url) as client, Client(valkey.url, tenant="acme") as acme:
@@ -115,7 +160,7 @@ def test_queues(valkey: Valkey, stack: Up) -> None:
         (["submit", "identity", "--input", "input_fp32=[[1]]", "--delay-s", "-1"], 1, "delay_s"),
         (["submit", "identity", "--inputs", "/nowhere"], 2, "No such file"),
         (["submit", "slow", "--input", "seconds=[[2]]", "--wait", "--timeout-s", "0.2"], 4, "no result after 0.2 s"),
-        (["result", "no-such-task"], 4, "queued, or unknown"),
+        (["result", "no-such-task"], 1, "nobody knows it"),
         (["result", "x" * 300], 1, "expected a task id"),
         (["cancel"], 2, "Missing argument"),
         (["watch", "a", "--unknown"], 2, "No such option"),

@@ -95,6 +95,10 @@ class Settings(BaseSettings):
     model_retries: dict[str, ModelRetry] = Field(default_factory=dict)
     """JSON object: by model, an object with its own max_attempts, backoff_base_s, backoff_cap_s, backoff_jitter."""
 
+    unserved_timeout_s: float | None = Field(default=None, gt=0, le=LONGEST_S)
+    """The tasks of a model that no endpoint has served since the worker knows of it fail after so long. By default they
+    wait until it is loaded, as those of a model that was served before always do."""
+
     shutdown_timeout_s: float = Field(default=60.0, ge=0, le=LONGEST_S)
     """How long a worker that is asked to end goes on with what it holds; then it hands it back."""
 

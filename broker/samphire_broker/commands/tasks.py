@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import codecs
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import click
 import numpy as np
 
-from samphire import Client, SamphireError, Task, TaskEvent
+from samphire import Client, SamphireError, Task, TaskDetail, TaskEvent, UnknownTaskError
 from samphire.transport.address import broker_of
 from samphire_broker.commands.output import (
     FAILED,
@@ -24,6 +26,9 @@ from samphire_broker.commands.output import (
 )
 from samphire_broker.inspection.overview import overview
 from samphire_broker.shown import shown, shown_lines
+
+WHY_S = 2.0
+"""Between two looks at why a task waits."""
 
 
 def _parse_pairs(pairs: tuple[str, ...], what: str) -> dict[str, str]:
@@ -132,11 +137,15 @@ def submit(
 def watch(client: Client, *, task_id: str, stream: bool, after: str | None, as_json: bool) -> None:
     """Print what happens to a task, until it has ended; fails unless it succeeded.
 
-    Without --stream each state is printed as it is reached, and how far the task is, if its model tells that.
+    Without --stream each state is printed as it is reached, and how far the task is, if its model tells that. While it
+    waits, why is said too.
     """
     task, told = client.task(task_id), ""
+    detail = task.status(detail=True)
+    if detail.is_known is False:
+        raise UnknownTaskError(f"task {task_id}: {detail.why}")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for event in task.events(after):
+    for event in _with_reasons(task, detail, task.events(after)):
         told = event.status
         if as_json:
             print_json(_event_as_dict(event))
@@ -150,6 +159,31 @@ def watch(client: Client, *, task_id: str, stream: bool, after: str | None, as_j
         click.echo()
     if told != "succeeded":
         fail(_why(task))
+
+
+def _with_reasons(task: Task, detail: TaskDetail, events: Iterator[TaskEvent]) -> Iterator[TaskEvent]:
+    """The events of a task; meanwhile, as long as it is not done, why not is said whenever that changes."""
+    ended = threading.Event()
+
+    def tell(why: str) -> None:
+        while not ended.wait(WHY_S):
+            try:
+                now = task.status(detail=True)
+            except SamphireError:  # the events tell what is wrong
+                continue
+            if now.why and now.why != why and now.status != "running" and not ended.is_set():
+                say(shown(f"({now.why})"))
+            why = now.why
+
+    if detail.why:
+        say(shown(f"({detail.why})"))
+    thread = threading.Thread(target=tell, args=(detail.why,), name="samphire-why", daemon=True)
+    thread.start()
+    try:
+        yield from events
+    finally:
+        ended.set()
+        thread.join(WHY_S)
 
 
 def _described(event: TaskEvent) -> str:
@@ -208,7 +242,11 @@ def result(client: Client, *, task_id: str, timeout_s: float, delete: bool, save
     if timeout_s <= 0 and (status := task.status()) in ("queued", "scheduled", "running", "retrying"):
         progress = task.progress() if status == "running" else None
         far = f", {_described(progress).removeprefix('running ')}" if progress is not None else ""
-        fail(shown(f"task {task_id} is {status}{far}, or unknown: --timeout-s waits for it"), NO_ANSWER)
+        detail = task.status(detail=True)
+        if detail.is_known is False:
+            raise UnknownTaskError(f"task {task_id}: {detail.why}")
+        why = f" ({detail.why})" if detail.why else ""
+        fail(shown(f"task {task_id} is {status}{far}{why}: --timeout-s waits for it"), NO_ANSWER)
     answer = task.result(max(timeout_s, 5.0), delete=delete)
     if save is not None:
         arrays = {name: _for_npz(name, array) for name, array in answer.outputs.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,20 +11,11 @@ import msgspec
 import redis
 from redis.exceptions import RedisError
 
+from samphire.client.detail import why_nothing_is_taken
 from samphire.transport.address import Broker
 from samphire.transport.connection import client_of, key_text, translate
 from samphire.wire.endpoints import POLICY
-from samphire.wire.keys import (
-    CATALOGUE_COMPLETE,
-    CATALOGUE_TROUBLE,
-    INTAKE,
-    PRIORITY_STEPS,
-    Keys,
-    is_of_deliveries,
-    known_form,
-    parse_queue,
-    queue_lists,
-)
+from samphire.wire.keys import INTAKE, PRIORITY_STEPS, Keys, known_form, queue_lists
 from samphire_broker.webhooks.endpoint import failing_text
 
 TIMEOUT_S = 5.0
@@ -121,7 +112,8 @@ def look(client: redis.Redis, keys: Keys) -> Overview:
     queues = []
     for n, name in enumerate(names):
         waiting = tuple(lengths[n * steps : (n + 1) * steps])
-        queues.append(QueueState(name, waiting, _why(name, told, is_served) if any(waiting) else ""))
+        why = why_nothing_is_taken(name, told, is_served=is_served) if any(waiting) else ""
+        queues.append(QueueState(name, waiting, why))
     return Overview(
         queues,
         int(client.zcard(keys.scheduled)),
@@ -129,20 +121,6 @@ def look(client: redis.Redis, keys: Keys) -> Overview:
         workers,
         _endpoints(client, keys),
     )
-
-
-def _why(queue: str, told: Mapping[str, str], is_served: bool) -> str:
-    """Why nothing is taken from a queue, by what the workers tell of the models."""
-    if not is_served:
-        return "no worker runs"
-    model = parse_queue(queue)[0]
-    if not model or is_of_deliveries(model) or told.get(model):
-        return ""
-    if trouble := told.get(CATALOGUE_TROUBLE + model):
-        return f"model {model} is not loaded: {trouble}"
-    if model in told:
-        return f"model {model} is not loaded"
-    return f"no endpoint of the workers has the model {model}" if CATALOGUE_COMPLETE in told else ""
 
 
 def _endpoints(client: Any, keys: Keys) -> list[EndpointSeen]:

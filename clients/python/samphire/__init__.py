@@ -8,6 +8,7 @@
 
 from samphire.client.aio import AsyncClient
 from samphire.client.dead_letters import Attempt, DeadLetter, LetterFilter
+from samphire.client.detail import TaskDetail
 from samphire.client.events import TaskEvent
 from samphire.client.models import ServedModel
 from samphire.client.pipeline import Output, Step
@@ -90,6 +91,7 @@ __all__ = [
     "StreamLimitError",
     "Task",
     "TaskCancelledError",
+    "TaskDetail",
     "TaskEvent",
     "TaskExpiredError",
     "TaskGoneError",

@@ -16,8 +16,10 @@ from samphire.wire.signature import ModelSignature
 from samphire_broker.repository.record import read_record
 from samphire_broker.settings import Settings
 from samphire_workers.intake.checking import Checker
+from samphire_workers.intake.unserved import Unserved
 from samphire_workers.triton.endpoint import Endpoint
 from samphire_workers.triton.endpoints import Endpoints
+from samphire_workers.triton.errors import UnservedError
 from samphire_workers.triton.signatures import Signatures, form
 
 logger = logging.getLogger(__name__)
@@ -40,11 +42,13 @@ DIFFERING_S = 2.0
 class ServedModels:
     """Checkers by model name."""
 
-    def __init__(self, endpoints: Endpoints, settings: Settings) -> None:
+    def __init__(self, endpoints: Endpoints, settings: Settings, worker_id: str) -> None:
         self._endpoints = endpoints
+        self._worker_id = worker_id
         self._endpoints.on_ready = self._is_ready
         self._settings = settings
         self._signatures = Signatures([endpoint.url for endpoint in endpoints.all])
+        self._unserved = Unserved(settings.unserved_timeout_s)
         self._not_joined: dict[str, ModelSignature] = {}
         """Models that have answered a micro-batch with another number of rows than it had, as they were then."""
         self._checkers: dict[str, tuple[Checker, float]] = {}
@@ -71,6 +75,8 @@ class ServedModels:
             told[model] = msgspec.json.encode(checker.signature)
         for model, reason in self._troubles.items():
             told[keys.CATALOGUE_TROUBLE + model] = reason.encode(errors="backslashreplace")[:TROUBLE_BYTES]
+        if not self._endpoints.some_ready.is_set():
+            told[keys.CATALOGUE_TROUBLE + keys.CATALOGUE_TELLER + self._worker_id] = self._endpoints.urls.encode()
         return told
 
     def _troubles_of_stack(self) -> dict[str, str]:
@@ -155,6 +161,7 @@ class ServedModels:
         signature = next((found for found in known if found is not None), None)
         if signature is None:
             return
+        self._unserved.is_served(model)
         checker, _ = self._checkers.get(model, (None, 0.0))
         if checker is None:
             self.on_new(model)
@@ -196,10 +203,25 @@ class ServedModels:
         self._endpoints.trip(endpoint, model, pause_s, unknown=unknown)
         if self._endpoints.is_away(model):
             self._checkers.pop(model, None)
+            self._unserved.is_away(model)
+
+    def given_up(self) -> set[str]:
+        """Models that were not loaded in time: their tasks fail."""
+        return self._unserved.given_up()
+
+    def why_given_up(self, model: str) -> UnservedError:
+        """What such a task fails with."""
+        reason = self._troubles.get(model) or "no endpoint has said why"
+        return UnservedError(
+            f"model {model!r} was not loaded within {self._settings.unserved_timeout_s:g} s "
+            f"(SAMPHIRE_UNSERVED_TIMEOUT_S): {reason}"
+        )
 
     async def watch(self, on_back: Callable[[], None]) -> None:
         """Keep signatures fresh and look whether models that were away are back, for ever."""
         while True:
+            if not self._endpoints.some_ready.is_set():
+                self._unserved.begin_again()
             await self._endpoints.some_ready.wait()
             await self._probe(on_back)
             try:

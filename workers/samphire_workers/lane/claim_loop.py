@@ -17,6 +17,7 @@ from samphire_workers.claims.ledger import Ledger
 from samphire_workers.inference.dispatcher import Dispatcher
 from samphire_workers.inference.sequences import Sequences
 from samphire_workers.intake.request import home_of
+from samphire_workers.intake.served import ServedModels
 from samphire_workers.lane.sorting import Sorter
 from samphire_workers.monitoring.observers import Observers
 from samphire_workers.queues.discovery import INTAKE_MODEL, QueueDiscovery
@@ -53,6 +54,7 @@ class ClaimLoop:
         settings: Settings,
         store: Store,
         endpoints: Endpoints,
+        served: ServedModels,
         watch: QueueWatch,
         round_robin: RoundRobin,
         discovery: QueueDiscovery,
@@ -67,6 +69,7 @@ class ClaimLoop:
         self._settings = settings
         self._store = store
         self._endpoints = endpoints
+        self._served = served
         self._watch = watch
         self._round_robin = round_robin
         self._discovery = discovery
@@ -181,7 +184,8 @@ class ClaimLoop:
             room = self._settings.claim_max  # deliveries have room of their own
         # For queues that this claim does not look into, the earlier answer stands.
         self._ledger.room_is_wanted = held_up or (bool(named) and self._ledger.room_is_wanted)
-        skipped = busy | self._endpoints.away() | self._discovery.unseen | self._sequences.not_led()
+        away = self._endpoints.away() - self._served.given_up()
+        skipped = busy | away | self._discovery.unseen | self._sequences.not_led()
         skipped |= self._leading.closed()
         plan = self._round_robin.plan(room, skipped, named)
         if room <= 0 or room_bytes <= 0 or not plan.turns:
@@ -225,4 +229,6 @@ class ClaimLoop:
         model, _ = keys.parse_queue(queue)
         if model in self._discovery.unseen or model in self._sequences.not_led():
             return False
-        return not self._endpoints.is_away(model) and not self._dispatcher.is_busy(model)
+        if self._endpoints.is_away(model) and model not in self._served.given_up():
+            return False
+        return not self._dispatcher.is_busy(model)

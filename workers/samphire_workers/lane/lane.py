@@ -89,7 +89,7 @@ class Lane:
         self._watch = watch
         self._work = work = Work()
         self._round_robin = RoundRobin(settings.queue_weights)
-        self._served = ServedModels(endpoints, settings)
+        self._served = ServedModels(endpoints, settings, info.id)
         self._served.on_new = observers.served
         self._discovery = QueueDiscovery(store, endpoints, self._served, self._round_robin, watch, work)
         limits = AdaptiveLimits(settings.inflight_max)
@@ -129,6 +129,7 @@ class Lane:
             settings,
             store,
             endpoints,
+            self._served,
             watch,
             self._round_robin,
             self._discovery,

@@ -246,13 +246,7 @@ class Sorter:
         try:
             checker = await self._served.checker(model)
         except EndpointUnavailableError as error:
-            logger.warning(
-                "model %s is away: its tasks wait in their queue, without an attempt: %s",
-                model,
-                error,
-                extra={"action": "model_away"},
-            )
-            await self._ledger.release(requests)
+            await self._wait_for(model, requests, error)
             return
         except SamphireError as error:
             for request in requests:
@@ -277,6 +271,20 @@ class Sorter:
             else:
                 self._sequences.refuse(request, why)
         self._dispatch(model, valid, checker)
+
+    async def _wait_for(self, model: str, requests: Sequence[Request], error: SamphireError) -> None:
+        """Give back what a model is asked that is away; where it was not loaded in time, end it."""
+        if model in self._served.given_up():
+            for request in requests:
+                self._endings.fail(request, self._served.why_given_up(model))
+            return
+        logger.warning(
+            "model %s is away: its tasks wait in their queue, without an attempt: %s",
+            model,
+            error,
+            extra={"action": "model_away"},
+        )
+        await self._ledger.release(requests)
 
     def _dispatch(self, model: str, requests: Sequence[Request], checker: Checker) -> None:
         if checker.signature.sequence_batching:

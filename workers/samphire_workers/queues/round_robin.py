@@ -8,9 +8,6 @@ from typing import NamedTuple
 from samphire.wire import keys
 from samphire_broker.store import Turn
 
-PRIORITY_WEIGHTS = {0: 8, 3: 4, 6: 2, 9: 1}
-"""Parts of a queue's share that each kombu priority step gets first; what one leaves, the next takes."""
-
 QUEUES_A_PLAN = 64
 """Most queues that one claim looks into; with more, the claims take turns."""
 
@@ -129,7 +126,7 @@ class RoundRobin:
         models = list(tenants)
         turns: list[Turn] = []
         for priority in keys.PRIORITY_STEPS:
-            part = PRIORITY_WEIGHTS[priority] / sum(PRIORITY_WEIGHTS.values())
+            part = keys.PRIORITY_WEIGHTS[priority] / sum(keys.PRIORITY_WEIGHTS.values())
             for queue in turn:
                 model = keys.parse_queue(queue)[0]
                 share = messages * self._weights.get(model, 1) / total / tenants[model]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from kombu.transport import redis as kombu_redis
 from samphire.errors import InvalidInputError, SamphireError, error_from_name
 from samphire.wire import keys
 from samphire.wire.contract import CHORD_PART_TASK, INFER_TASK, CanvasStart, ChordMember, ChordPart
-from samphire.wire.envelope import encode_task, new_task_id
+from samphire.wire.envelope import encode_task
 from samphire_broker.store import OtherEnd, Webhook
 from samphire_workers.intake.request import Request
 from samphire_workers.intake.who_waits import checked_stream
@@ -140,7 +141,7 @@ class CapturingBackend(OwnThreadBackend):
         names = ("id", "group", "group_index", "chord", "root_id", "parent_id")
         member = msgspec.convert({name: getattr(request, name, None) for name in names}, ChordMember)
         part = ChordPart(member, state, self.encode_result(result, state))
-        message = encode_task(CHORD_PART_TASK, new_task_id(), part, keys.INTAKE, 0)
+        message = encode_task(CHORD_PART_TASK, str(uuid.uuid4()), part, keys.INTAKE, 0)
         _here.captured.pushes.append((keys.INTAKE, message.decode()))
 
 

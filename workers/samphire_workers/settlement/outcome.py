@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
@@ -12,8 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from samphire.errors import EndpointTimeoutError, InternalError, SamphireError
 from samphire.wire import keys
-from samphire.wire.contract import FailureInfo, InferResponse, OutputTensor, Ref
-from samphire.wire.envelope import new_task_id
+from samphire.wire.contract import FailureInfo, InferResponse, OutputTensor, Ref, RetryInfo
 from samphire.wire.tensors import bytes_to_values
 from samphire.wire.timings import Timings
 from samphire_broker.store import Later, Letter, OtherEnd, Settlement, Store
@@ -228,7 +228,7 @@ def failure(request: Request, error: SamphireError, reason: str, worker: str, at
         meta=_meta_of(request, "FAILURE", _failure_info(error), now_text()),
         stream=request.stream,
         letter=Letter(
-            letter_id=request.task_id or new_task_id(),
+            letter_id=request.task_id or str(uuid.uuid4()),
             model=request.model,
             reason=reason,
             error=_told(error, 4000),
@@ -240,6 +240,8 @@ def failure(request: Request, error: SamphireError, reason: str, worker: str, at
 
 def retry(request: Request, error: SamphireError, delay_s: float, worker: str) -> Settlement:
     """The settlement of an attempt that failed and is followed by another."""
-    meta = _meta_of(request, "RETRY", _failure_info(error), now_text())
+    told = _failure_info(error)
+    info = RetryInfo(told.exc_type, told.exc_message, told.exc_module, attempts=request.attempts + 1)
+    meta = _meta_of(request, "RETRY", info, now_text())
     later = Later(delay_s, attempt_text(worker, error))
     return Settlement(request.claim.field, request.task_id, "retrying", meta, request.stream, retry=later)

@@ -49,6 +49,11 @@ class Endpoints:
         """All endpoints, whether they answer or not, in the order in which they were given."""
         return self._all
 
+    @property
+    def urls(self) -> str:
+        """Addresses of all of them."""
+        return ", ".join(endpoint.url for endpoint in self._all)
+
     async def watch(self) -> None:
         """Keep track of which endpoints are ready, for ever; one that hangs holds up no other."""
         async with asyncio.TaskGroup() as group:
@@ -153,8 +158,8 @@ class Endpoints:
             return self._ready[0]
         for endpoint in self.serving(model):
             return endpoint
-        urls = ", ".join(endpoint.url for endpoint in self._all)
-        raise EndpointUnavailableError(f"no endpoint of {urls} is ready" + (f" for model {model!r}" if model else ""))
+        of = f" for model {model!r}" if model else ""
+        raise EndpointUnavailableError(f"no endpoint of {self.urls} is ready{of}")
 
     def pick_for(self, model: str, sequence_id: str, pinned: Endpoint | None) -> Endpoint:
         """The endpoint of a sequence: the one that it began on, or the same for all workers that ask.

@@ -53,6 +53,12 @@ class GivenUpError(EndpointUnavailableError):
     """The worker waits no more for what an endpoint was asked: it may have been carried out there."""
 
 
+class UnservedError(EndpointUnavailableError):
+    """The model was never loaded, and its tasks wait no longer."""
+
+    retryable = False
+
+
 class StubDiedError(EndpointUnavailableError):
     """The process of a Python model has died; the model says that it is ready, and never answers again."""
 

@@ -301,7 +301,8 @@ class Encoder:
         """
         if not isinstance(inputs, Mapping):
             raise InvalidInputError(f"expected inputs as a mapping of name to array, given {type(inputs).__name__}")
-        task_id = new_task_id()
+        now = int(self._clock.now() * 1000) / 1000  # `round` takes ten times as long
+        task_id = new_task_id(now)
         tensors = TensorEncoder(task_id, self._limits)
         request = self._template
         request.inputs = [tensors.tensor(name, value, self._last_signature) for name, value in inputs.items()]
@@ -316,7 +317,7 @@ class Encoder:
             self.priority,
             kwargsrepr=describe(request),
             headers=self._headers,
-            sent_at=int(self._clock.now() * 1000) / 1000,  # `round` takes ten times as long
+            sent_at=now,
         )
         return Encoded(task_id, message, tensors.blobs)
 

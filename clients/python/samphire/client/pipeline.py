@@ -18,6 +18,7 @@ import msgspec
 
 from samphire.client.encoder import Blob, Encoded, Inputs, Limits, Parameters, TensorEncoder, plain_text, request_for
 from samphire.errors import InvalidInputError
+from samphire.transport.clock import BrokerClock
 from samphire.wire import keys
 from samphire.wire.contract import CANVAS_TASK, INFER_TASK, CanvasStart, InputTensor, check_model_name
 from samphire.wire.envelope import describe, encode_task, new_task_id
@@ -152,6 +153,7 @@ class StepOptions:
     priority: int
     headers: Mapping[str, Any]
     limits: Limits
+    clock: BrokerClock
     webhook: str | None = None
     """Who is told of the end of the last one."""
 
@@ -171,7 +173,7 @@ def encode_chain(
         before = stages[number - 1] if number else []
         tasks = []
         for step in stage:
-            last_id = new_task_id()
+            last_id = new_task_id(options.clock.now())
             webhook = options.webhook if number == len(stages) - 1 else None
             tasks.append(_signature(step, last_id, before, options, signatures, blobs, webhook))
         group = {"task": "celery.group", "args": [], "kwargs": {"tasks": tasks}, "options": {}, "subtask_type": "group"}

@@ -23,6 +23,7 @@ from samphire.errors import (
 )
 from samphire.transport.address import Broker
 from samphire.transport.clock import BrokerClock
+from samphire.transport.direct import DirectConnection
 from samphire.transport.publisher import Publisher
 from samphire.wire.keys import stream_name
 from samphire.wire.signature import ModelSignature
@@ -40,6 +41,8 @@ class Session:
         self.catalogue = ModelCatalogue(self.publisher.connection, broker.keys)
         self.webhooks = WebhookNames(self.publisher.connection, broker.keys)
         self.clock = BrokerClock(self.publisher.connection)
+        self.looking = DirectConnection(broker.address)
+        """For looks that take the broker longer than what every task waits for."""
         self._validate = validate
         self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -50,6 +53,7 @@ class Session:
         self.closed = True
         await self.waiter.close()
         await self.logs.close()
+        await self.looking.close()
         await self.publisher.close()
 
     def check_usable(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from samphire.client.dead_letters import AsyncDeadLetters, DeadLetter, LetterFilter, Letters
+from samphire.client.detail import TaskDetail
 from samphire.client.events import TaskEvent
 from samphire.client.models import AsyncModels, ServedModel
 from samphire.client.results import InferResult, Status
@@ -48,8 +49,16 @@ class Task:
 
         return self._client._run(run)
 
-    def status(self) -> Status:
+    @overload
+    def status(self, *, detail: Literal[False] = False) -> Status: ...
+
+    @overload
+    def status(self, *, detail: Literal[True]) -> TaskDetail: ...
+
+    def status(self, *, detail: bool = False) -> Status | TaskDetail:
         """See `AsyncTask.status`."""
+        if detail:
+            return self._run(lambda task: task.status(detail=True))
         return self._run(lambda task: task.status())
 
     def result(self, timeout_s: float | None = None, *, delete: bool = False) -> InferResult:

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator
+from typing import Literal, overload
 
+from samphire.client.detail import TaskDetail, detail_of
 from samphire.client.events import TaskEvent
 from samphire.client.following import Following
 from samphire.client.results import TERMINAL, InferResult, Status
@@ -30,9 +32,21 @@ class AsyncTask:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}>"
 
-    async def status(self) -> Status:
-        """The task's state; a task that nobody knows counts as queued, as in Celery."""
+    @overload
+    async def status(self, *, detail: Literal[False] = False) -> Status: ...
+
+    @overload
+    async def status(self, *, detail: Literal[True]) -> TaskDetail: ...
+
+    async def status(self, *, detail: bool = False) -> Status | TaskDetail:
+        """The task's state; a task that nobody knows counts as queued, as in Celery.
+
+        Args:
+            detail: tell why it is not done too: its place in the queue, what its model lacks, who holds it.
+        """
         self._session.check_usable()
+        if detail:
+            return await detail_of(self._session, self.id)
         return await self._session.waiter.status(self.id)
 
     async def result(self, timeout_s: float | None = None, *, delete: bool = False) -> InferResult:

@@ -172,6 +172,13 @@ class FailureInfo(Struct):
     exc_module: str = "samphire.errors"
 
 
+class RetryInfo(FailureInfo, kw_only=True):
+    """What is stored of a task that is to be tried again."""
+
+    attempts: int
+    """How often it was tried."""
+
+
 class TaskMeta(Struct, omit_defaults=False):
     """The stored result (`celery-task-meta-<id>`), as Celery's Redis backend reads and writes it."""
 

@@ -11,6 +11,7 @@ import binascii
 import bz2
 import lzma
 import os
+import re
 import socket
 import zlib
 from collections.abc import Mapping
@@ -61,11 +62,24 @@ _DECOMPRESSORS: dict[str, Any] = {
 }
 
 
-def new_task_id() -> str:
-    """A random task id, in the form of Celery's (a UUID of version 4, RFC 9562)."""
-    digits = os.urandom(16).hex()
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+def new_task_id(now: float) -> str:
+    """A task id in the form of Celery's: a UUID of version 7 (RFC 9562, 5.7), a time in ms and 74 random bits.
+
+    Its place among a million others of a queue is found by that time, so `now` is the broker's, in s since 1970.
+    """
+    at = f"{int(now * 1000 + 0.5) & 0xFFFF_FFFF_FFFF:012x}"
+    digits = os.urandom(10).hex()
+    variant = "89ab"[int(digits[3], 16) & 3]
+    return f"{at[:8]}-{at[8:]}-7{digits[:3]}-{variant}{digits[4:7]}-{digits[7:19]}"
+
+
+_TIME_ORDERED = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+
+
+def time_of_id(task_id: str) -> float | None:
+    """When a task's id was made, in s since 1970; None for ids that do not tell, as Celery's own."""
+    found = _TIME_ORDERED.fullmatch(task_id)
+    return None if found is None else int(found[1] + found[2], 16) / 1000
 
 
 def describe(request: InferRequest) -> str:

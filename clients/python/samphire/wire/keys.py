@@ -42,8 +42,9 @@ Those that only workers write:
     alone                        STRING  "<wid> <number of the hold> <model or nothing>": no other worker starts
                                          anything of the model, or of all; expires, and goes when its worker is reaped
     catalogue                    HASH    model -> its signature, JSON, "" while it is not ready; "!<model>" -> why it is
-                                         not loaded as its files are; "@<wid>" -> the fields that a worker tells; `*` is
-                                         there if these are all models; expires when no worker renews it
+                                         not loaded as its files are; "@<wid>" -> the fields that a worker tells;
+                                         "!@<wid>" -> its endpoints, while none of them answers; `*` is there if these
+                                         are all models; expires when no worker renews it
     leaders                      HASH    model whose requests must keep their order -> id of the one worker that claims
                                          them
     tried                        SET     ids of the tasks that have a task:<id>; expires
@@ -131,6 +132,8 @@ _OF_DELIVERIES = f"({WEBHOOKS}"
 
 PRIORITY_STEPS = (0, 3, 6, 9)
 """kombu's `priority_steps` on Redis; 0 is served first."""
+PRIORITY_WEIGHTS = {0: 8, 3: 4, 6: 2, 9: 1}
+"""Parts of a queue's share that each priority gets first; what one leaves, the next takes."""
 
 _SEPARATOR = "\x06\x16"
 _QUEUE_NAME = re.compile(

@@ -1,0 +1,249 @@
+"""Where a task's message lies in the queues, and what is before it.
+
+No list is read whole that is long: an id tells when it was made, and messages lie in the order in which they were
+submitted, so a place is found by interpolation (W. W. Peterson, "Addressing for Random-Access Storage", 1957) with a
+bisection wherever that narrows too little. The broker walks to each place that it is asked for, so few are.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Generator, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from samphire.transport.connection import key_text
+from samphire.transport.direct import Argument, DirectConnection
+from samphire.wire.envelope import time_of_id
+from samphire.wire.keys import INTAKE, PRIORITY_STEPS, PRIORITY_WEIGHTS, Keys, known_form, queue_lists
+
+SMALL = 4000
+"""Where no more messages are queued in all, they are all read."""
+PAGE = 100
+"""Messages that are read at once, if they are small."""
+PAGE_BYTES = 256 * 2**10
+AROUND = 1000
+"""Messages that are read on each side of the place that an id's time tells, before it is given up."""
+NEAR = 50
+LISTS_MAX = 2000
+"""Lists with messages that are searched."""
+
+_SENT_AT = re.compile(rb'"samphire_sent_at": ?([0-9.]+)')
+_ID = re.compile(rb'"id": ?"([^"\\]*)"')
+_CODED_BODY = re.compile(rb'^\{"body": ?"([A-Za-z0-9+/=]+)"')
+"""As Celery itself writes it."""
+_COMPRESSED = re.compile(rb'"compression": ?"')
+_WEIGHTS = tuple(PRIORITY_WEIGHTS[step] for step in PRIORITY_STEPS)
+
+Command = tuple[Argument, ...]
+Search = Generator[Command, Any, int | None]
+"""Asks for one command after the other, and ends with a position: how many messages of its list are before it."""
+
+
+class Place(NamedTuple):
+    """Where a message lies."""
+
+    queue: str
+    ahead: int
+    """Tasks of its queue that are claimed before it, if nothing more urgent comes."""
+    queued: int
+    """Tasks in its queue, of all priorities."""
+
+
+class Found(NamedTuple):
+    """What a search has found."""
+
+    place: Place | None
+    is_certain: bool
+    """Without a place: whether it is in no queue."""
+    is_mentioned: bool = False
+    """Another message names it, as the step before it in a chain does."""
+
+
+class QueueSearch:
+    """Searches all queues of a deployment for one task's message.
+
+    Args:
+        connection: to the broker.
+        keys: of the deployment.
+        task_id: of the task.
+    """
+
+    def __init__(self, connection: DirectConnection, keys: Keys, task_id: str) -> None:
+        self._connection = connection
+        self._keys = keys
+        self._id = task_id
+        self._is_mentioned = False
+
+    async def find(self) -> Found:
+        """Look once; raises SamphireError where the broker does not answer, or this user may not look."""
+        queues = await self._queues()
+        lengths = await self._lengths(queues)
+        lists = {(queue, step): length for queue in queues for step, length in enumerate(lengths[queue]) if length}
+        all_are_read = sum(lists.values()) <= SMALL
+        sent_at = time_of_id(self._id)
+        if len(lists) > LISTS_MAX or not (all_are_read or sent_at is not None):
+            return Found(None, is_certain=False)
+        searches = {
+            place: self._read_all(self._list_key(*place), length)
+            if all_are_read
+            else self._narrow(self._list_key(*place), length, sent_at or 0.0)
+            for place, length in lists.items()
+        }
+        found = await self._run(searches)
+        if found is None:
+            return Found(None, all_are_read, self._is_mentioned)
+        (queue, step), position = found
+        ahead = before(lengths[queue], step, position)
+        return Found(Place(queue, ahead, sum(lengths[queue])), is_certain=True)
+
+    def _list_key(self, queue: str, step: int) -> str:
+        return self._keys.of_celery(queue_lists(queue)[step])
+
+    async def _queues(self) -> list[str]:
+        names, cursor = {INTAKE}, b"0"
+        while True:
+            cursor, page = await self._connection.ask("SSCAN", self._keys.queues, cursor, "COUNT", 1000)
+            names.update(known_form(name) or INTAKE for name in page)
+            if key_text(cursor) == "0":
+                return sorted(name for name in names if name.startswith(INTAKE))
+
+    async def _lengths(self, queues: Sequence[str]) -> dict[str, list[int]]:
+        names = [name for queue in queues for name in queue_lists(queue)]
+        commands: list[Command] = [("LLEN", self._keys.of_celery(name)) for name in names]
+        replies: list[int] = []
+        for begin in range(0, len(commands), 1000):
+            replies += await self._connection.ask_all(commands[begin : begin + 1000])
+        steps = len(PRIORITY_STEPS)
+        return {queue: replies[n * steps : (n + 1) * steps] for n, queue in enumerate(queues)}
+
+    async def _run(self, searches: dict[tuple[str, int], Search]) -> tuple[tuple[str, int], int] | None:
+        """Carry on all searches at once, a command each in one round trip, until one has found it."""
+        asked = {place: next(search) for place, search in searches.items()}
+        while asked:
+            replies = await self._connection.ask_all(list(asked.values()))
+            then: dict[tuple[str, int], Command] = {}
+            for place, reply in zip(asked, replies, strict=True):
+                try:
+                    then[place] = searches[place].send(reply)
+                except StopIteration as ended:
+                    if ended.value is not None:
+                        return place, int(ended.value)
+            asked = then
+        return None
+
+    def _read_all(self, key: str, length: int) -> Search:
+        position = 0
+        while position < length:
+            page: list[bytes] = yield _page(key, position, PAGE)
+            for n, message in enumerate(reversed(page)):
+                if self._is_it(message):
+                    return position + n
+            if not page:
+                return None
+            position += len(page)
+        return None
+
+    def _narrow(self, key: str, length: int, sent_at: float) -> Search:
+        low, high = 0, length - 1
+        first: bytes | None = yield ("LINDEX", key, -1)
+        last: bytes | None = yield ("LINDEX", key, 0)
+        if first is None or last is None:
+            return None
+        low_at, high_at, middle = _sent_at(first), _sent_at(last), first
+        bisect = False
+        while high - low > NEAR and low_at < sent_at < high_at:
+            part = 0.5 if bisect else (sent_at - low_at) / (high_at - low_at)
+            position = min(max(low + 1, low + int(part * (high - low))), high - 1)
+            reply: bytes | None = yield ("LINDEX", key, -1 - position)
+            if reply is None:  # it was claimed meanwhile
+                return None
+            middle, at, width = reply, _sent_at(reply), high - low
+            if at == sent_at:
+                low = high = position
+            elif at < sent_at:
+                low, low_at = position, at
+            else:
+                high, high_at = position, at
+            bisect = high - low > width / 2
+        position = low if sent_at <= low_at else high if sent_at >= high_at else (low + high) // 2
+        return (yield from self._around(key, position, length, max(8, min(PAGE, PAGE_BYTES // len(middle)))))
+
+    def _around(self, key: str, position: int, length: int, page: int) -> Search:
+        """Read what lies around a position, ever further away."""
+        begin = end = max(0, position - page // 2)
+        while end - begin < 2 * AROUND and (begin > 0 or end < length):
+            if end < length:
+                messages: list[bytes] = yield _page(key, end, page)
+                for n, message in enumerate(reversed(messages)):
+                    if self._is_it(message):
+                        return end + n
+                end = end + len(messages) if messages else length
+            if begin > 0:
+                start = max(0, begin - page)
+                messages = yield _page(key, start, begin - start)
+                for n, message in enumerate(reversed(messages)):
+                    if self._is_it(message):
+                        return start + n
+                begin = start
+        return None
+
+    def _is_it(self, message: bytes) -> bool:
+        if message_id(message) == self._id:
+            return True
+        self._is_mentioned = self._is_mentioned or mentions(message, self._id)
+        return False
+
+
+def message_id(message: bytes) -> str:
+    """The task's id in a message as it lies in a queue; "" where there is none."""
+    found = _ID.search(message)
+    return "" if found is None else found[1].decode(errors="replace")
+
+
+def mentions(message: bytes, task_id: str) -> bool:
+    """Whether a message names a task among those that are to follow it, as far as that can be seen."""
+    if task_id.encode() in message:
+        return True
+    coded = _CODED_BODY.search(message)
+    if coded is None:
+        return False
+    if _COMPRESSED.search(message):
+        return True  # it may
+    try:
+        return task_id.encode() in binascii.a2b_base64(coded[1])
+    except binascii.Error:
+        return False
+
+
+def _page(key: str, position: int, count: int) -> Command:
+    """Reads so many messages from a position on; they come in the other order than that in which they are claimed."""
+    return ("LRANGE", key, -position - count, -position - 1)
+
+
+def _sent_at(message: bytes) -> float:
+    found = _SENT_AT.search(message)
+    return float(found[1]) if found is not None else 0.0
+
+
+def before(lengths: Sequence[int], step: int, position: int) -> int:
+    """About how many tasks of a queue are claimed before one: those before it in its list, and others by priority.
+
+    Each round of claims takes tasks of each priority by its weight, the highest first. What one leaves, the first of
+    the others takes.
+
+    Args:
+        lengths: messages of each priority, the highest first.
+        step: the priority of the task, as a place in `lengths`.
+        position: messages of that priority before it.
+    """
+    left = [Fraction(length) for length in lengths]
+    left[step] = Fraction(position)
+    while left[step]:
+        shares = [weight if rest else 0 for weight, rest in zip(_WEIGHTS, left, strict=True)]
+        shares[next(n for n, share in enumerate(shares) if share)] += sum(_WEIGHTS) - sum(shares)
+        rounds = min(rest / share for rest, share in zip(left, shares, strict=True) if share)
+        left = [rest - rounds * share for rest, share in zip(left, shares, strict=True)]
+    taken = sum(lengths) - lengths[step] + position - sum(left)
+    return int(taken) + sum(min(int(left[n]), _WEIGHTS[n]) for n in range(step))
