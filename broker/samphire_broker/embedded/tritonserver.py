@@ -26,7 +26,7 @@ from tritonclient.utils import InferenceServerException
 
 from samphire_broker.embedded.ports import LOOPBACK
 from samphire_broker.embedded.process import PartError, PartSpec
-from samphire_broker.repository.loads import Loads
+from samphire_broker.repository.loads import BACKENDS, Loads
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -120,7 +120,7 @@ def triton_spec(
     command += [f"--http-address={LOOPBACK}", f"--http-port={http_port}"]
     command += [f"--metrics-address={LOOPBACK}", f"--metrics-port={metrics_port}"]
     command += ["--disable-auto-complete-config"]
-    for backend in ("python", "onnxruntime"):
+    for backend in BACKENDS:
         command.append(f"--backend-config={backend},shm-region-prefix-name={shm_prefix}-{backend}-")
 
     def unlink_shared_memory() -> None:

@@ -14,6 +14,12 @@ from tritonclient.utils import InferenceServerException
 
 LOAD_TIMEOUT_S = 300.0
 READY_TIMEOUT_S = 5.0
+BACKENDS = ("python", "onnxruntime")
+"""What the embedded Triton has."""
+_OTHER_BACKENDS = (
+    f"the embedded Triton has {' and '.join(BACKENDS)} only; a full Triton, named in SAMPHIRE_TRITON_URLS, may have it"
+)
+_NO_BACKEND = ", try specifying runtime on the model configuration."
 _POLL_FAILED = "failed to poll from model repository"
 
 
@@ -76,7 +82,9 @@ def _reason(error: InferenceServerException) -> str:
         raise TritonAwayError(error.message()) from error
     if error.status() == "StatusCode.DEADLINE_EXCEEDED":
         return f"it did not load within {LOAD_TIMEOUT_S:.0f} s"
-    return str(error.message())
+    said = str(error.message()).rstrip(";\n")  # it ends so, for a list of versions
+    # A runtime in the config would not help: there is no such backend.
+    return said.replace(_NO_BACKEND, f": {_OTHER_BACKENDS}") if said.endswith(_NO_BACKEND) else said
 
 
 def _poll_failure(log: Path, seen: int, model: str) -> str:
