@@ -22,7 +22,7 @@ settings.register_profile("samphire", deadline=None, derandomize=True)  # a slow
 settings.load_profile("samphire")
 
 
-SHARED = ("stack", "stand", "own_stack", "up", "services", "wheel", "server", "hands", "checker")
+SHARED = ("stack", "stand", "own_stack", "up", "services", "wheel", "server", "hands", "checker", "howtos")
 """Fixtures that live longer than one test."""
 
 
