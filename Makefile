@@ -60,7 +60,7 @@ digits: $(VENV)/.dev  ## train the shipped digits model again
 	$(BIN)/python -m samphire_workers.training.digits model_repository
 
 images: $(VENV)/.dev system-packages  ## install what each Docker image installs, and run it (one of them is part of the tests)
-	SAMPHIRE_IMAGES=all $(BIN)/python -m pytest tests/test_compose.py -k image
+	SAMPHIRE_IMAGES=all $(BIN)/python -m pytest tests/test_images.py
 
 screenshots: $(VENV)/.dev system-packages  ## take the pictures of Flower in docs/ again
 	SAMPHIRE_SCREENSHOTS=docs $(BIN)/python -m pytest tests/test_flower.py -k browser

