@@ -28,21 +28,21 @@ import redis
 from tritonclient.grpc import service_pb2
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from samphire import Client
 from samphire_broker.embedded.ports import choose_port
 from samphire_broker.embedded.valkey import server_binary
 from samphire_broker.settings import shipped_model_repository
 from samphire_workers.triton.endpoint import Endpoint
 from tests.stacks import eventually, need_servers
 from tests.support.compose import (  # noqa: F401
+    NAMED,
     SECRETS,
     TIMEOUT_S,
     Deployment,
     compose_config,
     option,
     process,
-    seconds,
     services,
+    services_with,
     triton_here,
     words,
 )
@@ -104,17 +104,14 @@ def test_a_workers_metrics_are_reached_inside_the_network_only(services: dict[st
     assert int(worker["environment"]["SAMPHIRE_METRICS_PORT"]) > 0
 
 
-def test_a_worker_may_finish_what_it_holds(services: dict[str, Any]) -> None:
-    assert seconds(services["worker"]["stop_grace_period"]) >= 75
-
-
 # -- what the file says to run ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def deployment(services: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Broker, Triton, worker and Flower by the file's commands; one model of the repository is broken."""
     need_servers()
+    services = services_with(SECRETS | NAMED)
     folder = tmp_path_factory.mktemp("compose")
     repository = folder / "models"
     shutil.copytree(shipped_model_repository(), repository)
@@ -175,7 +172,7 @@ def test_the_broker_runs_as_the_file_says(deployment: Deployment) -> None:
 
 def test_a_task_is_answered(deployment: Deployment) -> None:
     """Through the worker and the restricted Triton; the broken model is nobody else's trouble."""
-    with Client(deployment.broker_url) as client:
+    with deployment.client() as client:
         image = client.submit("digits", {"image": np.zeros((1, 8, 8), np.float32)})
         text = client.submit("normalize_text", {"text": np.array([["Ａ  B"]], np.object_)})
         assert image.result(TIMEOUT_S).outputs["probabilities"].shape == (1, 10)

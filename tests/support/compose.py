@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from samphire import Client
 from samphire_broker.embedded.tritonserver import triton_spec
 from tests.stacks import bound, clean_environment
 from tests.support.tools import tool
@@ -23,6 +24,9 @@ from tests.support.tools import tool
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60
 SECRETS = {"SAMPHIRE_TRITON_KEY": "a-key", "SAMPHIRE_FLOWER_PASSWORD": "a-password"}
+
+NAMED = {"SAMPHIRE_NAMESPACE": "shop", "SAMPHIRE_CELERY_KEY_PREFIX": "shop_"}
+"""Names of an operator's own, which every part has to know."""
 
 
 def compose_config(variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -80,10 +84,19 @@ class Deployment:
     def broker_url(self) -> str:
         return self.here("redis://valkey:6379/0")
 
+    def client(self) -> Client:
+        """A client as a backend of this machine has it."""
+        return Client(
+            self.broker_url,
+            namespace=NAMED["SAMPHIRE_NAMESPACE"],
+            celery_key_prefix=NAMED["SAMPHIRE_CELERY_KEY_PREFIX"],
+        )
+
     def environment(self, name: str) -> dict[str, str]:
         given = self.services[name].get("environment", {})
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return clean_environment() | {"PATH": path} | {key: self.here(value) for key, value in given.items()}
+        told = {key: self.here(value) for key, value in given.items() if value is not None}
+        return clean_environment() | {"PATH": path} | told
 
     def healthy(self, name: str, replace: tuple[str, str] = ("", "")) -> bool:
         """Run the service's health check as Docker would, with something replaced in it first."""

@@ -1,0 +1,97 @@
+"""What of an operator's settings docker-compose.yml gives to which container, as docker-compose renders it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from samphire.transport.address import broker_of, environment_of
+from samphire_broker.settings import ENV_PREFIX, Settings, read_settings
+from samphire_workers.bootstep import HAND_BACK_S
+from tests.support.compose import SECRETS, seconds, services, services_with  # noqa: F401
+
+VARIABLES = {name: ENV_PREFIX + name.upper() for name in Settings.model_fields}
+
+OTHERS = {
+    "broker_url": "redis://:abc@broker.example:6380/1",
+    "namespace": "shop",
+    "celery_key_prefix": "shop_",
+    "triton_urls": "one:8001,two:8001",
+    "backoff_jitter": "0.5",
+    "model_retries": '{"digits": {"max_attempts": 5}}',
+    "micro_batch": '{"digits": false}',
+    "queue_weights": '{"digits": 2}',
+    "metrics_host": "127.0.0.2",
+    "data_dir": "/elsewhere",
+    "secret_key": "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=",
+    "gateway_url": "https://inference.example.com",
+    "webhook_schemes": "https,http",
+    "webhook_ports": "443",
+    "webhook_nameservers": "192.0.2.1",
+    "webhook_schedule_s": "0,5",
+}
+"""Values that are not the default; numbers and switches have theirs from their default."""
+
+OF_THE_FILE = {"broker_url", "triton_urls", "metrics_port", "metrics_host"}
+"""Settings that are another by default in a container."""
+
+
+def another(name: str) -> str:
+    """A value of a setting that is not its default."""
+    default = Settings.model_fields[name].default
+    if name in OTHERS:
+        return OTHERS[name]
+    assert isinstance(default, bool | int | float), f"{name}: give it another value in OTHERS"
+    return json.dumps(not default if isinstance(default, bool) else default + 1)
+
+
+def settings_in(environment: Mapping[str, str | None], monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What a part reads in a container with this environment; what is None is not there."""
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    return read_settings()
+
+
+def test_every_setting_reaches_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one too: the list is that of the code."""
+    given = {variable: another(name) for name, variable in VARIABLES.items()}
+    worker = services_with(SECRETS | given)["worker"]["environment"]
+    assert {variable: worker.get(variable) for variable in given} == given
+    read, default = settings_in(worker, monkeypatch), Settings.model_fields
+    assert [
+        name for name in VARIABLES if getattr(read, name) == default[name].get_default(call_default_factory=True)
+    ] == []
+
+
+def test_what_is_not_set_keeps_its_default(services: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No empty text is given for it, which another program could take for a value."""
+    worker = services["worker"]["environment"]
+    assert {name for name, variable in VARIABLES.items() if worker[variable] is not None} == OF_THE_FILE
+    read = settings_in(worker, monkeypatch).model_dump(exclude=OF_THE_FILE)
+    assert read == settings_in({}, monkeypatch).model_dump(exclude=OF_THE_FILE)
+
+
+def test_flower_gets_what_names_the_broker_and_no_more() -> None:
+    """As every other process that is to find the same; secrets of webhooks are none of its business."""
+    needed = set(environment_of(broker_of("redis://valkey:6379/0")))
+    given = {variable: another(name) for name, variable in VARIABLES.items()}
+    flower = services_with(SECRETS | given)["flower"]["environment"]
+    assert {name: flower[name] for name in needed} == {name: given[name] for name in needed}
+    assert {name for name in flower if name.startswith(ENV_PREFIX)} == needed
+
+
+@pytest.mark.parametrize("timeout_s", [None, "0", "300", "90.5"])
+def test_a_worker_may_finish_what_it_holds(timeout_s: str | None) -> None:
+    """It is not killed before it has handed back the rest."""
+    given = {} if timeout_s is None else {"SAMPHIRE_SHUTDOWN_TIMEOUT_S": timeout_s}
+    worker = services_with(SECRETS | given)["worker"]
+    takes_s = float(timeout_s or Settings.model_fields["shutdown_timeout_s"].default) + HAND_BACK_S
+    assert takes_s + 10 <= seconds(worker["stop_grace_period"]) <= takes_s + 20
