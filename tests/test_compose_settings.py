@@ -12,7 +12,7 @@ import pytest
 from samphire.transport.address import broker_of, environment_of
 from samphire_broker.settings import ENV_PREFIX, Settings, read_settings
 from samphire_workers.bootstep import HAND_BACK_S
-from tests.support.compose import SECRETS, seconds, services, services_with  # noqa: F401
+from tests.support.compose import ROOT, SECRETS, seconds, services, services_with  # noqa: F401
 
 VARIABLES = {name: ENV_PREFIX + name.upper() for name in Settings.model_fields}
 
@@ -95,3 +95,27 @@ def test_a_worker_may_finish_what_it_holds(timeout_s: str | None) -> None:
     worker = services_with(SECRETS | given)["worker"]
     takes_s = float(timeout_s or Settings.model_fields["shutdown_timeout_s"].default) + HAND_BACK_S
     assert takes_s + 10 <= seconds(worker["stop_grace_period"]) <= takes_s + 20
+
+
+def mounts(service: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+    """By the folder in the container: what is mounted there, and whether it may be written to."""
+    found = {}
+    for mount in service["volumes"]:  # a text from docker-compose 1, a mapping from 2
+        if isinstance(mount, str):
+            source, target, *mode = mount.split(":")
+            found[target] = (source, mode != ["ro"])
+        else:
+            found[mount["target"]] = (mount["source"], not mount.get("read_only", False))
+    return found
+
+
+@pytest.mark.parametrize("name", ["triton-gpu", "triton-cpu"])
+def test_models_and_their_packages_are_an_operators_folders(services: dict[str, Any], name: str) -> None:
+    """Mounted read-only; by default the models of the checkout, and no packages."""
+    assert mounts(services[name])["/models"] == (str(ROOT / "model_repository"), False)
+    assert mounts(services[name])["/packages"] == ("model-packages", False)
+    folders = {"SAMPHIRE_MODEL_REPOSITORY": "/srv/models", "SAMPHIRE_MODEL_PACKAGES": "/srv/packages"}
+    triton = services_with(SECRETS | folders)[name]
+    assert mounts(triton) == {"/models": ("/srv/models", False), "/packages": ("/srv/packages", False)}
+    assert "--model-repository=/models" in triton["command"]
+    assert triton["environment"]["PYTHONPATH"] == "/packages"
