@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -17,7 +18,7 @@ import sys
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ from tests.support.compose import (  # noqa: F401
     SECRETS,
     TIMEOUT_S,
     Deployment,
+    bytes_of,
     compose_config,
+    confined,
+    may_confine,
     option,
     process,
     services,
@@ -162,18 +166,25 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     places |= {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "=/models": f"={repository}"}
     places["/run/samphire"] = str(folder)
     up = Deployment(services, places)
-    broker = valkey_here(up, folder)
     triton, triton_environment, spec = triton_here(up, folder)
     spec.before_start()
     with contextlib.ExitStack() as running:
         running.callback(spec.after_stop)
-        up.processes["valkey"] = running.enter_context(process(broker, folder / "valkey.log", up.environment("valkey")))
-        up.processes["triton"] = running.enter_context(process(triton, folder / "triton.log", triton_environment))
+
+        def start(name: str, service: str, command: list[str], environment: Mapping[str, str]) -> None:
+            writable = folder / name
+            if may_confine():
+                command = confined(services[service], command, writable)
+            log = folder / f"{name}.log"
+            up.processes[name] = running.enter_context(process(command, log, {**environment, "TMPDIR": str(writable)}))
+
+        start("valkey", "valkey", valkey_here(up, folder / "valkey"), up.environment("valkey"))
+        start("triton", "triton-cpu", triton, triton_environment)
         eventually(lambda: up.healthy("valkey"), 20, "the broker's health")
         for name in ("worker", "flower"):
             command = [up.here(word) for word in words(services[name]["command"])]
             command[0] = str(Path(sys.executable).parent / command[0])
-            up.processes[name] = running.enter_context(process(command, folder / f"{name}.log", up.environment(name)))
+            start(name, name, command, up.environment(name))
         eventually(lambda: up.healthy("triton-cpu"), TIMEOUT_S, "Triton's health")
         yield up
 
@@ -193,6 +204,25 @@ def test_health_checks_tell_well_from_ill(deployment: Deployment, service: str, 
     """Each passes on a service that works, and fails where there is none."""
     eventually(lambda: deployment.healthy(service), TIMEOUT_S, f"{service}'s health")
     assert not deployment.healthy(service, elsewhere)
+
+
+def test_services_do_without_what_is_taken_from_them(deployment: Deployment) -> None:
+    """They work without capabilities, with nothing to write to but their own folder, far under their limits."""
+    if not may_confine():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("a user who may mount is needed")
+    test_a_task_is_answered(deployment)
+    for name, child in deployment.processes.items():
+        service = deployment.services["triton-cpu" if name == "triton" else name]
+        told = Path(f"/proc/{child.pid}/status").read_text()
+        assert re.search(r"CapBnd:\t0+\n", told) and re.search(r"CapEff:\t0+\n", told) and "NoNewPrivs:\t1" in told
+        (root,) = [
+            line for line in Path(f"/proc/{child.pid}/mounts").read_text().splitlines() if line.split()[1] == "/"
+        ]
+        assert ("ro" in root.split()[3].split(",")) is service.get("read_only", False), name
+        running = psutil.Process(child.pid)
+        family = [running, *running.children(recursive=True)]
+        assert sum(one.memory_info().rss for one in family) < bytes_of(service["mem_limit"]) / 2, name
+        assert sum(one.num_threads() for one in family) < service["pids_limit"] / 2, name
 
 
 def test_no_process_shows_a_password(deployment: Deployment, tmp_path: Path) -> None:

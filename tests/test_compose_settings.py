@@ -12,7 +12,7 @@ import pytest
 from samphire.transport.address import broker_of, environment_of
 from samphire_broker.settings import ENV_PREFIX, Settings, read_settings
 from samphire_workers.bootstep import HAND_BACK_S
-from tests.support.compose import ROOT, SECRETS, seconds, services, services_with  # noqa: F401
+from tests.support.compose import ROOT, SECRETS, bytes_of, option, seconds, services, services_with, words  # noqa: F401
 
 VARIABLES = {name: ENV_PREFIX + name.upper() for name in Settings.model_fields}
 
@@ -119,3 +119,48 @@ def test_models_and_their_packages_are_an_operators_folders(services: dict[str, 
     assert mounts(triton) == {"/models": ("/srv/models", False), "/packages": ("/srv/packages", False)}
     assert "--model-repository=/models" in triton["command"]
     assert triton["environment"]["PYTHONPATH"] == "/packages"
+
+
+# -- limits -----------------------------------------------------------------------------------------
+
+LIMITED = {"valkey": "BROKER", "triton-gpu": "TRITON", "triton-cpu": "TRITON", "worker": "WORKER", "flower": "FLOWER"}
+"""Each service, and what the variables of its limits are called by."""
+
+
+def test_every_service_is_bounded(services: dict[str, Any]) -> None:
+    """In capabilities, memory, processes and logs; all but Triton write nowhere but where they are told to."""
+    assert set(services) == set(LIMITED)
+    for name, service in services.items():
+        assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"]), name
+        assert "cap_add" not in service and "privileged" not in service, name
+        assert bytes_of(service["mem_limit"]) >= 2**29 and 0 < service["pids_limit"] <= 4096, name
+        assert service["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "5"}}, name
+        assert service.get("read_only", False) is not name.startswith("triton"), name
+
+
+def test_limits_are_an_operators(services: dict[str, Any]) -> None:
+    """Without a word of his no CPU is counted: the engine refuses a limit over what the machine has."""
+    assert {float(service.get("cpus", 0)) for service in services.values()} == {0}
+    variables = {f"SAMPHIRE_{part}_CPUS": "1.5" for part in LIMITED.values()}
+    variables |= {f"SAMPHIRE_{part}_MEMORY": "700mb" for part in LIMITED.values()}
+    variables |= {"SAMPHIRE_BROKER_MEMORY_LIMIT": "2gb", "SAMPHIRE_TRITON_SHARED_MEMORY": "2gb"}
+    given = services_with(SECRETS | variables)
+    assert {float(service["cpus"]) for service in given.values()} == {1.5}
+    limits = {name: bytes_of(service["mem_limit"]) for name, service in given.items()}
+    assert limits.pop("valkey") == 2 * 2**30
+    assert set(limits.values()) == {700 * 2**20}
+    assert option(words(given["valkey"]["command"]), "--maxmemory") == "700mb"
+    assert bytes_of(given["triton-cpu"]["shm_size"]) == bytes_of(given["triton-gpu"]["shm_size"]) == 2 * 2**30
+
+
+def test_the_broker_may_take_twice_what_it_keeps(services: dict[str, Any]) -> None:
+    """The child that rewrites the append-only file shares its pages, until they change."""
+    kept = bytes_of(option(words(services["valkey"]["command"]), "--maxmemory"))
+    assert bytes_of(services["valkey"]["mem_limit"]) >= 2 * kept
+
+
+def test_only_users_without_rights_run(services: dict[str, Any]) -> None:
+    """The images of Samphire say so themselves (test_images.py)."""
+    users = {name: service.get("user") for name, service in services.items()}
+    triton = "triton-server"
+    assert users == {"valkey": "valkey", "triton-gpu": triton, "triton-cpu": triton, "worker": None, "flower": None}

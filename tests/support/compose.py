@@ -71,6 +71,12 @@ def seconds(duration: str) -> float:
     return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(ms|[hms])", duration))
 
 
+def bytes_of(size: str | int) -> int:
+    """Of a size as 4gb."""
+    number, unit = re.fullmatch(r"(\d+)([kmg]?)b?", str(size)).groups()
+    return int(number) * {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}[unit]
+
+
 @dataclass
 class Deployment:
     """The services as processes, and where they are."""
@@ -117,6 +123,27 @@ class Deployment:
             stdin=subprocess.DEVNULL,
         )
         return done.returncode == 0
+
+
+def may_confine() -> bool:
+    """Whether this user may take capabilities and writable folders from a process."""
+    if os.geteuid() != 0:
+        return False
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, timeout=TIMEOUT_S).returncode == 0
+
+
+def confined(service: Mapping[str, Any], command: list[str], writable: Path) -> list[str]:
+    """The command with what its service takes from it, as far as that can be done without a container.
+
+    That is capabilities, new privileges, and a root that can be written to: but for the one folder.
+    """
+    assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+    writable.mkdir(exist_ok=True)
+    less = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--pdeathsig", "TERM"]
+    if not service.get("read_only"):
+        return [*less, *command]
+    mounts = 'mount --bind "$0" "$0"; mount -o remount,bind,ro /; exec "$@"'
+    return ["unshare", "--mount", "sh", "-ec", mounts, str(writable), *less, *command]
 
 
 @contextlib.contextmanager
