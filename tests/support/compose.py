@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +35,13 @@ NAMED = {"SAMPHIRE_NAMESPACE": "shop", "SAMPHIRE_CELERY_KEY_PREFIX": "shop_"}
 
 
 def compose_config(variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """What docker-compose makes of the file, with both profiles."""
-    command = [tool("docker-compose", "docker-compose"), "--file", str(ROOT / "docker-compose.yml")]
-    command += ["--profile", "gpu", "--profile", "cpu", "config"]
-    environment = clean_environment() | variables
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    """What docker-compose makes of the file, with both profiles, and these variables in the place of `.env`."""
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.writelines(f"{name}={value}\n" for name, value in variables.items())
+        file.flush()
+        command = [tool("docker-compose", "docker-compose"), "--file", str(ROOT / "docker-compose.yml")]
+        command += ["--env-file", file.name, "--profile", "gpu", "--profile", "cpu", "config"]
+        return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
 def services_with(variables: Mapping[str, str]) -> dict[str, Any]:
