@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,6 +96,19 @@ def test_a_worker_may_finish_what_it_holds(timeout_s: str | None) -> None:
     worker = services_with(SECRETS | given)["worker"]
     takes_s = float(timeout_s or Settings.model_fields["shutdown_timeout_s"].default) + HAND_BACK_S
     assert takes_s + 10 <= seconds(worker["stop_grace_period"]) <= takes_s + 20
+
+
+def test_every_variable_of_the_file_is_told(services: dict[str, Any]) -> None:
+    """In the table of docs/deployment.md; the number of workers is one of them."""
+    variables = set(re.findall(r"\$\{(SAMPHIRE_\w+)", (ROOT / "docker-compose.yml").read_text()))
+    table = [
+        line for line in (ROOT / "docs" / "deployment.md").read_text().splitlines() if line.startswith("| `SAMPHIRE_")
+    ]
+    told = set(re.findall(r"SAMPHIRE_\w+", "".join(line.split("|")[1] for line in table)))
+    assert variables - told - set(VARIABLES.values()) == set()
+    assert told - variables == set()
+    assert services["worker"]["scale"] == 1
+    assert services_with(SECRETS | {"SAMPHIRE_WORKERS": "4"})["worker"]["scale"] == 4
 
 
 def mounts(service: dict[str, Any]) -> dict[str, tuple[str, bool]]:
