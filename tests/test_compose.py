@@ -104,6 +104,20 @@ def test_a_password_that_is_none_is_refused(services: dict[str, Any], url: str) 
     assert "secret" not in done.stderr and "p%40ss" not in done.stderr
 
 
+def test_the_server_is_told_its_password_by_standard_input(services: dict[str, Any], tmp_path: Path) -> None:
+    """Not by arguments: a running Valkey hides its own, but not before it has read them."""
+    server = tmp_path / "server"
+    server.write_text('#!/bin/sh\necho "$@"\ncat\n')
+    server.chmod(0o700)
+    command = words(services["valkey"]["command"])
+    command[3] = str(server)
+    environment = {"SAMPHIRE_BROKER_URL": SECRETS["SAMPHIRE_BROKER_URL"], "PATH": os.environ["PATH"]}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+    arguments, *config = done.stdout.splitlines()
+    assert arguments.split() == " ".join([*command[4:], "-"]).split()
+    assert config == ["requirepass 0a1B2c3D"]
+
+
 def test_a_broker_elsewhere_takes_the_place_of_the_own(services: dict[str, Any]) -> None:
     """Compose waits for no service with 0 containers; both parts get the other's URL whole."""
     url = "rediss://worker:p%40ss@broker.example:6380/3?ssl_ca_certs=/etc/ssl/ca.pem"
