@@ -19,7 +19,7 @@ GPU_WHEELS ?= build/gpu-wheels
 GPU_PYTHON ?= 3.12
 GPU_RUN ?= python3
 
-.PHONY: help demo up test check bench bench-gpu gpu-wheels faults model digits images screenshots system-packages clean
+.PHONY: help demo up test check bench bench-gpu gpu-wheels faults model dist digits images screenshots system-packages clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -56,6 +56,10 @@ faults: $(VENV)/.dev  ## kill, stop and restart every part under load, up to two
 model: $(VENV)/.dev system-packages  ## explore the task protocol state by state, 40 minutes (ARGS="chain1 roll4", ARGS=mutants)
 	$(BIN)/python -m tests.protocol $(ARGS)
 
+dist: $(VENV)/.dev  ## build wheel and sdist into dist/, with the version of the newest tag (docs/release.md)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
 digits: $(VENV)/.dev  ## train the shipped digits model again
 	$(BIN)/python -m samphire_workers.training.digits model_repository
 
@@ -83,7 +87,7 @@ system-packages:
 	fi
 
 clean:  ## remove the virtual environment, caches and wheels
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	@test "$$($(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))')" = True || \

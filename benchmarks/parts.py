@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks import idle, measure, rivals, stall, streams
+from benchmarks import idle, measure, places, rivals, stall, streams
 from benchmarks.stack import BenchStack, Figures, bench_stack
 
 Note = Callable[[str, float], None]
@@ -44,6 +44,7 @@ PARTS: dict[str, Part] = {
     "resume": Part("everysec", streams.resume),
     "stall": Part("everysec", stall.stall),
     "idle": Part("everysec", idle.idle),
+    "place": Part("everysec", places.place),
     "drain-always": Part("always", measure.drain, "_always"),
     "fairness": Part("always", measure.fairness),  # as the stack runs by default
     "webhook": Part("always", functools.partial(_webhooks, "arrival")),
@@ -111,6 +112,8 @@ RATIOS: dict[str, Ratio] = {
     "claim_cost_1m_vs_1k": Ratio(("claims",), over("claim_us_1m", "claim_us_1k"), "<=", 1.2),
     "claim_cost_100k_vs_1k": Ratio(("claims",), over("claim_us_100k", "claim_us_1k")),
     "stall_claim_vs_push": Ratio(("stall",), over("stall_claim_ms", "stall_push_ms"), "<=", 3),
+    "place_p95_ms": Ratio(("place",), figure("place_p95_ms"), "<=", 20),
+    "place_slowest_command_ms": Ratio(("place",), figure("place_slowest_command_ms"), "<=", 5),
     "idle_share": Ratio(("idle",), figure("idle_share"), "<=", 0.05),
     "first_output_over_direct_ms": Ratio(
         ("stream",), beyond("samphire_first_output_p50_ms", "direct_first_output_p50_ms"), "<=", 3

@@ -207,13 +207,19 @@ def only(folder: Path, *models: str) -> tuple[str, str]:
     return "--model-repository", str(folder / "only")
 
 
-def start_up(folder: Path, *options: str, data_dir: Path | None = None, env: dict[str, str] | None = None) -> Up:
-    """Start `samphire up` on free ports, without waiting."""
+def start_up(
+    folder: Path,
+    *options: str,
+    data_dir: Path | None = None,
+    env: dict[str, str] | None = None,
+    samphire: str | Path = SAMPHIRE,
+) -> Up:
+    """Start `samphire up` on free ports, without waiting; `samphire` is the command of another environment."""
     need_servers()
     folder.mkdir(parents=True, exist_ok=True)
     ready_file, output = folder / "ready.json", folder / "output"
     data_dir = data_dir or folder / "data"
-    command = [SAMPHIRE, "up", "--data-dir", str(data_dir), "--ready-file", str(ready_file), "--ports", "free"]
+    command = [str(samphire), "up", "--data-dir", str(data_dir), "--ready-file", str(ready_file), "--ports", "free"]
     with output.open("wb") as out:
         process = subprocess.Popen(
             bound([*command, *options]),
@@ -227,13 +233,17 @@ def start_up(folder: Path, *options: str, data_dir: Path | None = None, env: dic
 
 @contextlib.contextmanager
 def running_stack(
-    folder: Path, *options: str, data_dir: Path | None = None, env: dict[str, str] | None = None
+    folder: Path,
+    *options: str,
+    data_dir: Path | None = None,
+    env: dict[str, str] | None = None,
+    samphire: str | Path = SAMPHIRE,
 ) -> Iterator[Up]:
-    """A whole stack; stopped at the end, whatever happened.
+    """A whole stack, as `start_up` starts it; stopped at the end, whatever happened.
 
     A worker that does not come to its end has lost sight of something that it began: no test may leave that.
     """
-    up = start_up(folder, *options, data_dir=data_dir, env=env)
+    up = start_up(folder, *options, data_dir=data_dir, env=env, samphire=samphire)
     try:
         eventually(lambda: up.ready_file.exists() or up.process.poll() is not None, 120, "the ready file")
         assert up.process.poll() is None, up.output.read_text()
