@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import time
 from typing import Any
 
@@ -17,14 +18,14 @@ from samphire import AsyncClient, InvalidInputError, SamphireError, Step, Webhoo
 from samphire.webhooks import WebhookEvent, verify
 from samphire.wire.contract import INFER_TASK
 from samphire.wire.keys import INTAKE
-from samphire_broker.digits import load_split
+from samphire_broker.digits import Digits
 from samphire_broker.embedded.stack import Stack, serve
 from samphire_broker.webhooks.endpoint import Endpoint
 from samphire_broker.webhooks.registry import open_registry
 
-ROUNDS = 20
+ROUNDS = 6
 """How often the held-out images go through, one task an image, to have something to time."""
-LATENCY_TASKS = 200
+LATENCY_TASKS = 50
 DRAWN = 4
 SHADES = " .:-=+*#%@"
 TIMEOUT_S = 60.0
@@ -47,25 +48,32 @@ class TritonPythonModel:
 """
 
 
-async def show(stack: Stack, *, keep: bool) -> None:
+async def show(stack: Stack, digits: Digits, *, keep: bool) -> None:
     """Classify held-out digits, draw some, and show what an error looks like.
+
+    Args:
+        stack: that runs.
+        digits: to be classified.
+        keep: let it run until a signal comes.
 
     Raises:
         SamphireError: a task failed that must not.
     """
-    digits = load_split()
     images, labels = digits.held_out_images, digits.held_out_labels
-    async with AsyncClient(stack.broker_url) as client:
+    async with AsyncClient(stack.broker_url) as client, contextlib.AsyncExitStack() as begun:
         first = await client.submit("digits", {"image": images[:1]})
         await first.result(timeout_s=TIMEOUT_S)
+        # Its files have to be still for a second before it is loaded: the others go on meanwhile.
+        own = asyncio.create_task(_own_model(client, stack, images)) if stack.watches_models else None
+        begun.callback(lambda: own and own.cancel())
         await _classify(client, images, labels)
         await _draw(client, images, labels)
         await asyncio.to_thread(_plain_celery, stack.broker_url, images[0], int(labels[0]))
         await _chain(client, images, labels)
         await _stream(client)
         await _webhook(client, stack, images)
-        if stack.watches_models:
-            await _own_model(client, stack, images)
+        if own is not None:
+            click.echo(await own)
         await _bad_request(client)
         await _dead_letter(client)
     hint = "" if keep else "; --keep leaves it running"
@@ -132,7 +140,7 @@ async def _chain(client: AsyncClient, images: NDArray[np.float32], labels: NDArr
 
 async def _stream(client: AsyncClient) -> None:
     """A text that comes word by word, as of a language model."""
-    inputs = {"text": np.array([STREAMED.encode()], dtype=object), "delay_ms": np.array([60], np.int32)}
+    inputs = {"text": np.array([STREAMED.encode()], dtype=object), "delay_ms": np.array([25], np.int32)}
     task = await client.submit("token_stream", inputs)
     decoder = codecs.getincrementaldecoder("utf-8")()
     click.echo("\na stream: ", nl=False)
@@ -189,7 +197,7 @@ async def _webhook(client: AsyncClient, stack: Stack, images: NDArray[np.float32
     )
 
 
-async def _own_model(client: AsyncClient, stack: Stack, images: NDArray[np.float32]) -> None:
+async def _own_model(client: AsyncClient, stack: Stack, images: NDArray[np.float32]) -> str:
     """A model that is dropped into the watched folder answers, without a restart."""
     folder = stack.model_folder / OWN_MODEL
     (folder / "1").mkdir(parents=True)
@@ -204,7 +212,7 @@ async def _own_model(client: AsyncClient, stack: Stack, images: NDArray[np.float
     took_s = time.perf_counter() - began
     if abs(ink - float(images[0].sum())) > 1e-3:
         raise SamphireError(f"the model of one's own says {ink}, expected {images[0].sum()}")
-    click.echo(f"\na model of one's own, dropped into {folder}, answers {took_s:.1f} s later: {ink:.1f}")
+    return f"\na model of one's own, dropped into {folder}, answers {took_s:.1f} s later: {ink:.1f}"
 
 
 async def _bad_request(client: AsyncClient) -> None:

@@ -11,8 +11,9 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -112,6 +113,10 @@ def stack_options(ports: str) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
+def _fail_without(error: ModuleNotFoundError) -> NoReturn:
+    fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
+
+
 def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         fail(
@@ -124,7 +129,7 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
         from samphire_broker.embedded.stack import StackOptions, run_stack, serve
         from samphire_broker.repository.folder import ModelFolderError
     except ModuleNotFoundError as error:
-        fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
+        _fail_without(error)
     try:
         read_settings()  # the workers' would be refused by them, one after the other
     except SamphireError as error:
@@ -144,6 +149,8 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
     )
     try:
         asyncio.run(run_stack(stack_options, say, job or serve))
+    except ModuleNotFoundError as error:
+        _fail_without(error)
     except (PartError, PortTakenError, ModelFolderError, SamphireError, OSError) as error:
         fail(str(error))
 
@@ -159,6 +166,13 @@ def up(data_dir: Path, **options: Any) -> None:
     _run_stack(data_dir, options)
 
 
+def _load_demo() -> tuple[Any, Any]:
+    from samphire_broker.demo import show
+    from samphire_broker.digits import load_split
+
+    return show, load_split()
+
+
 @click.command()
 @click.option("--keep", is_flag=True, help="Leave the stack running until Ctrl-C, to try things out.")
 @click.option(
@@ -169,12 +183,15 @@ def up(data_dir: Path, **options: Any) -> None:
 @stack_options("free")
 def demo(data_dir: Path | None, keep: bool, **options: Any) -> None:
     """Start a stack, classify real handwritten digits with it, and stop it."""
-    try:
-        from samphire_broker.demo import show
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
-    job = functools.partial(show, keep=keep)
     with contextlib.ExitStack() as kept:
+        # What the demo needs takes as long to load as the stack does to start.
+        loading = kept.enter_context(ThreadPoolExecutor(1, thread_name_prefix="samphire-demo")).submit(_load_demo)
+
+        async def job(stack: Any) -> None:
+            show, digits = await asyncio.wrap_future(loading)
+            await show(stack, digits, keep=keep)
+
+        is_temporary = data_dir is None
         if data_dir is None:
             data_dir = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="samphire-demo-")))
         if options["model_repository"] is None and not os.environ.get("SAMPHIRE_TRITON_URLS"):
@@ -182,4 +199,4 @@ def demo(data_dir: Path | None, keep: bool, **options: Any) -> None:
             models = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="samphire-demo-"))) / "demo_models"
             shutil.copytree(shipped_model_repository(), models)
             options |= {"model_repository": models, "watch_models": True}
-        _run_stack(data_dir, options, job)
+        _run_stack(data_dir, options | {"is_temporary": is_temporary}, job)

@@ -129,11 +129,11 @@ class Part:
             else:
                 on_change(f"{self.spec.name} is ready again (pid {self.pid})")
 
-    async def stop(self) -> None:
-        """Ask the child to end (SIGTERM), wait, then kill its process group."""
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Ask the child to end (SIGTERM), wait, then kill its process group; `at_once` kills it without asking."""
         if self.process is None:
             return
-        if self.process.returncode is None:
+        if self.process.returncode is None and not at_once:
             with contextlib.suppress(ProcessLookupError):
                 self.process.terminate()
             with contextlib.suppress(asyncio.TimeoutError):

@@ -69,6 +69,8 @@ class StackOptions:
     external_triton_urls: str | None = None
     loopback_webhooks: bool = False
     """Whether webhooks go to one port of this machine, for a receiver of the stack's own job."""
+    is_temporary: bool = False
+    """Whether nothing of it is kept: then its parts are killed in the end, instead of being waited for seconds."""
 
 
 class Stack:
@@ -200,7 +202,8 @@ class Stack:
                 self._broker = part
             else:
                 self._triton = part
-        await self._start_together(parts)
+        if self._broker is not None:
+            await self._start_together([self._broker])
         self.metrics_ports = [choose_port(0, "") for _ in range(options.workers)]
         triton_urls = options.external_triton_urls or self.triton_grpc
         self._workers = [
@@ -216,7 +219,9 @@ class Stack:
             )
             for n, port in enumerate(self.metrics_ports)
         ]
-        await self._start_together([*self._workers, self._flower])
+        # Workers and Flower take as long as Triton, and wait for it themselves.
+        triton = [] if self._triton is None else [self._triton]
+        await self._start_together([*triton, *self._workers, self._flower])
         self._keepers = [asyncio.create_task(part.keep_running(self._on_change)) for part in self.parts]
         if options.watch_models:
             self._keepers.append(asyncio.create_task(self._watch_models()))
@@ -338,10 +343,13 @@ class Stack:
             self._progress("stopping")
         if self._mirror is not None:
             (self._options.data_dir / RECORD).unlink(missing_ok=True)
-        await asyncio.gather(*(worker.stop() for worker in self._workers))
-        for part in (self._flower, self._triton, self._broker):
+        # On a broker that goes on, a worker that was killed would hold what it has until its lease has lapsed.
+        at_once = self._options.is_temporary and self._options.external_broker_url is None
+        flower = [] if self._flower is None else [self._flower]
+        await asyncio.gather(*(part.stop(at_once=at_once) for part in [*self._workers, *flower]))
+        for part in (self._triton, self._broker):
             if part is not None:
-                await part.stop()
+                await part.stop(at_once=at_once)
         if self._lock is not None:
             self._lock.close()
 
