@@ -26,7 +26,7 @@ from tritonclient.utils import InferenceServerException
 
 from samphire_broker.embedded.ports import LOOPBACK
 from samphire_broker.embedded.process import PartError, PartSpec
-from samphire_broker.repository.loads import BACKENDS, Loads
+from samphire_broker.repository.loads import BACKENDS, Loads, StillLoadingError
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -67,7 +67,10 @@ async def load_all_models(client: InferenceServerClient, loads: Loads, note: Not
     """
     index = await client.get_model_repository_index(as_json=True)
     for name in sorted({entry["name"] for entry in index.get("models", [])}):
-        reason = await loads.load(name)
+        try:
+            reason = await loads.load(name)
+        except StillLoadingError as error:
+            reason = str(error)
         if reason or name in failed:
             note(name, reason)
         (failed.add if reason else failed.discard)(name)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection
 
 from samphire_broker.repository.folder import Model, ModelFolderError, ignored_versions, look, mirrored
-from samphire_broker.repository.loads import Loads, TritonAwayError
+from samphire_broker.repository.loads import Loads, StillLoadingError, TritonAwayError
 from samphire_broker.repository.mirror import Mirror
 
 LOOK_S = 0.25
@@ -84,12 +84,14 @@ class Changes:
             await self._mirror.work(self._mirror.put, name, model)
         except ModelFolderError as error:
             return str(error)
-        is_loaded = False
+        stays = False
         try:
             trouble = await self._loads.load(name)
-            is_loaded = not trouble
+            stays = not trouble
+        except StillLoadingError as error:  # it reads these files
+            trouble, stays = str(error), True
         finally:
-            await self._mirror.work(self._mirror.keep if is_loaded else self._mirror.undo, name)
+            await self._mirror.work(self._mirror.keep if stays else self._mirror.undo, name)
         return trouble
 
     async def _drop(self, name: str) -> str:
