@@ -23,6 +23,7 @@ OTHERS = {
     "celery_key_prefix": "shop_",
     "triton_urls": "one:8001,two:8001",
     "backoff_jitter": "0.5",
+    "unserved_timeout_s": "300",
     "model_retries": '{"digits": {"max_attempts": 5}}',
     "micro_batch": '{"digits": false}',
     "queue_weights": '{"digits": 2}',
