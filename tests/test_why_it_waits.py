@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from samphire import AsyncClient, AsyncTask, EndpointUnavailableError, Step, TaskDetail
-from samphire.client.place import QueueSearch, before
+from samphire.client.place import QueueSearch, before, message_id
 from samphire.transport.address import broker_of
 from samphire.transport.direct import DirectConnection
 from samphire.wire import keys
@@ -218,6 +218,46 @@ async def test_a_place_among_many(valkey: Valkey) -> None:
 
 
 @in_a_loop
+async def test_what_else_lies_in_the_queues(valkey: Valkey) -> None:
+    """Keys of other types and what is no message are passed over, few messages or many."""
+    for many in (0, 5000):
+        at = time.time()
+        valkey.client.set("inference.odd", "no list")
+        valkey.client.hset("inference.one\x06\x166", "no", "list")
+        garbage = [b"", b"\xff\x00", b"{}", b'{"headers": {"id": 7}}', b'{"headers":{"id":"other"}}', b"x" * 100_000]
+        valkey.client.lpush("inference.one\x06\x163", *garbage)
+        first, *_ = pushed(valkey.client, "inference.one", 3, [at + n / 1000 for n in range(many + 1)])
+        valkey.client.lpush("inference.one\x06\x163", *garbage)
+        valkey.client.sadd(KEYS.queues, "inference.odd", "no queue of ours")
+        async with AsyncClient(valkey.url, validate=False) as client:
+            found = await client.task(first).status(detail=True)
+            assert (found.queue, found.ahead) == ("inference.one", len(garbage)), found
+            unknown = await client.task("nobody").status(detail=True)
+            assert unknown.is_known is (None if many else False)
+        valkey.client.delete("inference.one\x06\x163")
+
+
+@in_a_loop
+async def test_beside_plain_producers(valkey: Valkey) -> None:
+    """Their messages tell no time; of their tasks no place is told where many are queued."""
+    at = time.time()
+    ids = []
+    for n in range(200):
+        valkey.client.lpush("inference.one\x06\x163", *[b'{"headers": {"id": "plain-%d"}}' % m for m in range(1 + n % 25)])
+        ids += pushed(valkey.client, "inference.one", 3, [at + n + m / 100 for m in range(n % 40)])
+    messages = valkey.client.lrange("inference.one\x06\x163", 0, -1)[::-1]
+    assert len(messages) > 5000
+    connection = DirectConnection(broker_of(valkey.url).address)
+    for n, message in list(enumerate(messages))[::97]:
+        found = await QueueSearch(connection, KEYS, message_id(message)).find()
+        if message_id(message) in ids:
+            assert found.place == ("inference.one", n, len(messages))
+        else:
+            assert found.place is None and not found.is_certain
+    await connection.close()
+
+
+@in_a_loop
 async def test_the_order_that_is_told_is_that_of_the_claims(valkey: Valkey) -> None:
     """Real claims of real lists: nobody is further from what was told than a claim is large."""
     now = time.time()
@@ -234,18 +274,13 @@ async def test_the_order_that_is_told_is_that_of_the_claims(valkey: Valkey) -> N
         claimed = await store.claim(plan.turns, [30] * len(plan.models), 30, 10**9)
         if not claimed:
             break
-        order += [keys_id(claim.message) for claim in claimed]
+        order += [message_id(claim.message) for claim in claimed]
     await store.close()
     assert len(order) == sum(lengths)
     place = {task_id: n for n, task_id in enumerate(order)}
     for step, own in enumerate(ids):
         for position in range(0, len(own), 7):
             assert abs(before(lengths, step, position) - place[own[position]]) <= 30, (step, position)
-
-
-def keys_id(message: bytes) -> str:
-    """The task's id in a message."""
-    return message.split(b'"id":"')[1].split(b'"')[0].decode()
 
 
 @in_a_loop

@@ -13,6 +13,7 @@ from collections.abc import Generator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from samphire.errors import ProtocolError
 from samphire.transport.connection import key_text
 from samphire.transport.direct import Argument, DirectConnection
 from samphire.wire.envelope import time_of_id
@@ -29,6 +30,8 @@ NEAR = 40
 """So near to a message that was read the place is not narrowed further."""
 INTERPOLATIONS = 12
 """Where these do not narrow it enough, bisections follow."""
+UNTIMED = 32
+"""Messages among which one has to tell when it was submitted."""
 LISTS_MAX = 2000
 """Lists with messages that are searched."""
 
@@ -117,9 +120,19 @@ class QueueSearch:
         commands: list[Command] = [("LLEN", self._keys.of_celery(name)) for name in names]
         replies: list[int] = []
         for begin in range(0, len(commands), 1000):
-            replies += await self._connection.ask_all(commands[begin : begin + 1000])
+            page = commands[begin : begin + 1000]
+            try:
+                replies += await self._connection.ask_all(page)
+            except ProtocolError:  # a key of another type lies there: no lane takes it for a list either
+                replies += [await self._length(command) for command in page]
         steps = len(PRIORITY_STEPS)
         return {queue: replies[n * steps : (n + 1) * steps] for n, queue in enumerate(queues)}
+
+    async def _length(self, command: Command) -> int:
+        try:
+            return int(await self._connection.ask(*command))
+        except ProtocolError:
+            return 0
 
     async def _run(self, searches: dict[tuple[str, int], Search]) -> tuple[tuple[str, int], int] | None:
         """Carry on all searches at once, a command each in one round trip, until one has found it."""
@@ -149,30 +162,30 @@ class QueueSearch:
         return None
 
     def _narrow(self, key: str, length: int, sent_at: float) -> Search:
-        low, high = 0, length - 1
-        first: bytes | None = yield ("LINDEX", key, -1)
-        last: bytes | None = yield ("LINDEX", key, 0)
+        first = yield from _timed(key, 0, length)
+        last = yield from _timed(key, length - 1, length)
         if first is None or last is None:
             return None
-        message, position, looks = first, 0 if sent_at <= _sent_at(first) else high, 0
-        early_s, late_s, side = sent_at - _sent_at(first), _sent_at(last) - sent_at, 0
+        low, early_s, high, late_s = first.position, sent_at - first.at, last.position, last.at - sent_at
+        position, size, looks, side = low if early_s <= 0 else high, first.size, 0, 0
         while early_s > 0 and late_s > 0:
             part = early_s / (early_s + late_s) if looks < INTERPOLATIONS else 0.5
             position = min(max(low, low + round(part * (high - low))), high)
             if min(position - low, high - position) <= NEAR:
                 break
             looks += 1
-            reply: bytes | None = yield ("LINDEX", key, -1 - position)
-            if reply is None:  # it was claimed meanwhile
+            found = yield from _timed(key, position, length)
+            if found is None:
                 return None
-            message, ahead_s = reply, sent_at - _sent_at(reply)
-            if ahead_s == 0:
+            if not low < found.position < high or found.at == sent_at:
+                position = found.position
                 break
+            size, ahead_s = found.size, sent_at - found.at
             if ahead_s > 0:
-                low, early_s, late_s, side = position, ahead_s, late_s / 2 if side > 0 else late_s, 1
+                low, early_s, late_s, side = found.position, ahead_s, late_s / 2 if side > 0 else late_s, 1
             else:
-                high, late_s, early_s, side = position, -ahead_s, early_s / 2 if side < 0 else early_s, -1
-        return (yield from self._around(key, position, length, max(8, min(PAGE, PAGE_BYTES // len(message)))))
+                high, late_s, early_s, side = found.position, -ahead_s, early_s / 2 if side < 0 else early_s, -1
+        return (yield from self._around(key, position, length, max(8, min(PAGE, PAGE_BYTES // size))))
 
     def _around(self, key: str, position: int, length: int, page: int) -> Search:
         """Read what lies around a position, ever further away."""
@@ -226,9 +239,28 @@ def _page(key: str, position: int, count: int) -> Command:
     return ("LRANGE", key, -position - count, -position - 1)
 
 
-def _sent_at(message: bytes) -> float:
-    found = _SENT_AT.search(message)
-    return float(found[1]) if found is not None else 0.0
+class _Timed(NamedTuple):
+    """A message that tells when it was submitted."""
+
+    position: int
+    at: float
+    """In s since 1970."""
+    size: int
+
+
+def _timed(key: str, position: int, length: int) -> Generator[Command, Any, _Timed | None]:
+    """The message at a position, or near it where that one tells no time, as those of plain Celery producers."""
+    message: bytes | None = yield ("LINDEX", key, -1 - position)
+    if message is None:  # it was claimed meanwhile
+        return None
+    if (found := _SENT_AT.search(message)) is not None:
+        return _Timed(position, float(found[1]), len(message))
+    begin = max(0, min(position - UNTIMED // 2, length - UNTIMED))
+    page: list[bytes] = yield _page(key, begin, UNTIMED)
+    for n, message in enumerate(reversed(page)):
+        if (found := _SENT_AT.search(message)) is not None:
+            return _Timed(begin + n, float(found[1]), len(message))
+    return None
 
 
 def before(lengths: Sequence[int], step: int, position: int) -> int:
