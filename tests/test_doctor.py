@@ -49,13 +49,13 @@ def test_a_healthy_stack(stack: Up) -> None:
         assert found[name]["state"] == "ok", found[name]
     assert "digits" in found[f"models of {stack.triton_grpc}"]["found"]
     assert found["workers"]["state"] == "ok"
-    people = subprocess.run(
-        [SAMPHIRE, "doctor", "--broker-url", stack.broker_url],
+    people = subprocess.run(  # the stack's Triton is found by its data directory
+        [SAMPHIRE, "doctor", "--broker-url", stack.broker_url, "--data-dir", str(stack.data_dir)],
         capture_output=True,
         text=True,
         timeout=ENDS_S,
         check=False,
-        env=clean_environment() | {"SAMPHIRE_TRITON_URLS": stack.triton_grpc},
+        env=clean_environment(),
     )
     assert people.returncode == 0
     assert "ok    numbers through the queue: 8 values came back unchanged" in people.stdout

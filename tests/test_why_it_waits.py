@@ -243,7 +243,8 @@ async def test_beside_plain_producers(valkey: Valkey) -> None:
     at = time.time()
     ids = []
     for n in range(200):
-        valkey.client.lpush("inference.one\x06\x163", *[b'{"headers": {"id": "plain-%d"}}' % m for m in range(1 + n % 25)])
+        plain = [b'{"headers": {"id": "plain-%d"}}' % m for m in range(1 + n % 25)]
+        valkey.client.lpush("inference.one\x06\x163", *plain)
         ids += pushed(valkey.client, "inference.one", 3, [at + n + m / 100 for m in range(n % 40)])
     messages = valkey.client.lrange("inference.one\x06\x163", 0, -1)[::-1]
     assert len(messages) > 5000

@@ -21,7 +21,7 @@ MARKS = {"ok": "ok", "warning": "WARN", "error": "FAIL", "skipped": "-"}
     "--data-dir",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     envvar="SAMPHIRE_DATA_DIR",
-    help="The stack's data directory, whose logs go into the support file.",
+    help="The stack's data directory: its Triton is asked unless another is named, its logs go into the support file.",
 )
 @with_broker_url
 def doctor(broker_url: str | None, as_json: bool, bundle: Path | None, data_dir: Path | None) -> None:
@@ -30,7 +30,7 @@ def doctor(broker_url: str | None, as_json: bool, bundle: Path | None, data_dir:
     from samphire_broker.inspection.checks import examine  # its packages take a second to load
 
     findings = []
-    for finding in examine(broker_url, lambda line: say(shown(f"{line} …"))):
+    for finding in examine(broker_url, lambda line: say(shown(f"{line} …")), data_dir):
         findings.append(finding)
         if as_json:
             print_json(asdict(finding))

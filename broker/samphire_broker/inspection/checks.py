@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from samphire.transport.connection import key_text
 from samphire.wire.keys import CATALOGUE_TELLER, CATALOGUE_TROUBLE, Keys
 from samphire_broker.inspection.misplaced import misplaced
 from samphire_broker.inspection.overview import Overview, broker_connection, look
+from samphire_broker.repository.record import running_record
 from samphire_broker.settings import Settings, read_settings
 from samphire_broker.store import missing_rights
 
@@ -45,14 +47,23 @@ class Finding:
     remedy: str = ""
 
 
-def examine(broker_url: str | None = None, progress: Callable[[str], None] = lambda line: None) -> Iterator[Finding]:
+def examine(
+    broker_url: str | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+    data_dir: Path | None = None,
+) -> Iterator[Finding]:
     """Look at everything, one finding after the other; what depends on something broken is skipped.
 
-    `progress` is told what is waited for, which may take `TIMEOUT_S` where it hangs.
+    `progress` is told what is waited for, which may take `TIMEOUT_S` where it hangs. Where no Triton is named, that of
+    the stack that runs in `data_dir` is asked.
     """
     yield from check_versions()
+    known = {"broker_url": broker_url, "data_dir": data_dir}
     try:
-        settings = read_settings() if broker_url is None else read_settings(broker_url=broker_url)
+        settings = read_settings(**{name: value for name, value in known.items() if value is not None})
+        record = running_record(settings.data_dir.expanduser())
+        if record is not None and "triton_urls" not in settings.model_fields_set:
+            settings = settings.model_copy(update={"triton_urls": (record.triton,)})
     except InvalidInputError as error:
         yield Finding("settings", "error", str(error), "correct these environment variables")
         return
