@@ -6,19 +6,24 @@ import asyncio
 import json
 import subprocess
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
 import pytest
 
 from samphire import AsyncClient, Client, Timings
+from samphire.wire.contract import InferRequest, InputTensor
+from samphire.wire.envelope import encode_task
 from samphire_workers.triton.endpoint import Endpoint
 from samphire_workers.triton.statistics import LOOK_S, NOT_KNOWN, REST_S, Averages, Statistics
-from tests.stacks import ENDS_S, SAMPHIRE, Up, Valkey, clean_environment
+from tests.stacks import ENDS_S, SAMPHIRE, Up, Valkey, clean_environment, eventually
 from tests.support.lane import FakeTriton, away, body, counting, fake_triton, in_a_loop, lane_worker, until, x
 from tests.support.plain import plain_celery
 
 TIMEOUT_S = 30
+APART_S = 0.5
+"""By so much the broker's clock may be known wrongly on a busy machine."""
 FRAME = {"input_fp32": np.ones((1, 1), np.float32)}
 
 
@@ -36,12 +41,21 @@ def test_the_parts_are_the_whole(stack: Up) -> None:
         timings = timings_of(task.result(ENDS_S))
         after = time.time()
     assert timings.submitted_at is not None and timings.queued_s is not None
-    assert before - 0.1 <= timings.submitted_at <= timings.claimed_at <= timings.settled_at <= after + 0.1
+    assert before - APART_S <= timings.submitted_at <= timings.claimed_at <= timings.settled_at <= after + APART_S
     parts = timings.queued_s + timings.waited_s + timings.triton_s + timings.settling_s
     assert parts == pytest.approx(timings.settled_at - timings.submitted_at, abs=1e-3)
-    assert timings.triton_queue_s is not None and timings.triton_compute_s is not None
-    assert timings.triton_queue_s > 0 and timings.triton_compute_s > 0
     assert (timings.attempts, timings.batch_size) == (1, 1) and timings.worker.startswith("worker")
+
+
+def test_triton_tells_averages(stack: Up) -> None:
+    """After the first look, soon after an answer."""
+    with Client(stack.broker_url) as client:
+
+        def told() -> bool:
+            timings = timings_of(client.submit("identity", FRAME).result(ENDS_S))
+            return bool(timings.triton_queue_s and timings.triton_compute_s)
+
+        eventually(told, ENDS_S, "means of Triton's own times")
 
 
 def test_celery_reads_them(stack: Up) -> None:
@@ -127,11 +141,16 @@ async def test_a_stream_and_a_chain(valkey: Valkey) -> None:
 
 
 class Clock:
-    """A monotonic clock that a test sets."""
+    """A monotonic clock that a test sets, and the looks that were begun."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("samphire_workers.triton.statistics.time.monotonic", lambda: self.now)
+        self.begun: list[Coroutine[Any, Any, None]] = []
+        self.statistics = Statistics(self.begun.append, lambda: self.now)
+
+    async def look(self) -> None:
+        """Let a look that was begun come to its end."""
+        await self.begun.pop()
 
 
 def tell(triton: FakeTriton, requests: int, queue_ns: int, compute_ns: int) -> None:
@@ -143,46 +162,62 @@ def tell(triton: FakeTriton, requests: int, queue_ns: int, compute_ns: int) -> N
 
 @in_a_loop
 async def test_averages_are_of_the_requests_between_two_looks() -> None:
-    """Seldom asked for; a model that was loaded again begins anew."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        async with fake_triton("one") as triton:
-            endpoint, statistics = Endpoint(triton.address), Statistics()
-            clock = Clock(monkeypatch)
-            tell(triton, 10, 20_000_000, 50_000_000)
-            assert await statistics.averages(endpoint, "one", "1") == Averages(0.002, 0.005)
-            tell(triton, 11, 24_000_000, 51_000_000)
-            assert await statistics.averages(endpoint, "one", "1") == Averages(0.002, 0.005) and triton.looks == 1
+    """Seldom asked for, and nobody waits but the first; a model that was loaded again begins anew."""
+    async with fake_triton("one") as triton:
+        endpoint, clock = Endpoint(triton.address), Clock()
+
+        async def averages() -> Averages:
+            return await clock.statistics.averages(endpoint, "one", "1")
+
+        tell(triton, 10, 20_000_000, 50_000_000)
+        assert await averages() == Averages(0.002, 0.005)
+        tell(triton, 11, 24_000_000, 51_000_000)
+        assert await averages() == Averages(0.002, 0.005) and triton.looks == 1 and not clock.begun
+        clock.now += LOOK_S
+        assert await averages() == Averages(0.002, 0.005) and len(clock.begun) == 1
+        await clock.look()
+        assert await averages() == Averages(0.004, 0.001) and triton.looks == 2
+        tell(triton, 2, 2_000_000, 6_000_000)
+        for expected in (Averages(0.001, 0.003), NOT_KNOWN):  # then no request since
             clock.now += LOOK_S
-            assert await statistics.averages(endpoint, "one", "1") == Averages(0.004, 0.001) and triton.looks == 2
-            tell(triton, 2, 2_000_000, 6_000_000)
-            clock.now += LOOK_S
-            assert await statistics.averages(endpoint, "one", "1") == Averages(0.001, 0.003)
-            clock.now += LOOK_S
-            assert await statistics.averages(endpoint, "one", "1") == NOT_KNOWN  # no request since then
-            await endpoint.close()
+            await averages()
+            await clock.look()
+            assert await averages() == expected
+        await endpoint.close()
 
 
 @in_a_loop
 async def test_a_triton_that_does_not_tell_is_left_alone() -> None:
     """It has no statistics, or hides them: results come without, and it is not asked at each."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        async with fake_triton("one") as triton:
-            asked: list[str] = []
+    async with fake_triton("one") as triton:
+        asked: list[str] = []
 
-            async def refuse(request: Any, context: Any) -> Any:
-                asked.append(request.name)
-                await away(context)
+        async def refuse(request: Any, context: Any) -> Any:
+            asked.append(request.name)
+            await away(context)
 
-            monkeypatch.setattr(triton, "ModelStatistics", refuse)
-            await triton.stop()
-            await triton.start()
-            endpoint, statistics = Endpoint(triton.address), Statistics()
-            clock = Clock(monkeypatch)
-            for _ in range(3):
-                assert await statistics.averages(endpoint, "one", "1") == NOT_KNOWN
-                clock.now += LOOK_S
-            assert len(asked) == 1
-            clock.now += REST_S
-            await statistics.averages(endpoint, "one", "1")
-            assert len(asked) == 2
-            await endpoint.close()
+        triton.ModelStatistics = refuse  # type: ignore[method-assign]
+        await triton.stop()
+        await triton.start()
+        endpoint, clock = Endpoint(triton.address), Clock()
+        for _ in range(3):
+            assert await clock.statistics.averages(endpoint, "one", "1") == NOT_KNOWN
+            clock.now += LOOK_S
+        assert len(asked) == 1 and not clock.begun
+        clock.now += REST_S
+        await clock.statistics.averages(endpoint, "one", "1")
+        await clock.look()
+        assert len(asked) == 2
+        await endpoint.close()
+
+
+@pytest.mark.parametrize("sent_at", [-1e308, 0.0, 1e300])
+@in_a_loop
+async def test_a_submit_at_an_odd_time_is_answered(valkey: Valkey, sent_at: float) -> None:
+    """Anybody may write anything there: then it is not told how long it was queued."""
+    async with fake_triton("one") as triton, lane_worker(valkey.url, triton), AsyncClient(valkey.url) as client:
+        request = InferRequest("one", [InputTensor("x", "FP32", [1, 1], raw="AACAPw==")])
+        message = encode_task("samphire.infer", "odd", request, "inference.one", 0, sent_at=sent_at)
+        valkey.client.lpush("inference.one", message)
+        timings = timings_of(await client.task("odd").result(TIMEOUT_S))
+        assert timings.queued_s is None and len(triton.asked) == 1

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import redis
 
-from samphire import AsyncClient, AsyncTask, EndpointUnavailableError, Step, TaskDetail
-from samphire.client.place import QueueSearch, before, message_id
+from samphire import AsyncClient, AsyncTask, EndpointUnavailableError, Step, TaskDetail, UnknownModelError
+from samphire.client.messages import mentions, message_id, sent_at_of
+from samphire.client.place import QueueSearch, before
 from samphire.transport.address import broker_of
 from samphire.transport.direct import DirectConnection
 from samphire.wire import keys
@@ -108,7 +109,6 @@ async def test_scheduled_running_held_and_tried(valkey: Valkey) -> None:
             behind = [await client.submit("one", x()) for _ in range(3 * 4)]  # four calls may be under way
             told = [await task.status(detail=True) for task in behind]
             assert {detail.status for detail in told} <= {"queued", "running"} and all(detail.why for detail in told)
-            await why(behind[-1], "")
             go_on.set()
             for task in (running, *behind):
                 await task.result(TIMEOUT_S)
@@ -259,6 +259,84 @@ async def test_beside_plain_producers(valkey: Valkey) -> None:
 
 
 @in_a_loop
+async def test_queues_that_nobody_has_named(valkey: Valkey) -> None:
+    """A plain producer pushes where no worker is: it is looked for before anybody says that it is unknown."""
+    with plain_celery(valkey.url) as app:
+        app.send_task("samphire.infer", kwargs=body("one"), queue="inference.one", task_id="plain-1", priority=6)
+        app.send_task("samphire.infer", kwargs=body("one"), queue="inference", task_id="tâche-1")
+    async with AsyncClient(valkey.url) as client:
+        for task_id, queue in (("plain-1", "inference.one"), ("tâche-1", "inference")):
+            found = await client.task(task_id).status(detail=True)
+            assert (found.queue, found.ahead, found.is_known) == (queue, 0, True)
+        valkey.client.lpush("samphire.webhooks.shop", b'{"headers": {"id": "msg_1"}}')
+        valkey.client.sadd(KEYS.queues, "samphire.webhooks.shop")
+        assert (await client.task("msg_1").status(detail=True)).queue == "samphire.webhooks.shop"
+
+
+@in_a_loop
+async def test_claims_while_it_is_looked_for(valkey: Valkey) -> None:
+    """Whatever is claimed between two pages, what stays in the queue is found."""
+    ids = pushed(valkey.client, "inference.one", 3, [time.time()] * 3000)
+
+    class Claiming(DirectConnection):
+        async def ask_all(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+            replies = await super().ask_all(commands)
+            if commands[0][0] == "LRANGE":
+                valkey.client.rpop("inference.one\x06\x163", 40)
+            return replies
+
+    connection = Claiming(broker_of(valkey.url).address)
+    for task_id in (ids[2900], ids[2990]):
+        found = await QueueSearch(connection, KEYS, task_id).find()
+        left = valkey.client.llen("inference.one\x06\x163")
+        assert found.place is not None and left - 100 <= found.place.ahead <= left + 80
+    gone = await QueueSearch(connection, KEYS, ids[0]).find()
+    assert gone.place is None
+    await connection.close()
+
+
+@in_a_loop
+async def test_no_more_is_read_than_a_bound(valkey: Valkey) -> None:
+    """Large messages, and many queues; then it is not said that nobody knows the task."""
+    large = b'{"body": "' + b"x" * 2**20 + b'", "headers": {"id": "large"}}'
+    for _ in range(64):
+        valkey.client.lpush("inference.one", large)
+    for n in range(60):
+        ids = pushed(valkey.client, f"inference.m{n}", 3, [time.time() + m / 1000 for m in range(500)])
+    connection = DirectConnection(broker_of(valkey.url).address)
+    for unknown in ("nobody", new_task_id(time.time() + 0.2)):
+        valkey.client.config_resetstat()
+        found = await QueueSearch(connection, KEYS, unknown).find()
+        assert found.place is None and not found.is_certain
+        assert valkey.client.info("stats")["total_net_output_bytes"] < 40 * 2**20
+    found = await QueueSearch(connection, KEYS, ids[250]).find()
+    assert found.place is not None and found.place.queue == "inference.m59"
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (b'{"body": "[[], {}, {\\"chain\\": [{\\"task_id\\": \\"one\\"}]}]", "headers": {"id": "two"}}', True),
+        (b'{"body": "[[], {}, {}]", "headers": {"id": "two", "root_id": "one", "parent_id": "one"}}', False),
+        (b'{"body": "samphire:sub:blob:one:0 one", "headers": {"id": "two"}}', False),
+        (b'{"body": "eyJpZCI6ICJvbmUifQ==", "headers": {"id": "two"}}', True),  # {"id": "one"}
+        (b'{"body": "eyJpZCI6ICJ0d28ifQ==", "headers": {"id": "two"}}', False),
+        (b'{"body": "eJwLAAA=", "headers": {"id": "two", "compression": "application/x-gzip"}}', None),
+    ],
+)
+def test_which_messages_name_a_task(message: bytes, expected: bool | None) -> None:
+    """As one of those that follow them; not as one of those before, nor as a part of a word."""
+    assert mentions(message, "one") is expected
+
+
+@pytest.mark.parametrize("text", ["1.2.3", "1e5", "", "-1", "999999999999999"])
+def test_times_that_are_none(text: str) -> None:
+    """They are no time, and no error."""
+    assert sent_at_of(f'{{"headers": {{"samphire_sent_at": {text}, "id": "one"}}}}'.encode()) is None
+
+
+@in_a_loop
 async def test_the_order_that_is_told_is_that_of_the_claims(valkey: Valkey) -> None:
     """Real claims of real lists: nobody is further from what was told than a claim is large."""
     now = time.time()
@@ -307,8 +385,12 @@ async def test_a_model_that_never_loads_fails_its_tasks_where_that_is_wished(val
             with plain_celery(valkey.url) as app:  # what comes later fails too
                 app.send_task("samphire.infer", kwargs=body("late"), queue="inference.late", task_id="plain")
                 await until(lambda: state(valkey.client, "plain") == "FAILURE", "its end")
+            with pytest.raises(UnknownModelError):  # that was no wait of a model that is deployed later
+                await (await client.submit("later", x())).result(TIMEOUT_S)
+            assert worker.lane._served.given_up() == {"late"}
             triton.is_up = False
             await until(lambda: not worker.endpoints.some_ready.is_set(), "an outage")
+            assert not worker.lane._served.given_up(), "the time begins anew"
             waiting = await client.submit("one", x())
             await asyncio.sleep(1.0)
             assert await waiting.status() == "queued"

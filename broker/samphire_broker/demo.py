@@ -65,7 +65,8 @@ async def show(stack: Stack, digits: Digits, *, keep: bool) -> None:
         await first.result(timeout_s=TIMEOUT_S)
         # Its files have to be still for a second before it is loaded: the others go on meanwhile.
         own = asyncio.create_task(_own_model(client, stack, images)) if stack.watches_models else None
-        begun.callback(lambda: own and own.cancel())
+        if own is not None:
+            begun.push_async_callback(_ended, own)
         await _classify(client, images, labels)
         await _draw(client, images, labels)
         await asyncio.to_thread(_plain_celery, stack.broker_url, images[0], int(labels[0]))
@@ -83,6 +84,14 @@ async def show(stack: Stack, digits: Digits, *, keep: bool) -> None:
             f"\nThe stack goes on: SAMPHIRE_BROKER_URL={stack.broker_url} SAMPHIRE_TRITON_URLS={stack.triton_grpc}"
         )
         await serve(stack)
+
+
+async def _ended(task: asyncio.Task[str]) -> None:
+    """End what was begun beside; what it has raised was told, or another error goes before."""
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()
 
 
 async def _classify(client: AsyncClient, images: NDArray[np.float32], labels: NDArray[np.int64]) -> None:

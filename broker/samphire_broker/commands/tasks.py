@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +14,7 @@ import click
 import numpy as np
 
 from samphire import Client, SamphireError, Task, TaskDetail, TaskEvent, UnknownTaskError
+from samphire.client.results import TERMINAL
 from samphire.transport.address import broker_of
 from samphire_broker.commands.output import (
     FAILED,
@@ -28,7 +30,8 @@ from samphire_broker.inspection.overview import overview
 from samphire_broker.shown import shown, shown_lines
 
 WHY_S = 2.0
-"""Between two looks at why a task waits."""
+"""Between two looks at why a task waits, and as many times as long as one has taken."""
+WHY_SHARE = 20
 
 
 def _parse_pairs(pairs: tuple[str, ...], what: str) -> dict[str, str]:
@@ -166,11 +169,14 @@ def _with_reasons(task: Task, detail: TaskDetail, events: Iterator[TaskEvent]) -
     ended = threading.Event()
 
     def tell(why: str) -> None:
-        while not ended.wait(WHY_S):
+        wait_s = WHY_S
+        while not ended.wait(wait_s):
+            began = time.monotonic()
             try:
                 now = task.status(detail=True)
             except SamphireError:  # the events tell what is wrong
                 continue
+            wait_s = max(WHY_S, WHY_SHARE * (time.monotonic() - began))
             if now.why and now.why != why and now.status != "running" and not ended.is_set():
                 say(shown(f"({now.why})"))
             why = now.why
@@ -239,14 +245,13 @@ def _why(task: Task) -> str:
 def result(client: Client, *, task_id: str, timeout_s: float, delete: bool, save: Path | None, as_json: bool) -> None:
     """Print the result of a task."""
     task = client.task(task_id)
-    if timeout_s <= 0 and (status := task.status()) in ("queued", "scheduled", "running", "retrying"):
-        progress = task.progress() if status == "running" else None
+    if timeout_s <= 0 and (detail := task.status(detail=True)).status not in TERMINAL:
+        progress = task.progress() if detail.status == "running" else None
         far = f", {_described(progress).removeprefix('running ')}" if progress is not None else ""
-        detail = task.status(detail=True)
         if detail.is_known is False:
             raise UnknownTaskError(f"task {task_id}: {detail.why}")
         why = f" ({detail.why})" if detail.why else ""
-        fail(shown(f"task {task_id} is {status}{far}{why}: --timeout-s waits for it"), NO_ANSWER)
+        fail(shown(f"task {task_id} is {detail.status}{far}{why}: --timeout-s waits for it"), NO_ANSWER)
     answer = task.result(max(timeout_s, 5.0), delete=delete)
     if save is not None:
         arrays = {name: _for_npz(name, array) for name, array in answer.outputs.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib.util
 import os
 import platform
 import re
@@ -113,8 +114,8 @@ def stack_options(ports: str) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
-def _fail_without(error: ModuleNotFoundError) -> NoReturn:
-    fail(f"{error.name} is missing: pip install 'samphire[embedded]'")
+def _fail_without(package: str) -> NoReturn:
+    fail(f"{package} is missing: pip install 'samphire[embedded]'")
 
 
 def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None:
@@ -129,7 +130,7 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
         from samphire_broker.embedded.stack import StackOptions, run_stack, serve
         from samphire_broker.repository.folder import ModelFolderError
     except ModuleNotFoundError as error:
-        _fail_without(error)
+        _fail_without(str(error.name))
     try:
         read_settings()  # the workers' would be refused by them, one after the other
     except SamphireError as error:
@@ -149,8 +150,6 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
     )
     try:
         asyncio.run(run_stack(stack_options, say, job or serve))
-    except ModuleNotFoundError as error:
-        _fail_without(error)
     except (PartError, PortTakenError, ModelFolderError, SamphireError, OSError) as error:
         fail(str(error))
 
@@ -183,6 +182,9 @@ def _load_demo() -> tuple[Any, Any]:
 @stack_options("free")
 def demo(data_dir: Path | None, keep: bool, **options: Any) -> None:
     """Start a stack, classify real handwritten digits with it, and stop it."""
+    for package in ("aiohttp", "celery", "sklearn"):
+        if importlib.util.find_spec(package) is None:
+            _fail_without(package)
     with contextlib.ExitStack() as kept:
         # What the demo needs takes as long to load as the stack does to start.
         loading = kept.enter_context(ThreadPoolExecutor(1, thread_name_prefix="samphire-demo")).submit(_load_demo)

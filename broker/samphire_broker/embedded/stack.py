@@ -70,7 +70,7 @@ class StackOptions:
     loopback_webhooks: bool = False
     """Whether webhooks go to one port of this machine, for a receiver of the stack's own job."""
     is_temporary: bool = False
-    """Whether nothing of it is kept: then its parts are killed in the end, instead of being waited for seconds."""
+    """Whether nothing of it was kept, nor will be: then its parts start together, and are killed in the end."""
 
 
 class Stack:
@@ -219,9 +219,11 @@ class Stack:
             )
             for n, port in enumerate(self.metrics_ports)
         ]
-        # Workers and Flower take as long as Triton, and wait for it themselves.
+        # Workers wait for Triton themselves; but a task that was kept may not meet one whose numbers were not probed.
         triton = [] if self._triton is None else [self._triton]
-        await self._start_together([*triton, *self._workers, self._flower])
+        begun = [*triton, self._flower, *(self._workers if options.is_temporary else [])]
+        await self._start_together(begun)
+        await self._start_together([worker for worker in self._workers if worker not in begun])
         self._keepers = [asyncio.create_task(part.keep_running(self._on_change)) for part in self.parts]
         if options.watch_models:
             self._keepers.append(asyncio.create_task(self._watch_models()))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection
 
 from samphire_broker.repository.folder import Model, ModelFolderError, ignored_versions, look, mirrored
-from samphire_broker.repository.loads import Loads, StillLoadingError, TritonAwayError
+from samphire_broker.repository.loads import STILL_LOADING, Loads, StillLoadingError, TritonAwayError
 from samphire_broker.repository.mirror import Mirror
 
 LOOK_S = 0.25
@@ -70,7 +70,8 @@ class Changes:
         except OSError as error:
             trouble = f"its files cannot be changed: {error}"
         if trouble:
-            self._say(f"model {name} is not as it is in {self._mirror.source}: {trouble}. What is served stays")
+            stays = "" if trouble.startswith(STILL_LOADING) else ". What is served stays"
+            self._say(f"model {name} is not as it is in {self._mirror.source}: {trouble}{stays}")
         else:
             done = "loaded as it is in" if model is not None else "unloaded, since it is no more in"
             self._say(f"model {name} is {done} {self._mirror.source}")

@@ -33,6 +33,7 @@ from samphire_workers.triton.errors import GivenUpError, StalledError
 from samphire_workers.triton.messages import Tensor
 from samphire_workers.triton.statistics import Statistics
 from samphire_workers.unexpected import our_error
+from samphire_workers.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Asker:
         locks: what all go through that are not alone with the model.
         streaming: asks models that stream.
         observers: are told of each call.
+        work: owns what goes on beside.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Asker:
         locks: ModelLocks,
         streaming: Streaming,
         observers: Observers,
+        work: Work,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -99,7 +102,7 @@ class Asker:
         self._streaming = streaming
         self._observers = observers
         self._reloads = Reloads(served)
-        self._statistics = Statistics()
+        self._statistics = Statistics(work.begin, time.monotonic)
         self._asked: set[_Asked] = set()
         self._ending: SamphireError | None = None
 

@@ -68,7 +68,7 @@ class Dispatcher:
         self._observers = observers
         locks = ModelLocks()
         streaming = Streaming(settings, store, endings, observers)
-        self._asker = Asker(settings, store, endpoints, served, endings, ledger, locks, streaming, observers)
+        self._asker = Asker(settings, store, endpoints, served, endings, ledger, locks, streaming, observers, work)
         self._suspects = Suspects(store, locks, ledger.unwritten, settings.triton_timeout_s, work)
         self._under_way: Counter[str] = Counter()
         """Micro-batches under way, by model."""

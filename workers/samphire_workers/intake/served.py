@@ -49,6 +49,7 @@ class ServedModels:
         self._settings = settings
         self._signatures = Signatures([endpoint.url for endpoint in endpoints.all])
         self._unserved = Unserved(settings.unserved_timeout_s)
+        self._endpoints.on_away = self._unserved.begin_again
         self._not_joined: dict[str, ModelSignature] = {}
         """Models that have answered a micro-batch with another number of rows than it had, as they were then."""
         self._checkers: dict[str, tuple[Checker, float]] = {}
@@ -130,6 +131,7 @@ class ServedModels:
             self._signatures.forget(endpoint.url, model)
             self.lost(endpoint, model, unknown=True)
             if self._endpoints.forget_unknown(model):
+                self._unserved.is_unknown(model)
                 raise
             raise EndpointUnavailableError(str(error)) from error
         except TransientError as error:
@@ -203,7 +205,8 @@ class ServedModels:
         self._endpoints.trip(endpoint, model, pause_s, unknown=unknown)
         if self._endpoints.is_away(model):
             self._checkers.pop(model, None)
-            self._unserved.is_away(model)
+            if self._endpoints.all_answer and not unknown:
+                self._unserved.is_away(model)
 
     def given_up(self) -> set[str]:
         """Models that were not loaded in time: their tasks fail."""
@@ -220,8 +223,6 @@ class ServedModels:
     async def watch(self, on_back: Callable[[], None]) -> None:
         """Keep signatures fresh and look whether models that were away are back, for ever."""
         while True:
-            if not self._endpoints.some_ready.is_set():
-                self._unserved.begin_again()
             await self._endpoints.some_ready.wait()
             await self._probe(on_back)
             try:

@@ -18,8 +18,8 @@ class Unserved:
         self._since: dict[str, float] = {}
 
     def is_away(self, model: str) -> None:
-        """Endpoints answer, and none of them serves this model."""
-        if model not in self._served:
+        """All endpoints answer, and none of them serves this model."""
+        if self._timeout_s is not None and model not in self._served:
             self._since.setdefault(model, time.monotonic())
 
     def is_served(self, model: str) -> None:
@@ -27,8 +27,12 @@ class Unserved:
         self._served.add(model)
         self._since.pop(model, None)
 
+    def is_unknown(self, model: str) -> None:
+        """No endpoint has it: its tasks fail anyway."""
+        self._since.pop(model, None)
+
     def begin_again(self) -> None:
-        """No endpoint answers: nothing is known of what they will serve."""
+        """An endpoint does not answer: nothing is known of what it will serve."""
         self._since.clear()
 
     def given_up(self) -> set[str]:

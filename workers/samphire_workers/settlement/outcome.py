@@ -26,6 +26,9 @@ _encode = msgspec.json.Encoder().encode
 PASSED_ON_BYTES = 256 * 2**10
 """Outputs over this size reach the next inference of a plain producer's canvas as claim checks."""
 
+CLOCKS_APART_S = 86_400.0
+"""A submit so far in the future is none."""
+
 ATTEMPT_CHARACTERS = 500
 """Most of an error's text that the history of a task keeps of each attempt."""
 
@@ -115,6 +118,8 @@ def timings(request: Request, now: float, clock_now: float, worker: str) -> Timi
         return UNSET
     claimed_at = request.claimed_at
     sent_at = None if request.envelope is None else request.envelope.headers.samphire_sent_at
+    if sent_at is not None and not 0 < sent_at < clock_now + CLOCKS_APART_S:
+        sent_at = None  # anybody may write anything there
     queue_s, compute_s = answered.averages
     return Timings(
         settled_at=_rounded(clock_now),

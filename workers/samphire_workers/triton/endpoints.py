@@ -43,6 +43,8 @@ class Endpoints:
         self.some_ready = asyncio.Event()
         self.on_ready: Callable[[Endpoint], None] = lambda endpoint: None
         """Called before an endpoint that has become ready is asked for anything."""
+        self.on_away: Callable[[], None] = lambda: None
+        """Called when an endpoint that was ready does not answer."""
 
     @property
     def all(self) -> list[Endpoint]:
@@ -80,9 +82,15 @@ class Endpoints:
                 extra={"action": "endpoint_away"},
             )
             self._ready.remove(endpoint)
+            self.on_away()
         if not self._ready:
             self.some_ready.clear()
         endpoint.give_up_all(GivenUpError(f"endpoint {endpoint.url} does not answer"))
+
+    @property
+    def all_answer(self) -> bool:
+        """Whether every endpoint has answered the last probe."""
+        return len(self._ready) == len(self._all)
 
     def answers(self, endpoint: Endpoint) -> bool:
         """Whether an endpoint has answered the last probe."""

@@ -6,7 +6,7 @@ the requests between them.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 from samphire.errors import SamphireError
@@ -34,36 +34,46 @@ class _Known:
 
     __slots__ = ("averages", "look_at", "sums")
 
-    def __init__(self) -> None:
-        self.look_at = 0.0
+    def __init__(self, look_at: float) -> None:
+        self.look_at = look_at
         self.sums = (0, 0, 0, 0)
         self.averages = NOT_KNOWN
 
 
 class Statistics:
-    """Looks at what Triton tells, so seldom that nobody notices."""
+    """Looks at what Triton tells, so seldom that nobody notices.
 
-    def __init__(self) -> None:
+    Args:
+        begin: begins what goes on beside, in a task that somebody owns.
+        now: a monotonic clock.
+    """
+
+    def __init__(self, begin: Callable[[Coroutine[Any, Any, None]], None], now: Callable[[], float]) -> None:
+        self._begin = begin
+        self._now = now
         self._known: dict[tuple[str, str, str], _Known] = {}
 
     async def averages(self, endpoint: Endpoint, model: str, version: str) -> Averages:
-        """The means of the last look; of one that is due now, for which whoever comes meanwhile does not wait."""
+        """The means of the last look. Who asks first waits for one; later ones go on beside, for who comes after."""
         key = (endpoint.url, model, version)
         known = self._known.get(key)
         if known is None:
             if len(self._known) >= KNOWN_MAX:
                 self._known.clear()
-            known = self._known[key] = _Known()
-        now = time.monotonic()
-        if now >= known.look_at:
+            known = self._known[key] = _Known(self._now() + LOOK_S)
+            await self._look(known, endpoint, model, version)
+        elif (now := self._now()) >= known.look_at:
             known.look_at = now + LOOK_S
-            try:
-                told = await endpoint.statistics(model, version)
-            except SamphireError:
-                known.look_at, known.averages = now + REST_S, NOT_KNOWN
-            else:
-                _learn(known, told)
+            self._begin(self._look(known, endpoint, model, version))
         return known.averages
+
+    async def _look(self, known: _Known, endpoint: Endpoint, model: str, version: str) -> None:
+        try:
+            told = await endpoint.statistics(model, version)
+        except SamphireError:
+            known.look_at, known.averages = self._now() + REST_S, NOT_KNOWN
+        else:
+            _learn(known, told)
 
 
 def _learn(known: _Known, told: Any) -> None:

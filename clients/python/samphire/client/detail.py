@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from samphire.client.place import QueueSearch, mentions, message_id
+from samphire.client.messages import mentions, message_id
+from samphire.client.place import QueueSearch
 from samphire.client.results import TERMINAL, Status, decode_meta, status_of
 from samphire.client.session import Session
 from samphire.errors import BrokerRightError
@@ -76,7 +77,7 @@ async def detail_of(session: Session, task_id: str) -> TaskDetail:
     look = _Look(session, task_id)
     found = await look.once()
     for _ in range(LOOKS - 1):
-        if found.is_known:
+        if found.is_known is not False:
             break
         found = await look.once()
     return found
@@ -164,7 +165,7 @@ class _Look:
 
     async def _held(self) -> _Held:
         """Look into what workers hold, and into what waits for its time."""
-        left, is_mentioned = HELD_BYTES, False
+        left, is_mentioned, is_certain = HELD_BYTES, False, True
         try:
             workers = [key_text(worker) for worker in await self._connection.ask("SMEMBERS", self._keys.workers)]
             hashes = {f"{self._keys.worker_prefix}{worker}:inflight": worker for worker in workers}
@@ -175,15 +176,17 @@ class _Look:
                         return _Held("", is_mentioned, is_certain=False)
                     if message_id(message) == self._id and name in hashes:
                         return _Held(await self._name_of(hashes[name]), is_mentioned=False, is_certain=True)
-                    is_mentioned = is_mentioned or mentions(message, self._id)
+                    mentioned = mentions(message, self._id)
+                    is_mentioned = is_mentioned or mentioned is True
+                    is_certain = is_certain and mentioned is not None
         except BrokerRightError:
             return _Held("", is_mentioned, is_certain=False)
-        return _Held("", is_mentioned, is_certain=True)
+        return _Held("", is_mentioned, is_certain)
 
     async def _values(self, name: str) -> AsyncIterator[bytes]:
         cursor = "0"
         while True:
-            next_cursor, page = await self._connection.ask("HSCAN", name, cursor, "COUNT", 50)
+            next_cursor, page = await self._connection.ask("HSCAN", name, cursor, "COUNT", 8)
             for value in page[1::2]:
                 yield value
             if (cursor := key_text(next_cursor)) == "0":

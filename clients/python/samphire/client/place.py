@@ -2,27 +2,30 @@
 
 No list is read whole that is long: an id tells when it was made, and messages lie in the order in which they were
 submitted, so a place is found by interpolation (W. W. Peterson, "Addressing for Random-Access Storage", 1957), and by
-bisection where that takes too long. The broker walks to each place that it is asked for, so few are.
+bisection where that takes too long. The broker walks to each place that it is asked for, so few are. Nor is more read
+than `READ_BYTES`, so a look costs the same whatever is queued.
 """
 
 from __future__ import annotations
 
-import binascii
-import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from samphire.errors import ProtocolError
+from samphire.client.messages import mentions, message_id, sent_at_of
+from samphire.errors import BrokerRightError, ProtocolError
 from samphire.transport.connection import key_text
 from samphire.transport.direct import Argument, DirectConnection
 from samphire.wire.envelope import time_of_id
-from samphire.wire.keys import INTAKE, PRIORITY_STEPS, PRIORITY_WEIGHTS, Keys, known_form, queue_lists
+from samphire.wire.keys import INTAKE, PRIORITY_STEPS, PRIORITY_WEIGHTS, WEBHOOKS, Keys, known_form, queue_lists
 
 SMALL = 4000
 """Where no more messages are queued in all, they are all read."""
+READ_BYTES = 16 * 2**20
+"""Most bytes of messages that one search reads, but for the last page."""
 PAGE = 100
 """Messages that are read at once, if they are small."""
+FIRST_PAGE = 8
 PAGE_BYTES = 256 * 2**10
 AROUND = 1000
 """Messages that are read on each side of the place that an id's time tells, before it is given up."""
@@ -35,11 +38,6 @@ UNTIMED = 32
 LISTS_MAX = 2000
 """Lists with messages that are searched."""
 
-_SENT_AT = re.compile(rb'"samphire_sent_at": ?([0-9.]+)')
-_ID = re.compile(rb'"id": ?"([^"\\]*)"')
-_CODED_BODY = re.compile(rb'^\{"body": ?"([A-Za-z0-9+/=]+)"')
-"""As Celery itself writes it."""
-_COMPRESSED = re.compile(rb'"compression": ?"')
 _WEIGHTS = tuple(PRIORITY_WEIGHTS[step] for step in PRIORITY_STEPS)
 
 Command = tuple[Argument, ...]
@@ -68,7 +66,7 @@ class Found(NamedTuple):
 
 
 class QueueSearch:
-    """Searches all queues of a deployment for one task's message.
+    """Searches all queues of a deployment for one task's message; to be used once.
 
     Args:
         connection: to the broker.
@@ -80,40 +78,67 @@ class QueueSearch:
         self._connection = connection
         self._keys = keys
         self._id = task_id
+        self._left = READ_BYTES
+        self._is_certain = True
         self._is_mentioned = False
 
     async def find(self) -> Found:
         """Look once; raises SamphireError where the broker does not answer, or this user may not look."""
-        queues = await self._queues()
-        lengths = await self._lengths(queues)
-        lists = {(queue, step): length for queue in queues for step, length in enumerate(lengths[queue]) if length}
+        named = await self._named()
+        place = await self._search(named)
+        if place is None and self._is_certain:
+            try:  # what plain producers send is named only once a worker has seen it
+                place = await self._search(await self._unnamed(named))
+            except BrokerRightError:
+                self._is_certain = False
+        return Found(place, self._is_certain, self._is_mentioned)
+
+    async def _search(self, queues: Iterable[str]) -> Place | None:
+        lengths = await self._lengths(sorted(queues))
+        lists = {(queue, step): length for queue in lengths for step, length in enumerate(lengths[queue]) if length}
         all_are_read = sum(lists.values()) <= SMALL
-        sent_at = time_of_id(self._id)
-        if len(lists) > LISTS_MAX or not (all_are_read or sent_at is not None):
-            return Found(None, is_certain=False)
+        made_at = time_of_id(self._id)
+        self._is_certain = self._is_certain and all_are_read
+        if len(lists) > LISTS_MAX or not (all_are_read or made_at is not None):
+            self._is_certain = False
+            return None
         searches = {
-            place: self._read_all(self._list_key(*place), length)
+            (queue, step): self._read_all(self._list_key(queue, step))
             if all_are_read
-            else self._narrow(self._list_key(*place), length, sent_at or 0.0)
-            for place, length in lists.items()
+            else self._narrow(self._list_key(queue, step), length, made_at or 0.0)
+            for (queue, step), length in lists.items()
         }
         found = await self._run(searches)
         if found is None:
-            return Found(None, all_are_read, self._is_mentioned)
+            return None
         (queue, step), position = found
-        ahead = before(lengths[queue], step, position)
-        return Found(Place(queue, ahead, sum(lengths[queue])), is_certain=True)
+        self._is_certain = True
+        return Place(queue, before(lengths[queue], step, position), sum(lengths[queue]))
 
     def _list_key(self, queue: str, step: int) -> str:
         return self._keys.of_celery(queue_lists(queue)[step])
 
-    async def _queues(self) -> list[str]:
-        names, cursor = {INTAKE}, b"0"
+    async def _named(self) -> set[str]:
+        names = {INTAKE, WEBHOOKS}
+        async for name in self._scan("SSCAN", self._keys.queues):
+            names.add(known_form(name) or INTAKE)
+        return names
+
+    async def _unnamed(self, named: set[str]) -> set[str]:
+        """Queues whose lists lie there without their names being known."""
+        pattern = self._keys.of_celery(f"{INTAKE}*")
+        found = [self._keys.queue_in(key) async for key in self._scan("SCAN", "MATCH", pattern, "TYPE", "list")]
+        return {queue for queue in found if queue is not None} - named
+
+    async def _scan(self, command: str, *arguments: Argument) -> Any:
+        cursor: Any = "0"
+        first, rest = (arguments[:1], arguments[1:]) if command == "SSCAN" else ((), arguments)
         while True:
-            cursor, page = await self._connection.ask("SSCAN", self._keys.queues, cursor, "COUNT", 1000)
-            names.update(known_form(name) or INTAKE for name in page)
+            cursor, page = await self._connection.ask(command, *first, cursor, *rest, "COUNT", 1000)
+            for name in page:
+                yield name
             if key_text(cursor) == "0":
-                return sorted(name for name in names if name.startswith(INTAKE))
+                return
 
     async def _lengths(self, queues: Sequence[str]) -> dict[str, list[int]]:
         names = [name for queue in queues for name in queue_lists(queue)]
@@ -123,7 +148,7 @@ class QueueSearch:
             page = commands[begin : begin + 1000]
             try:
                 replies += await self._connection.ask_all(page)
-            except ProtocolError:  # a key of another type lies there: no lane takes it for a list either
+            except (ProtocolError, BrokerRightError):
                 replies += [await self._length(command) for command in page]
         steps = len(PRIORITY_STEPS)
         return {queue: replies[n * steps : (n + 1) * steps] for n, queue in enumerate(queues)}
@@ -131,16 +156,23 @@ class QueueSearch:
     async def _length(self, command: Command) -> int:
         try:
             return int(await self._connection.ask(*command))
-        except ProtocolError:
+        except ProtocolError:  # a key of another type lies there: no lane takes it for a list either
+            return 0
+        except BrokerRightError:  # another tenant's
+            self._is_certain = False
             return 0
 
     async def _run(self, searches: dict[tuple[str, int], Search]) -> tuple[tuple[str, int], int] | None:
         """Carry on all searches at once, a command each in one round trip, until one has found it."""
         asked = {place: next(search) for place, search in searches.items()}
         while asked:
+            if self._left < 0:
+                self._is_certain = False
+                return None
             replies = await self._connection.ask_all(list(asked.values()))
             then: dict[tuple[str, int], Command] = {}
             for place, reply in zip(asked, replies, strict=True):
+                self._left -= _size(reply)
                 try:
                     then[place] = searches[place].send(reply)
                 except StopIteration as ended:
@@ -149,24 +181,26 @@ class QueueSearch:
             asked = then
         return None
 
-    def _read_all(self, key: str, length: int) -> Search:
-        position = 0
-        while position < length:
-            page: list[bytes] = yield _page(key, position, PAGE)
-            for n, message in enumerate(reversed(page)):
+    def _read_all(self, key: str) -> Search:
+        """From the newest to the oldest: then a claim, which takes the oldest, moves nothing that was not read yet."""
+        begin, count = 0, FIRST_PAGE
+        while True:
+            page: list[bytes] = yield ("LRANGE", key, begin, begin + count - 1)
+            for n, message in enumerate(page):
                 if self._is_it(message):
-                    return position + n
-            if not page:
+                    length: int = yield ("LLEN", key)
+                    return max(0, length - 1 - begin - n)
+            if len(page) < count:
                 return None
-            position += len(page)
-        return None
+            begin += len(page)
+            count = _next_count(page)
 
-    def _narrow(self, key: str, length: int, sent_at: float) -> Search:
+    def _narrow(self, key: str, length: int, made_at: float) -> Search:
         first = yield from _timed(key, 0, length)
         last = yield from _timed(key, length - 1, length)
         if first is None or last is None:
             return None
-        low, early_s, high, late_s = first.position, sent_at - first.at, last.position, last.at - sent_at
+        low, early_s, high, late_s = first.position, made_at - first.at, last.position, last.at - made_at
         position, size, looks, side = low if early_s <= 0 else high, first.size, 0, 0
         while early_s > 0 and late_s > 0:
             part = early_s / (early_s + late_s) if looks < INTERPOLATIONS else 0.5
@@ -177,66 +211,38 @@ class QueueSearch:
             found = yield from _timed(key, position, length)
             if found is None:
                 return None
-            if not low < found.position < high or found.at == sent_at:
+            if not low < found.position < high or found.at == made_at:
                 position = found.position
                 break
-            size, ahead_s = found.size, sent_at - found.at
+            size, ahead_s = found.size, made_at - found.at
             if ahead_s > 0:
                 low, early_s, late_s, side = found.position, ahead_s, late_s / 2 if side > 0 else late_s, 1
             else:
                 high, late_s, early_s, side = found.position, -ahead_s, early_s / 2 if side < 0 else early_s, -1
-        return (yield from self._around(key, position, length, max(8, min(PAGE, PAGE_BYTES // size))))
+        return (yield from self._around(key, position, length, _count_of(size)))
 
-    def _around(self, key: str, position: int, length: int, page: int) -> Search:
+    def _around(self, key: str, position: int, length: int, count: int) -> Search:
         """Read what lies around a position, ever further away."""
-        begin = end = max(0, position - page // 2)
+        begin = end = max(0, position - count // 2)
         while end - begin < 2 * AROUND and (begin > 0 or end < length):
-            if end < length:
-                messages: list[bytes] = yield _page(key, end, page)
-                for n, message in enumerate(reversed(messages)):
-                    if self._is_it(message):
-                        return end + n
-                end = end + len(messages) if messages else length
-            if begin > 0:
-                start = max(0, begin - page)
-                messages = yield _page(key, start, begin - start)
-                for n, message in enumerate(reversed(messages)):
+            for start, stop in ((end, min(length, end + count)), (max(0, begin - count), begin)):
+                if start >= stop:
+                    continue
+                page: list[bytes] = yield _page(key, start, stop - start)
+                for n, message in enumerate(reversed(page)):
                     if self._is_it(message):
                         return start + n
-                begin = start
+                begin, end = min(begin, start), max(end, stop)
+                count = _next_count(page)
         return None
 
     def _is_it(self, message: bytes) -> bool:
         if message_id(message) == self._id:
             return True
-        self._is_mentioned = self._is_mentioned or mentions(message, self._id)
+        mentioned = mentions(message, self._id)
+        self._is_mentioned = self._is_mentioned or mentioned is True
+        self._is_certain = self._is_certain and mentioned is not None
         return False
-
-
-def message_id(message: bytes) -> str:
-    """The task's id in a message as it lies in a queue; "" where there is none."""
-    found = _ID.search(message)
-    return "" if found is None else found[1].decode(errors="replace")
-
-
-def mentions(message: bytes, task_id: str) -> bool:
-    """Whether a message names a task among those that are to follow it, as far as that can be seen."""
-    if task_id.encode() in message:
-        return True
-    coded = _CODED_BODY.search(message)
-    if coded is None:
-        return False
-    if _COMPRESSED.search(message):
-        return True  # it may
-    try:
-        return task_id.encode() in binascii.a2b_base64(coded[1])
-    except binascii.Error:
-        return False
-
-
-def _page(key: str, position: int, count: int) -> Command:
-    """Reads so many messages from a position on; they come in the other order than that in which they are claimed."""
-    return ("LRANGE", key, -position - count, -position - 1)
 
 
 class _Timed(NamedTuple):
@@ -253,14 +259,34 @@ def _timed(key: str, position: int, length: int) -> Generator[Command, Any, _Tim
     message: bytes | None = yield ("LINDEX", key, -1 - position)
     if message is None:  # it was claimed meanwhile
         return None
-    if (found := _SENT_AT.search(message)) is not None:
-        return _Timed(position, float(found[1]), len(message))
+    if (at := sent_at_of(message)) is not None:
+        return _Timed(position, at, len(message))
     begin = max(0, min(position - UNTIMED // 2, length - UNTIMED))
-    page: list[bytes] = yield _page(key, begin, UNTIMED)
+    page: list[bytes] = yield _page(key, begin, min(UNTIMED, _count_of(len(message))))
     for n, message in enumerate(reversed(page)):
-        if (found := _SENT_AT.search(message)) is not None:
-            return _Timed(begin + n, float(found[1]), len(message))
+        if (at := sent_at_of(message)) is not None:
+            return _Timed(begin + n, at, len(message))
     return None
+
+
+def _page(key: str, position: int, count: int) -> Command:
+    """Reads so many messages from a position on; they come in the other order than that in which they are claimed."""
+    return ("LRANGE", key, -position - count, -position - 1)
+
+
+def _size(reply: object) -> int:
+    if isinstance(reply, list):
+        return sum(map(len, reply))
+    return len(reply) if isinstance(reply, bytes) else 0
+
+
+def _count_of(size: int) -> int:
+    """How many messages of a size are read at once."""
+    return max(1, min(PAGE, PAGE_BYTES // max(1, size)))
+
+
+def _next_count(page: Sequence[bytes]) -> int:
+    return _count_of(_size(page) // max(1, len(page)))
 
 
 def before(lengths: Sequence[int], step: int, position: int) -> int:

@@ -17,13 +17,14 @@ class Timings(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """From the submit until the worker that answered has claimed it: delays and earlier attempts are in it. None where
     the producer does not say when it was submitted, as plain Celery producers do not."""
     waited_s: float
-    """From the claim to the call of Triton: it was read, checked, and waited for its micro-batch and a free place."""
+    """From the claim to the call of Triton that answered it: it was read, checked, and waited for its micro-batch and a
+    free place; of a sequence, for the requests before it; of a batch that was asked again in parts, for these calls."""
     triton_s: float
     """The call of Triton, as the worker saw it; of a model that streams the whole stream."""
     triton_queue_s: float | None = None
     """Of that, in Triton's own queue. Triton tells no request this; it is the mean of the requests to this version of
-    the model that Triton has ended between the worker's last two looks, at most one a second. None where Triton does
-    not tell, or the worker has not looked yet."""
+    the model that Triton has ended between the worker's last two looks (before the first one: since it was loaded). A
+    look follows an answer, at most one a second. None where Triton does not tell, or has ended none in between."""
     triton_compute_s: float | None = None
     """The same for what the model took, copies of inputs and outputs with it."""
     settling_s: float
