@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import msgspec
+import numpy as np
+import pytest
 
-from samphire import AsyncClient, ModelSignature, ServedModel, TensorSpec
+from samphire import AsyncClient, InvalidInputError, ModelSignature, ServedModel, TensorSpec
 from samphire.wire.keys import CATALOGUE_COMPLETE, CATALOGUE_TROUBLE
 from tests.stacks import Valkey
 from tests.support.lane import in_a_loop
@@ -60,3 +62,18 @@ async def test_numbers_become_what_a_model_took_last(valkey: Valkey) -> None:
         assert await client.signature("m") is None
         prepared = await client.prepare("m", {"x": [[1.0]]})
         assert "x FP32[1, 1]" in json.loads(prepared.message)["headers"]["kwargsrepr"]
+
+
+@in_a_loop
+async def test_numbers_for_a_model_that_is_not_loaded(valkey: Valkey) -> None:
+    """They are refused, since nobody knows what they become; lists that are none are refused for that."""
+    valkey.client.hset(KEYS.catalogue, mapping={"late": "", CATALOGUE_COMPLETE: "1"})
+    async with AsyncClient(valkey.url) as client:
+        for numbers in ([[1.0]], [1, 2], 3):
+            with pytest.raises(InvalidInputError, match=r"input 'x': model 'late' is not loaded.*send an array"):
+                await client.submit("late", {"x": numbers})
+        with pytest.raises(InvalidInputError, match="equal lengths"):
+            await client.submit("late", {"x": [[1.0], [1.0, 2.0]]})
+        for known in (np.ones((1, 1), np.float32), [["text"]]):
+            await client.submit("late", {"x": known})
+        assert valkey.client.llen("inference.late\x06\x163") == 2

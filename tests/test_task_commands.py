@@ -93,12 +93,12 @@ def watching(broker_url: str, task_id: str) -> Iterator[IO[str]]:
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as watch:
+        assert watch.stderr is not None
         try:
-            assert watch.stderr is not None
             yield watch.stderr
         finally:
             watch.send_signal(signal.SIGINT)
-            assert watch.wait(ENDS_S) != 0
+            assert watch.wait(ENDS_S) == 130 and "the task goes on; `samphire watch" in watch.stderr.read()
 
 
 def test_watch_says_why_a_task_waits(stack: Up, valkey: Valkey) -> None:
@@ -117,6 +117,25 @@ def test_watch_says_why_a_task_waits(stack: Up, valkey: Valkey) -> None:
         later.cancel()
 
 
+def test_a_result_is_deleted_once_it_is_printed(stack: Up, tmp_path: Path) -> None:
+    """Not where it could not be saved, or printed."""
+    with Client(stack.broker_url) as client:
+        task = client.submit("identity", {"input_fp32": np.ones((1, 1), np.float32)})
+        task.result(20)
+    ended = samphire(stack.broker_url, "result", task.id, "--delete", "--save", str(tmp_path / "none" / "x.npz"))
+    assert ended.returncode == 1 and "No such file" in ended.stderr
+    environment = clean_environment() | {"SAMPHIRE_BROKER_URL": stack.broker_url}
+    with Path("/dev/full").open("w") as full:
+        command = [SAMPHIRE, "result", task.id, "--delete"]
+        unprinted = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=ENDS_S, check=False
+        )
+    assert unprinted.returncode == 1 and "Traceback" not in unprinted.stderr
+    assert samphire(stack.broker_url, "result", task.id, "--delete", "--save", str(tmp_path / "x.npz")).returncode == 0
+    assert np.load(tmp_path / "x.npz")["output_fp32"] == 1
+    eventually(lambda: samphire(stack.broker_url, "result", task.id).returncode == 1, 20, "the deletion")
+
+
 def test_watch_ends_with_what_is_wrong(stack: Up) -> None:
     """Nobody knows the task, or it has failed."""
     unknown = samphire(stack.broker_url, "watch", "no-such-task")
@@ -125,6 +144,8 @@ def test_watch_ends_with_what_is_wrong(stack: Up) -> None:
     failed = samphire(stack.broker_url, "submit", "picky", "--input", "x=[[-1]]", "--max-attempts", "1").stdout.strip()
     watched = samphire(stack.broker_url, "watch", failed)
     assert watched.returncode == 1 and "ModelFaultError: " in watched.stderr
+    told = lines(samphire(stack.broker_url, "watch", failed, "--json"))[-1]
+    assert told["kind"] == "error" and told["error"].startswith("ModelFaultError: ")
 
 
 def test_queues(valkey: Valkey, stack: Up) -> None:
@@ -161,6 +182,7 @@ def test_queues(valkey: Valkey, stack: Up) -> None:
         (["submit", "identity", "--inputs", "/nowhere"], 2, "No such file"),
         (["submit", "slow", "--input", "seconds=[[2]]", "--wait", "--timeout-s", "0.2"], 4, "no result after 0.2 s"),
         (["result", "no-such-task"], 1, "nobody knows it"),
+        (["result", "no-such-task", "--timeout-s", "2"], 1, "nobody knows it"),
         (["result", "x" * 300], 1, "expected a task id"),
         (["cancel"], 2, "Missing argument"),
         (["watch", "a", "--unknown"], 2, "No such option"),

@@ -277,7 +277,7 @@ def test_the_command_tells_and_loads(up: Up, models: Path) -> None:
 def refusal(client: Client) -> str:
     """Why a client refuses a task of `times`; "" where it does not."""
     try:
-        client.prepare("times", {"x": [[1.0]]})
+        client.prepare("times", {"x": np.ones((1, 1), np.float32)})
     except UnknownModelError as error:
         return str(error)
     return ""

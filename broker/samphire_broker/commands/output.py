@@ -65,10 +65,14 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except ResultTimeoutError as error:
             fail(str(error), NO_ANSWER)
-        except (BrokerUnavailableError, BrokerMemoryFullError) as error:
+        except BrokerUnavailableError as error:
+            fail(f"{error}. `samphire up` starts one; SAMPHIRE_BROKER_URL names another", BROKER_AWAY)
+        except BrokerMemoryFullError as error:
             fail(str(error), BROKER_AWAY)
         except SamphireError as error:
             fail(f"{type(error).__name__}: {error}")
+        except OSError as error:  # a file that is written or read
+            fail(str(error))
 
     return run
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import codecs
 import json
-import threading
-import time
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import IO, Any
+from zipfile import BadZipFile
 
 import click
 import numpy as np
 
-from samphire import Client, SamphireError, Task, TaskDetail, TaskEvent, UnknownTaskError
+from samphire import Client, SamphireError, Task, TaskEvent, UnknownTaskError
 from samphire.client.results import TERMINAL
 from samphire.transport.address import broker_of
 from samphire_broker.commands.output import (
@@ -26,12 +25,12 @@ from samphire_broker.commands.output import (
     with_broker_url,
     with_client,
 )
+from samphire_broker.commands.waiting import WHY_S, told_why
 from samphire_broker.inspection.overview import overview
 from samphire_broker.shown import shown, shown_lines
 
-WHY_S = 2.0
-"""Between two looks at why a task waits, and as many times as long as one has taken."""
-WHY_SHARE = 20
+READ_S = 5.0
+"""A result that is there is read within so long."""
 
 
 def _parse_pairs(pairs: tuple[str, ...], what: str) -> dict[str, str]:
@@ -54,13 +53,13 @@ def _read_inputs(file: IO[bytes] | None, pairs: tuple[str, ...]) -> dict[str, An
                     inputs.update(arrays)
             else:
                 inputs.update(json.load(file))
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, BadZipFile) as error:
             message = f"expected a JSON object of input names to values, or an .npz file: {error}"
             raise click.BadParameter(message, param_hint="--inputs") from error
     for name, text in _parse_pairs(pairs, "--input").items():
         try:
             inputs[name] = np.load(text[1:], allow_pickle=False) if text.startswith("@") else json.loads(text)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, BadZipFile) as error:
             message = f"expected {name}=JSON or {name}=@file.npy: {error}"
             raise click.BadParameter(message, param_hint="--input") from error
     if not inputs:
@@ -125,7 +124,9 @@ def submit(
     )
     if wait:
         say(f"task {task.id} is queued")
-        print_result(task.result(timeout_s), as_json=as_json)
+        with told_why(task, after_s=WHY_S):
+            answer = task.result(timeout_s)
+        print_result(answer, as_json=as_json)
     elif as_json:
         print_json({"id": task.id})
     else:
@@ -144,52 +145,25 @@ def watch(client: Client, *, task_id: str, stream: bool, after: str | None, as_j
     waits, why is said too.
     """
     task, told = client.task(task_id), ""
-    detail = task.status(detail=True)
-    if detail.is_known is False:
-        raise UnknownTaskError(f"task {task_id}: {detail.why}")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for event in _with_reasons(task, detail, task.events(after)):
-        told = event.status
-        if as_json:
-            print_json(_event_as_dict(event))
-        elif stream and event.kind == "output":
-            _print_output(event, decoder)
-        elif event.kind == "gap":
-            say(shown(f"(events are missing before {event.earliest or 'now'})"))
-        elif not stream and event.kind != "output":
-            click.echo(shown(_described(event)))
+    with told_why(task):
+        for event in task.events(after):
+            told = event.status
+            if as_json:
+                print_json(_event_as_dict(event))
+            elif stream and event.kind == "output":
+                _print_output(event, decoder)
+            elif event.kind == "gap":
+                say(shown(f"(events are missing before {event.earliest or 'now'})"))
+            elif not stream and event.kind != "output":
+                click.echo(shown(_described(event)))
     if stream and not as_json:
         click.echo()
     if told != "succeeded":
-        fail(_why(task))
-
-
-def _with_reasons(task: Task, detail: TaskDetail, events: Iterator[TaskEvent]) -> Iterator[TaskEvent]:
-    """The events of a task; meanwhile, as long as it is not done, why not is said whenever that changes."""
-    ended = threading.Event()
-
-    def tell(why: str) -> None:
-        wait_s = WHY_S
-        while not ended.wait(wait_s):
-            began = time.monotonic()
-            try:
-                now = task.status(detail=True)
-            except SamphireError:  # the events tell what is wrong
-                continue
-            wait_s = max(WHY_S, WHY_SHARE * (time.monotonic() - began))
-            if now.why and now.why != why and now.status != "running" and not ended.is_set():
-                say(shown(f"({now.why})"))
-            why = now.why
-
-    if detail.why:
-        say(shown(f"({detail.why})"))
-    thread = threading.Thread(target=tell, args=(detail.why,), name="samphire-why", daemon=True)
-    thread.start()
-    try:
-        yield from events
-    finally:
-        ended.set()
-        thread.join(WHY_S)
+        why = _why(task)
+        if as_json:
+            print_json({"id": task_id, "kind": "error", "status": told, "error": why})
+        fail(why)
 
 
 def _described(event: TaskEvent) -> str:
@@ -252,13 +226,17 @@ def result(client: Client, *, task_id: str, timeout_s: float, delete: bool, save
             raise UnknownTaskError(f"task {task_id}: {detail.why}")
         why = f" ({detail.why})" if detail.why else ""
         fail(shown(f"task {task_id} is {detail.status}{far}{why}: --timeout-s waits for it"), NO_ANSWER)
-    answer = task.result(max(timeout_s, 5.0), delete=delete)
+    with told_why(task):
+        answer = task.result(timeout_s if timeout_s > 0 else READ_S)
     if save is not None:
         arrays = {name: _for_npz(name, array) for name, array in answer.outputs.items()}
         with save.open("wb") as target:
             np.savez(target, **arrays)
         say(shown(f"saved {', '.join(answer.outputs)} to {save}"))
     print_result(answer, as_json=as_json)
+    if delete:  # once nothing can go wrong with what it was printed to
+        sys.stdout.flush()
+        task.result(READ_S, delete=True)
 
 
 def _for_npz(name: str, array: Any) -> Any:

@@ -141,6 +141,9 @@ def _run_stack(data_dir: Path, options: dict[str, Any], job: Any = None) -> None
             f"--model-repository and --watch-models are for a Triton of this stack, and SAMPHIRE_TRITON_URLS names "
             f"another, {triton_urls}: load the models there, or unset it"
         )
+    ready_file = options["ready_file"]
+    if ready_file is not None and not ready_file.absolute().parent.is_dir():
+        fail(f"--ready-file {ready_file}: expected a folder that is there, {ready_file.absolute().parent} is none")
     stack_options = StackOptions(
         data_dir=data_dir.expanduser().resolve(),
         external_broker_url=os.environ.get("SAMPHIRE_BROKER_URL") or None,

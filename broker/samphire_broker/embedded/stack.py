@@ -250,7 +250,10 @@ class Stack:
                 if time.monotonic() >= gives_up_at:
                     raise
                 if not told:
-                    self._progress(f"broker: {error}; waiting for it, for at most {BROKER_WAIT_S:.0f} s")
+                    self._progress(
+                        f"broker: {error}; waiting for it, for at most {BROKER_WAIT_S:.0f} s: SAMPHIRE_BROKER_URL "
+                        "names it, and without that variable a broker is started here"
+                    )
                 told = True
                 await asyncio.sleep(BROKER_PAUSE_S)
 

@@ -58,6 +58,8 @@ class Changes:
         try:
             async with self._mirror.locked():
                 trouble = await (self._drop(name) if model is None else self._take(name, model))
+                # Who mends it mends it in the folder, not in the copy that Triton reads.
+                trouble = trouble.replace(str(self._mirror.target), str(self._mirror.source))
                 self._note(name, trouble)
             self._away.pop(name, None)
         except TritonAwayError as error:

@@ -121,7 +121,7 @@ def _reason(error: InferenceServerException) -> str:
         raise TritonAwayError(error.message()) from error
     if _is_late(error):
         return f"Triton has not answered within {LOAD_TIMEOUT_S:.0f} s"
-    said = str(error.message()).rstrip(";\n")  # it ends so, for a list of versions
+    said = " ".join(str(error.message()).rstrip(";\n").split())  # it ends so, for a list of versions; one line
     # A runtime in the config would not help: there is no such backend.
     return said.replace(_NO_BACKEND, f": {_OTHER_BACKENDS}") if said.endswith(_NO_BACKEND) else said
 

@@ -92,6 +92,7 @@ class Session:
         Raises:
             InvalidInputError: the inputs do not fit the model.
         """
+        encode.must_know_datatypes = self.catalogue.is_not_ready(encode.model)
         try:
             return encode(inputs)
         except InvalidInputError:

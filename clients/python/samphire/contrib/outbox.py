@@ -130,7 +130,11 @@ class Relay:
             except self._passing as error:
                 pause_s = max(TROUBLE_S, getattr(error, "retry_after_s", None) or 0.0)
                 why = str(error).partition("\n")[0]  # SQLAlchemy adds the statement
-                logger.warning("nothing more is submitted from the outbox now; it is tried again: %s", why)
+                logger.warning(
+                    "nothing more is submitted from the outbox now; it is tried again: %s. If its table is not there, "
+                    "make it (docs/transactions.md)",
+                    why,
+                )
             ends_at = time.monotonic() + pause_s
             while not self._stopped and time.monotonic() < ends_at:
                 time.sleep(STOP_S)

@@ -210,9 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given.database:
         parser.error(f"expected the database's URL, or {DATABASE_VARIABLE}")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    engine = sa.create_engine(given.database)
+    try:
+        engine, client = sa.create_engine(given.database), Client()
+    except (sa.exc.ArgumentError, ModuleNotFoundError) as error:
+        parser.error(f"expected the URL of a database whose driver is installed: {error}")
+    except InvalidInputError as error:
+        parser.error(f"SAMPHIRE_BROKER_URL: {error}")
     outbox = Outbox(sa.MetaData(), given.table, given.schema)
-    with Client() as client:
+    with client:
         relay = outbox.relay(engine, client)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: relay.stop())
