@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import msgspec
@@ -70,10 +71,16 @@ async def test_numbers_for_a_model_that_is_not_loaded(valkey: Valkey) -> None:
     valkey.client.hset(KEYS.catalogue, mapping={"late": "", CATALOGUE_COMPLETE: "1"})
     async with AsyncClient(valkey.url) as client:
         for numbers in ([[1.0]], [1, 2], 3):
-            with pytest.raises(InvalidInputError, match=r"input 'x': model 'late' is not loaded.*send an array"):
+            with pytest.raises(InvalidInputError, match=r"model 'late' is not loaded.*send arrays"):
                 await client.submit("late", {"x": numbers})
         with pytest.raises(InvalidInputError, match="equal lengths"):
             await client.submit("late", {"x": [[1.0], [1.0, 2.0]]})
         for known in (np.ones((1, 1), np.float32), [["text"]]):
             await client.submit("late", {"x": known})
         assert valkey.client.llen("inference.late\x06\x163") == 2
+        submitting = asyncio.create_task(client.submit("late", {"x": [[1.0]]}))
+        await asyncio.sleep(0.3)
+        valkey.client.hset(KEYS.catalogue, "late", TOLD)  # it is waited for a moment
+        task = await submitting
+        (message, *_) = valkey.client.lrange("inference.late\x06\x163", 0, -1)
+        assert task.id.encode() in message and b"FP32[1, 1]" in message

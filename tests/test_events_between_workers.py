@@ -8,19 +8,20 @@ from collections.abc import Iterator
 
 import pytest
 from celery import Celery
+from msgspec import UNSET
 
 from samphire_broker.store import Claimed
 from samphire_workers.intake.request import Request
 from samphire_workers.monitoring import sent as sent_module
 from samphire_workers.monitoring.celery_events import CeleryEvents
 from samphire_workers.monitoring.observers import seen
-from samphire_workers.monitoring.sent import SentTasks
+from samphire_workers.monitoring.sent import End, SentTasks
 from samphire_workers.worker_log import Repeats
 from tests.stacks import Valkey, eventually
 from tests.support.plain import plain_celery
 
 TIMEOUT_S = 20
-ENDED = ("t1", 1.0, 0.5)
+ENDED = ("t1", End(1.0, 0.5, UNSET))
 
 
 @pytest.fixture

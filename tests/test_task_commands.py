@@ -89,7 +89,8 @@ def test_cancel(stack: Up) -> None:
 def watching(broker_url: str, task_id: str) -> Iterator[IO[str]]:
     """What `samphire watch` says while it waits; it is ended as by Ctrl-C."""
     environment = clean_environment() | {"SAMPHIRE_BROKER_URL": broker_url}
-    command = bound([SAMPHIRE, "watch", task_id], "TERM")
+    # What runs in the background of a shell ignores SIGINT, and so would its children.
+    command = bound(["env", "--default-signal=INT", SAMPHIRE, "watch", task_id], "TERM")
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as watch:

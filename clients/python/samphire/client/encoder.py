@@ -275,8 +275,6 @@ class Encoder:
         self.queue = keys.queue_name(template.model_name, template.tenant)
         self._signature: ModelSignature | None = None
         self._last_signature = last_signature
-        self.must_know_datatypes = False
-        """Whether to refuse Python's numbers while it is not known what they become: the model is not loaded."""
         self._forms: set[object] = set()
         self.request = template
         """The last one that was encoded."""
@@ -295,6 +293,11 @@ class Encoder:
             self._forms.clear()
         return new
 
+    def is_guessing(self, inputs: Inputs) -> bool:
+        """Whether it is not known what Python's numbers become that are among these."""
+        is_mapping = isinstance(inputs, Mapping)
+        return self._last_signature is None and is_mapping and any(map(_is_of_numbers, inputs.values()))
+
     def __call__(self, inputs: Inputs) -> Encoded:
         """One task.
 
@@ -307,8 +310,6 @@ class Encoder:
         task_id = new_task_id(now)
         tensors = TensorEncoder(task_id, self._limits)
         request = self._template
-        if self.must_know_datatypes and self._last_signature is None:
-            _refuse_numbers(self.model, inputs)
         request.inputs = [tensors.tensor(name, value, self._last_signature) for name, value in inputs.items()]
         if self._signature is not None:
             self._check(self._signature, request)
@@ -333,15 +334,6 @@ class Encoder:
         signature.check(request)
         if len(self._forms) < FORMS_MAX:
             self._forms.add(form)
-
-
-def _refuse_numbers(model: str, inputs: Inputs) -> None:
-    for name, value in inputs.items():
-        if _is_of_numbers(value):
-            raise InvalidInputError(
-                f"input {name!r}: model {model!r} is not loaded, so it is not known which datatype Python's numbers "
-                "become: send an array, or submit it once it is loaded; `samphire models list` says why it is not"
-            )
 
 
 def _is_of_numbers(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
 from datetime import datetime
 from typing import Any
@@ -27,6 +28,9 @@ from samphire.transport.direct import DirectConnection
 from samphire.transport.publisher import Publisher
 from samphire.wire.keys import stream_name
 from samphire.wire.signature import ModelSignature
+
+NOT_READY_S = 3.0
+NOT_READY_LOOK_S = 0.1
 
 
 class Session:
@@ -92,7 +96,8 @@ class Session:
         Raises:
             InvalidInputError: the inputs do not fit the model.
         """
-        encode.must_know_datatypes = self.catalogue.is_not_ready(encode.model)
+        if self.catalogue.is_not_ready(encode.model) and encode.is_guessing(inputs):
+            await self._wait_until_loaded(encode)
         try:
             return encode(inputs)
         except InvalidInputError:
@@ -100,6 +105,21 @@ class Session:
             if not encode.check_against(await self.signature(encode.model, fresh=True)):
                 raise
             return encode(inputs)
+
+    async def _wait_until_loaded(self, encode: Encoder) -> None:
+        """Wait a moment for what a model takes: a worker that has just begun tells its name first.
+
+        Raises:
+            InvalidInputError: it is not loaded, so it is not known what Python's numbers become.
+        """
+        gives_up_at = time.monotonic() + NOT_READY_S
+        while not encode.check_against(await self.signature(encode.model, fresh=True)):
+            if time.monotonic() >= gives_up_at:
+                raise InvalidInputError(
+                    f"model {encode.model!r} is not loaded, so it is not known which datatype Python's numbers become: "
+                    "send arrays, or submit it once it is loaded; `samphire models list` says why it is not"
+                )
+            await asyncio.sleep(NOT_READY_LOOK_S)
 
     async def result(self, task_id: str, timeout_s: float | None, look: Look) -> InferResult:
         """Wait for a task's result; see `AsyncTask.result`."""
