@@ -18,7 +18,18 @@ from samphire.wire.envelope import encode_task
 from samphire_workers.triton.endpoint import Endpoint
 from samphire_workers.triton.statistics import LOOK_S, NOT_KNOWN, REST_S, Averages, Statistics
 from tests.stacks import ENDS_S, SAMPHIRE, Up, Valkey, clean_environment, eventually
-from tests.support.lane import FakeTriton, away, body, counting, fake_triton, in_a_loop, lane_worker, until, x
+from tests.support.lane import (
+    FakeTriton,
+    away,
+    body,
+    counting,
+    fake_triton,
+    in_a_loop,
+    lane_worker,
+    until,
+    until_set,
+    x,
+)
 from tests.support.plain import plain_celery
 
 TIMEOUT_S = 30
@@ -91,11 +102,8 @@ async def test_the_size_of_a_batch(valkey: Valkey) -> None:
     """What waits together is asked together, and each is told so."""
     go_on = asyncio.Event()
 
-    async def hold(context: Any) -> None:
-        await go_on.wait()
-
     async with fake_triton("one") as triton, AsyncClient(valkey.url) as client, lane_worker(valkey.url, triton):
-        triton.behave["one"] = hold
+        triton.behave["one"] = until_set(go_on)
         tasks = [await client.submit("one", x()) for _ in range(30)]
         await until(lambda: triton.asked, "a first batch")
         go_on.set()

@@ -24,7 +24,7 @@ from samphire_broker.settings import Settings
 from samphire_broker.store import Store, WorkerInfo
 from samphire_workers.queues.round_robin import RoundRobin
 from tests.stacks import Valkey
-from tests.support.lane import body, broken, fake_triton, in_a_loop, lane_worker, state, until, x
+from tests.support.lane import body, broken, fake_triton, in_a_loop, lane_worker, state, until, until_set, x
 from tests.support.names import KEYS
 from tests.support.plain import plain_celery
 
@@ -90,11 +90,8 @@ async def test_scheduled_running_held_and_tried(valkey: Valkey) -> None:
     """Wherever a worker has brought it, the next moment is told."""
     go_on = asyncio.Event()
 
-    async def hold(context: Any) -> None:
-        await go_on.wait()
-
     async with fake_triton("one", "bad") as triton, AsyncClient(valkey.url) as client:
-        triton.behave |= {"one": hold, "bad": broken}
+        triton.behave |= {"one": until_set(go_on), "bad": broken}
         async with lane_worker(valkey.url, triton, backoff_base_s=60, backoff_cap_s=60, backoff_jitter=0):
             later = await client.submit("one", x(), delay_s=3600)
             found = await why(later, "scheduled for 20")
@@ -153,11 +150,8 @@ async def test_a_chain_and_what_nobody_knows(valkey: Valkey) -> None:
     """The last step of a chain waits for those before it; an id that is nowhere is known to nobody."""
     go_on = asyncio.Event()
 
-    async def hold(context: Any) -> None:
-        await go_on.wait()
-
     async with fake_triton("one", "two") as triton, AsyncClient(valkey.url) as client:
-        triton.behave["one"] = hold
+        triton.behave["one"] = until_set(go_on)
         first = Step("one", x())
         chain = await client.chain(first, Step("two", {"x": first["y"]}))
         found = await chain.status(detail=True)

@@ -96,6 +96,15 @@ def held(*parts: int | asyncio.Event) -> Streams:
     return streams
 
 
+def until_set(event: asyncio.Event) -> Behaviour:
+    """A model that waits for an event."""
+
+    async def behave(context: Any) -> None:
+        await event.wait()
+
+    return behave
+
+
 async def broken(context: Any) -> None:
     """A model that raises."""
     await context.abort(grpc.StatusCode.INTERNAL, "the model raised")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -226,7 +227,7 @@ def result(client: Client, *, task_id: str, timeout_s: float, delete: bool, save
             raise UnknownTaskError(f"task {task_id}: {detail.why}")
         why = f" ({detail.why})" if detail.why else ""
         fail(shown(f"task {task_id} is {detail.status}{far}{why}: --timeout-s waits for it"), NO_ANSWER)
-    with told_why(task):
+    with told_why(task) if timeout_s > 0 else contextlib.nullcontext():
         answer = task.result(timeout_s if timeout_s > 0 else READ_S)
     if save is not None:
         arrays = {name: _for_npz(name, array) for name, array in answer.outputs.items()}

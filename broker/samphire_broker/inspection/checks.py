@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from samphire import BrokerRightError, Client, InvalidInputError, SamphireError, UnknownModelError
 from samphire.transport.connection import key_text
-from samphire.wire.keys import CATALOGUE_TELLER, CATALOGUE_TROUBLE, Keys
+from samphire.wire.keys import CATALOGUE_AWAY, CATALOGUE_TROUBLE, Keys
 from samphire_broker.inspection.misplaced import misplaced
 from samphire_broker.inspection.overview import Overview, broker_connection, look
 from samphire_broker.repository.record import running_record
@@ -271,7 +271,7 @@ def check_models(client: redis.Redis, keys: Keys, seen: Overview) -> Iterator[Fi
     """Models that are not loaded, or not as their files are, and tasks that wait for what nobody has."""
     told = {key_text(name): key_text(value) for name, value in client.hgetall(keys.catalogue).items()}
     for name, trouble in told.items():
-        if name.startswith(CATALOGUE_TROUBLE) and not name.startswith(CATALOGUE_TROUBLE + CATALOGUE_TELLER):
+        if name.startswith(CATALOGUE_TROUBLE) and not name.startswith(CATALOGUE_AWAY):
             yield _broken_model(name.removeprefix(CATALOGUE_TROUBLE), trouble)
     if not any(worker.alive for worker in seen.workers):
         return

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection
 
 from samphire_broker.repository.folder import Model, ModelFolderError, ignored_versions, look, mirrored
-from samphire_broker.repository.loads import STILL_LOADING, Loads, StillLoadingError, TritonAwayError
+from samphire_broker.repository.loads import Loads, StillLoadingError, TritonAwayError
 from samphire_broker.repository.mirror import Mirror
 
 LOOK_S = 0.25
@@ -55,9 +55,13 @@ class Changes:
         Raises:
             TritonAwayError: no answer. The second time in a row that counts as the model's trouble.
         """
+        stays = ". What is served stays"
         try:
             async with self._mirror.locked():
-                trouble = await (self._drop(name) if model is None else self._take(name, model))
+                try:
+                    trouble = await (self._drop(name) if model is None else self._take(name, model))
+                except StillLoadingError as error:
+                    trouble, stays = str(error), ""
                 # Who mends it mends it in the folder, not in the copy that Triton reads.
                 trouble = trouble.replace(str(self._mirror.target), str(self._mirror.source))
                 self._note(name, trouble)
@@ -72,7 +76,6 @@ class Changes:
         except OSError as error:
             trouble = f"its files cannot be changed: {error}"
         if trouble:
-            stays = "" if trouble.startswith(STILL_LOADING) else ". What is served stays"
             self._say(f"model {name} is not as it is in {self._mirror.source}: {trouble}{stays}")
         else:
             done = "loaded as it is in" if model is not None else "unloaded, since it is no more in"
@@ -87,14 +90,15 @@ class Changes:
             await self._mirror.work(self._mirror.put, name, model)
         except ModelFolderError as error:
             return str(error)
-        stays = False
+        is_kept = False
         try:
             trouble = await self._loads.load(name)
-            stays = not trouble
-        except StillLoadingError as error:  # it reads these files
-            trouble, stays = str(error), True
+            is_kept = not trouble
+        except StillLoadingError:  # it reads these files
+            is_kept = True
+            raise
         finally:
-            await self._mirror.work(self._mirror.keep if stays else self._mirror.undo, name)
+            await self._mirror.work(self._mirror.keep if is_kept else self._mirror.undo, name)
         return trouble
 
     async def _drop(self, name: str) -> str:

@@ -23,9 +23,6 @@ _NO_BACKEND = ", try specifying runtime on the model configuration."
 _POLL_FAILED = "failed to poll from model repository"
 
 
-STILL_LOADING = "it has not loaded within"
-
-
 class TritonAwayError(Exception):
     """Triton does not answer: nothing is known of what was asked."""
 
@@ -99,8 +96,8 @@ class Loads:
         if reason and reason != "unloaded" and len(states) == 1:
             return reason
         raise StillLoadingError(
-            f"{STILL_LOADING} {LOAD_TIMEOUT_S:.0f} s, and Triton goes on with it: what becomes of it is not known. "
-            f"`samphire models reload {model}` looks again"
+            f"it has not loaded within {LOAD_TIMEOUT_S:.0f} s, and Triton goes on with it: what becomes of it is not "
+            f"known. `samphire models reload {model}` looks again"
         )
 
     async def unload(self, model: str) -> str:

@@ -77,7 +77,7 @@ class ServedModels:
         for model, reason in self._troubles.items():
             told[keys.CATALOGUE_TROUBLE + model] = reason.encode(errors="backslashreplace")[:TROUBLE_BYTES]
         if not self._endpoints.some_ready.is_set():
-            told[keys.CATALOGUE_TROUBLE + keys.CATALOGUE_TELLER + self._worker_id] = self._endpoints.urls.encode()
+            told[keys.CATALOGUE_AWAY + self._worker_id] = self._endpoints.urls.encode()
         return told
 
     def _troubles_of_stack(self) -> dict[str, str]:

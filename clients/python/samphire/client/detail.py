@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -15,8 +15,9 @@ from samphire.client.results import TERMINAL, Status, decode_meta, status_of
 from samphire.client.session import Session
 from samphire.errors import BrokerRightError
 from samphire.transport.connection import key_text
-from samphire.wire.contract import TaskMeta
+from samphire.wire.contract import RetryInfo, TaskMeta
 from samphire.wire.keys import (
+    CATALOGUE_AWAY,
     CATALOGUE_COMPLETE,
     CATALOGUE_TELLER,
     CATALOGUE_TROUBLE,
@@ -64,14 +65,6 @@ class _Running(msgspec.Struct):
     started_at: float | None = None
 
 
-class _Retrying(msgspec.Struct):
-    """The stored result of a task that is to be tried again."""
-
-    exc_type: str = ""
-    exc_message: Any = ""
-    attempts: int | None = None
-
-
 async def detail_of(session: Session, task_id: str) -> TaskDetail:
     """Find out why a task is not done; raises SamphireError where the broker does not answer."""
     look = _Look(session, task_id)
@@ -114,12 +107,12 @@ class _Look:
             return TaskDetail(status)
         if status == "running":
             return await self._running(meta)
-        told = _decoded(meta, _Retrying)
+        told = _decoded(meta, RetryInfo("", ""))
         error = f": {told.exc_type}: {str(told.exc_message)[:ERROR_CHARACTERS]}"
         return await self._waiting(status, told.attempts, error)
 
     async def _running(self, meta: TaskMeta) -> TaskDetail:
-        told = _decoded(meta, _Running)
+        told = _decoded(meta, _Running())
         if told.started_at is None:  # by an older worker
             return TaskDetail("running", f"held by worker {told.hostname}", worker=told.hostname)
         running_s = max(0.0, await self._session.clock.fresh_now() - told.started_at)
@@ -170,7 +163,8 @@ class _Look:
             workers = [key_text(worker) for worker in await self._connection.ask("SMEMBERS", self._keys.workers)]
             hashes = {f"{self._keys.worker_prefix}{worker}:inflight": worker for worker in workers}
             for name in (*hashes, self._keys.scheduled_messages):
-                async for message in self._values(name):
+                pages = self._connection.scan("HSCAN", name, options=("COUNT", 8))  # a message may be large
+                async for message in (value async for page in pages for value in page[1::2]):
                     left -= len(message)
                     if left < 0:
                         return _Held("", is_mentioned, is_certain=False)
@@ -182,15 +176,6 @@ class _Look:
         except BrokerRightError:
             return _Held("", is_mentioned, is_certain=False)
         return _Held("", is_mentioned, is_certain)
-
-    async def _values(self, name: str) -> AsyncIterator[bytes]:
-        cursor = "0"
-        while True:
-            next_cursor, page = await self._connection.ask("HSCAN", name, cursor, "COUNT", 8)
-            for value in page[1::2]:
-                yield value
-            if (cursor := key_text(next_cursor)) == "0":
-                return
 
     async def _name_of(self, worker: str) -> str:
         info = await self._connection.ask("GET", f"{self._keys.worker_prefix}{worker}:info")
@@ -219,7 +204,7 @@ def why_nothing_is_taken(queue: str, told: Mapping[str, str], *, is_served: bool
     """
     if not is_served:
         return "no worker runs"
-    away = [value for name, value in told.items() if name.startswith(CATALOGUE_TROUBLE + CATALOGUE_TELLER)]
+    away = [value for name, value in told.items() if name.startswith(CATALOGUE_AWAY)]
     model = parse_queue(queue)[0]
     if is_of_deliveries(model):
         return ""
@@ -234,11 +219,12 @@ def why_nothing_is_taken(queue: str, told: Mapping[str, str], *, is_served: bool
     return f"no endpoint of the workers has the model {model}" if CATALOGUE_COMPLETE in told else ""
 
 
-def _decoded(meta: TaskMeta, kind: type[Told]) -> Told:
+def _decoded(meta: TaskMeta, nothing: Told) -> Told:
+    """A stored result of the type of `nothing`, which is returned for what Celery itself has written."""
     try:
-        return msgspec.json.decode(meta.result, type=kind)
-    except msgspec.MsgspecError:  # what Celery itself has written
-        return kind()
+        return msgspec.json.decode(meta.result, type=type(nothing))
+    except msgspec.MsgspecError:
+        return nothing
 
 
 def _times(count: int | None) -> str:

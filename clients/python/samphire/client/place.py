@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from samphire.client.messages import mentions, message_id, sent_at_of
 from samphire.errors import BrokerRightError, ProtocolError
-from samphire.transport.connection import key_text
 from samphire.transport.direct import Argument, DirectConnection
 from samphire.wire.envelope import time_of_id
 from samphire.wire.keys import INTAKE, PRIORITY_STEPS, PRIORITY_WEIGHTS, WEBHOOKS, Keys, known_form, queue_lists
@@ -35,6 +34,7 @@ INTERPOLATIONS = 12
 """Where these do not narrow it enough, bisections follow."""
 UNTIMED = 32
 """Messages among which one has to tell when it was submitted."""
+SCAN_PAGE = 1000
 LISTS_MAX = 2000
 """Lists with messages that are searched."""
 
@@ -120,32 +120,24 @@ class QueueSearch:
 
     async def _named(self) -> set[str]:
         names = {INTAKE, WEBHOOKS}
-        async for name in self._scan("SSCAN", self._keys.queues):
-            names.add(known_form(name) or INTAKE)
+        async for page in self._connection.scan("SSCAN", self._keys.queues, options=("COUNT", SCAN_PAGE)):
+            names.update(known_form(name) or INTAKE for name in page)
         return names
 
     async def _unnamed(self, named: set[str]) -> set[str]:
         """Queues whose lists lie there without their names being known."""
-        pattern = self._keys.of_celery(f"{INTAKE}*")
-        found = [self._keys.queue_in(key) async for key in self._scan("SCAN", "MATCH", pattern, "TYPE", "list")]
+        options = ("MATCH", self._keys.of_celery(f"{INTAKE}*"), "TYPE", "list", "COUNT", SCAN_PAGE)
+        found = {
+            self._keys.queue_in(key) async for page in self._connection.scan("SCAN", options=options) for key in page
+        }
         return {queue for queue in found if queue is not None} - named
-
-    async def _scan(self, command: str, *arguments: Argument) -> Any:
-        cursor: Any = "0"
-        first, rest = (arguments[:1], arguments[1:]) if command == "SSCAN" else ((), arguments)
-        while True:
-            cursor, page = await self._connection.ask(command, *first, cursor, *rest, "COUNT", 1000)
-            for name in page:
-                yield name
-            if key_text(cursor) == "0":
-                return
 
     async def _lengths(self, queues: Sequence[str]) -> dict[str, list[int]]:
         names = [name for queue in queues for name in queue_lists(queue)]
         commands: list[Command] = [("LLEN", self._keys.of_celery(name)) for name in names]
         replies: list[int] = []
-        for begin in range(0, len(commands), 1000):
-            page = commands[begin : begin + 1000]
+        for begin in range(0, len(commands), SCAN_PAGE):
+            page = commands[begin : begin + SCAN_PAGE]
             try:
                 replies += await self._connection.ask_all(page)
             except (ProtocolError, BrokerRightError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import hiredis
@@ -89,6 +89,20 @@ class DirectConnection:
         """Run commands that change nothing, one after the other on one connection, sent together; raises as `call`."""
         replies: list[Any] = await self._guarded(lambda: self._run_all(commands), COMMAND_TIMEOUT_S, repeatable=True)
         return replies
+
+    async def scan(self, *command: Argument, options: Sequence[Argument] = ()) -> AsyncGenerator[list[Any], None]:
+        """Pages of SCAN, SSCAN or HSCAN, from the first to the last; raises as `call` does.
+
+        Args:
+            command: its name, and the key of what has one.
+            options: what stands behind the cursor.
+        """
+        cursor: Any = b"0"
+        while True:
+            cursor, page = await self.ask(*command, cursor, *options)
+            yield page
+            if cursor in (b"0", "0"):
+                return
 
     async def execute(self, *command: Argument, timeout_s: float = COMMAND_TIMEOUT_S, repeatable: bool = False) -> Any:
         """Run a command and return its reply; raises as `call` does.

@@ -175,8 +175,8 @@ class FailureInfo(Struct):
 class RetryInfo(FailureInfo, kw_only=True):
     """What is stored of a task that is to be tried again."""
 
-    attempts: int
-    """How often it was tried."""
+    attempts: int | None = None
+    """How often it was tried; None where a worker of an older version has written it."""
 
 
 class TaskMeta(Struct, omit_defaults=False):

@@ -127,6 +127,8 @@ CATALOGUE_TROUBLE = "!"
 """Begins the names of the fields that tell of troubles: no model's name does."""
 CATALOGUE_TELLER = "@"
 """Begins the names of the fields that tell what a worker has told."""
+CATALOGUE_AWAY = CATALOGUE_TROUBLE + CATALOGUE_TELLER
+"""Begins the names of the fields that tell of a worker none of whose endpoints answers."""
 
 _OF_DELIVERIES = f"({WEBHOOKS}"
 
