@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from samphire import AsyncClient, InvalidInputError, ModelSignature, ServedModel, TensorSpec
+from samphire import AsyncClient, InvalidInputError, ModelSignature, ServedModel, Step, TensorSpec
 from samphire.wire.keys import CATALOGUE_COMPLETE, CATALOGUE_TROUBLE
 from tests.stacks import Valkey
 from tests.support.lane import in_a_loop
@@ -73,11 +73,18 @@ async def test_numbers_for_a_model_that_is_not_loaded(valkey: Valkey) -> None:
         for numbers in ([[1.0]], [1, 2], 3):
             with pytest.raises(InvalidInputError, match=r"model 'late' is not loaded.*send arrays"):
                 await client.submit("late", {"x": numbers})
+        async with asyncio.timeout(20):  # a model is waited for once, and not for each element
+            batches = [{"x": [[float(n)]]} for n in range(200)]
+            refused = [error async for error in client.map("late", batches, return_exceptions=True)]
+        assert [type(error) for error in refused] == [InvalidInputError] * 200
+        with pytest.raises(InvalidInputError, match=r"model 'late' is not loaded.*send arrays"):
+            await client.chain(Step("late", {"x": [[1.0]]}))
         with pytest.raises(InvalidInputError, match="equal lengths"):
             await client.submit("late", {"x": [[1.0], [1.0, 2.0]]})
         for known in (np.ones((1, 1), np.float32), [["text"]]):
             await client.submit("late", {"x": known})
         assert valkey.client.llen("inference.late\x06\x163") == 2
+    async with AsyncClient(valkey.url) as client:
         submitting = asyncio.create_task(client.submit("late", {"x": [[1.0]]}))
         await asyncio.sleep(0.3)
         valkey.client.hset(KEYS.catalogue, "late", TOLD)  # it is waited for a moment

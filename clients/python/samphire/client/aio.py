@@ -226,7 +226,7 @@ class AsyncClient:
         self._session.check_usable()
         listed = stages_of(stages)
         headers = {**await self._session.when(eta, delay_s, deadline_s), "samphire_stream": self._session.stream}
-        options = StepOptions(self.tenant, priority_step(priority), headers, self._limits, self._session.clock, webhook)
+        options = StepOptions(self.tenant, priority_step(priority), headers, self._limits, self._session, webhook)
         await self._check_webhook(webhook)
         models = {step.model for stage in listed for step in stage}
         signatures = {model: await self._session.signature(model) for model in models}

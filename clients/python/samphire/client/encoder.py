@@ -296,7 +296,7 @@ class Encoder:
     def is_guessing(self, inputs: Inputs) -> bool:
         """Whether it is not known what Python's numbers become that are among these."""
         is_mapping = isinstance(inputs, Mapping)
-        return self._last_signature is None and is_mapping and any(map(_is_of_numbers, inputs.values()))
+        return self._last_signature is None and is_mapping and any(map(is_of_numbers, inputs.values()))
 
     def __call__(self, inputs: Inputs) -> Encoded:
         """One task.
@@ -336,7 +336,15 @@ class Encoder:
             self._forms.add(form)
 
 
-def _is_of_numbers(value: Any) -> bool:
+def unknown_datatype(model: str) -> InvalidInputError:
+    """The error of Python's numbers for a model of which nobody can say what it takes."""
+    return InvalidInputError(
+        f"model {model!r} is not loaded, so it is not known which datatype Python's numbers become: send arrays, or "
+        "submit it once it is loaded; `samphire models list` says why it is not"
+    )
+
+
+def is_of_numbers(value: Any) -> bool:
     """Whether these are Python's numbers, which have no datatype of their own."""
     try:
         return not hasattr(value, "dtype") and np.asarray(value).dtype.kind in "iuf"

@@ -237,7 +237,7 @@ class Map:
             if inputs is _NONE:
                 break
             try:
-                one = await self._encode_one(inputs)
+                one = await self._session.encode(encode, inputs)
             except SamphireError as error:
                 self._waiting.append(error)
                 most -= 1
@@ -250,12 +250,6 @@ class Map:
         if encoded:
             sizes.sent(len(encoded), nbytes)
         return encoded
-
-    async def _encode_one(self, inputs: Any) -> Encoded:
-        try:
-            return self._encode(inputs)
-        except InvalidInputError:
-            return await self._session.encode(self._encode, inputs)
 
     def _ready(self) -> list[InferResult | SamphireError]:
         """The results of those that have waited longest, as far as they are there."""

@@ -32,7 +32,8 @@ class ModelCatalogue:
         self._key = keys.catalogue
         self._known: dict[str, tuple[ModelSignature | None, float]] = {}
         self._last: dict[str, ModelSignature] = {}
-        self._not_ready: set[str] = set()
+        self._not_ready: dict[str, float] = {}
+        """Since when models that the workers know are seen not to be loaded, by the monotonic clock."""
 
     async def signature(self, model: str, *, fresh: bool = False) -> ModelSignature | None:
         """What a model takes; None where that is not known.
@@ -54,14 +55,18 @@ class ModelCatalogue:
         """What a model took when that was known last."""
         return self._last.get(model)
 
-    def is_not_ready(self, model: str) -> bool:
-        """Whether the workers know the model, and it was not loaded at the last look."""
-        return model in self._not_ready
+    def not_ready_s(self, model: str) -> float | None:
+        """For how long, in s, the workers are seen to know a model that is not loaded; None: it is, or nobody knows."""
+        since = self._not_ready.get(model)
+        return None if since is None else time.monotonic() - since
 
     async def _look_up(self, model: str) -> ModelSignature | None:
         fields = (model, CATALOGUE_COMPLETE, CATALOGUE_TROUBLE + model)
         told, complete, trouble = await self._connection.ask("HMGET", self._key, *fields)
-        (self._not_ready.add if told == b"" else self._not_ready.discard)(model)
+        if told == b"":
+            self._not_ready.setdefault(model, time.monotonic())
+        else:
+            self._not_ready.pop(model, None)
         if told is None:
             if complete is not None and trouble is not None:
                 raise UnknownModelError(f"no model {model!r} is loaded: {key_text(trouble)}")

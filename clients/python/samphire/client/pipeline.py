@@ -16,9 +16,20 @@ from typing import Any
 
 import msgspec
 
-from samphire.client.encoder import Blob, Encoded, Inputs, Limits, Parameters, TensorEncoder, plain_text, request_for
+from samphire.client.encoder import (
+    Blob,
+    Encoded,
+    Inputs,
+    Limits,
+    Parameters,
+    TensorEncoder,
+    is_of_numbers,
+    plain_text,
+    request_for,
+    unknown_datatype,
+)
+from samphire.client.session import Session
 from samphire.errors import InvalidInputError
-from samphire.transport.clock import BrokerClock
 from samphire.wire import keys
 from samphire.wire.contract import CANVAS_TASK, INFER_TASK, CanvasStart, InputTensor, check_model_name
 from samphire.wire.envelope import describe, encode_task, new_task_id
@@ -153,7 +164,7 @@ class StepOptions:
     priority: int
     headers: Mapping[str, Any]
     limits: Limits
-    clock: BrokerClock
+    session: Session
     webhook: str | None = None
     """Who is told of the end of the last one."""
 
@@ -173,7 +184,7 @@ def encode_chain(
         before = stages[number - 1] if number else []
         tasks = []
         for step in stage:
-            last_id = new_task_id(options.clock.now())
+            last_id = new_task_id(options.session.clock.now())
             webhook = options.webhook if number == len(stages) - 1 else None
             tasks.append(_signature(step, last_id, before, options, signatures, blobs, webhook))
         group = {"task": "celery.group", "args": [], "kwargs": {"tasks": tasks}, "options": {}, "subtask_type": "group"}
@@ -208,6 +219,9 @@ def _signature(
     for name, value in step.inputs.items():
         outputs = _outputs_in(value)
         if not outputs:
+            is_loaded = options.session.catalogue.not_ready_s(step.model) is None
+            if not is_loaded and signature is None and is_of_numbers(value):
+                raise unknown_datatype(step.model)
             request.inputs.append(tensors.tensor(name, value, signature))
             continue
         part = before.index(outputs[0].step) if isinstance(value, Output) and len(before) > 1 else None

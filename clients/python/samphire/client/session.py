@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 import uuid
 from datetime import datetime
 from typing import Any
 
-from samphire.client.encoder import Encoded, Encoder, Inputs, when
+from samphire.client.encoder import Encoded, Encoder, Inputs, unknown_datatype, when
 from samphire.client.log_reader import LogReader
 from samphire.client.models import ModelCatalogue
 from samphire.client.results import InferResult
@@ -30,6 +29,7 @@ from samphire.wire.keys import stream_name
 from samphire.wire.signature import ModelSignature
 
 NOT_READY_S = 3.0
+"""A model may be seen not to be loaded for so long before Python's numbers for it are refused."""
 NOT_READY_LOOK_S = 0.1
 
 
@@ -96,7 +96,7 @@ class Session:
         Raises:
             InvalidInputError: the inputs do not fit the model.
         """
-        if self.catalogue.is_not_ready(encode.model) and encode.is_guessing(inputs):
+        if self.catalogue.not_ready_s(encode.model) is not None and encode.is_guessing(inputs):
             await self._wait_until_loaded(encode)
         try:
             return encode(inputs)
@@ -110,15 +110,14 @@ class Session:
         """Wait a moment for what a model takes: a worker that has just begun tells its name first.
 
         Raises:
-            InvalidInputError: it is not loaded, so it is not known what Python's numbers become.
+            InvalidInputError: it is not loaded for longer, so it is not known what Python's numbers become.
         """
-        gives_up_at = time.monotonic() + NOT_READY_S
         while not encode.check_against(await self.signature(encode.model, fresh=True)):
-            if time.monotonic() >= gives_up_at:
-                raise InvalidInputError(
-                    f"model {encode.model!r} is not loaded, so it is not known which datatype Python's numbers become: "
-                    "send arrays, or submit it once it is loaded; `samphire models list` says why it is not"
-                )
+            seen_s = self.catalogue.not_ready_s(encode.model)
+            if seen_s is None:
+                return  # nobody knows it any more
+            if seen_s >= NOT_READY_S:
+                raise unknown_datatype(encode.model)
             await asyncio.sleep(NOT_READY_LOOK_S)
 
     async def result(self, task_id: str, timeout_s: float | None, look: Look) -> InferResult:
